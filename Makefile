@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test notebooks pytest check sync readme clean
+.PHONY: demo test notebooks pytest sync clean
 
 demo: $(READY)    ## The whole method on drawn aircraft, offline: a table, pictures and demo/report.html
 	$(BIN)/fgvc-demo --out demo
@@ -18,9 +18,6 @@ pytest: $(READY)
 
 sync: $(READY)    ## After a change of a notebook: export, clean, README.md
 	$(BIN)/nbdev-export && $(BIN)/nbdev-clean && $(BIN)/python tools/readme.py
-
-check: $(READY)    ## Are notebooks, modules and README.md in step? Changes nothing that is
-	$(BIN)/python tools/in_step.py
 
 $(READY): settings.ini pyproject.toml setup.py
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

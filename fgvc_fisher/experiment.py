@@ -9,9 +9,9 @@ __all__ = ['ARMS', 'STYLES', 'REPORT', 'with_source_head', 'accuracy_on', 'reten
            'style', 'result_table', 'plot_frontier', 'plot_curves', 'pretrain', 'write_report', 'demo', 'fgvc_demo',
            'fgvc_finetune']
 
-# %% ../nbs/07_experiment.ipynb #5d84aa62
-import copy, html, os, sys, time
-from dataclasses import asdict, dataclass
+# %% ../nbs/07_experiment.ipynb #a4429458
+import copy, html, math, os, sys, time
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 import pandas as pd, torch, matplotlib.pyplot as plt
 from torch import nn
@@ -117,14 +117,15 @@ def run_arm(
     source_pictures=None, # Batches (x, y) to measure retention on; None: it is not measured
     fisher:DiagFisher|None=None, # Of the source model
 )->tuple: # `row`, a dict for a table; `curve`, a row an epoch; the `Learner`
-    "Fine-tune and measure one arm."
+    "Fine-tune and measure one arm. A training that diverged has NaN for its accuracies, not those of a broken model."
     start = time.perf_counter()
     learn = fine_tune(run, source, fisher)
-    row = asdict(run) | dict(seconds=time.perf_counter()-start)
-    curve = _curve(learn)
-    row['target'] = curve.accuracy.iloc[-1]
+    row,curve = asdict(run) | dict(seconds=time.perf_counter()-start), _curve(learn)
+    row['target'] = float(curve.accuracy.iloc[-1])
     kept = retention(learn.model, source, source_pictures) if source_pictures is not None else {}
-    return row | {f'retention_{k}_bn': v for k,v in kept.items()}, curve.assign(arm=run.arm, seed=run.seed), learn
+    row |= {f'retention_{k}_bn': v for k,v in kept.items()}
+    if not all(p.isfinite().all() for p in learn.model.parameters()): row |= {k: math.nan for k in row if k.startswith(('target','retention'))}
+    return row, curve.assign(arm=run.arm, seed=run.seed), learn
 
 # %% ../nbs/07_experiment.ipynb #154aa748
 ARMS = {'plain': {}, 'L2': dict(alpha=5e-4), 'L2-SP': dict(l2sp=1e-2), 'L2-SP-Fisher': dict(beta=10.)}
@@ -141,11 +142,12 @@ def style(
 # %% ../nbs/07_experiment.ipynb #d02e4884
 def result_table(
     rows, # Dicts from `run_arm`, or a table of them
-)->pd.DataFrame: # By arm, in order of appearance: mean over seeds of `target`, both retentions and `seconds`
+)->pd.DataFrame: # By arm, in order of appearance: means of `target`, retentions and `seconds`, and the number of `runs`
     "The table to print."
     table = pd.DataFrame(rows)
     names = [o for o in ('target','retention_target_bn','retention_source_bn','seconds') if o in table]
-    return table.groupby('arm', sort=False)[names].mean()
+    arms = table.groupby('arm', sort=False)
+    return arms[names].mean().assign(runs=arms.size())
 
 # %% ../nbs/07_experiment.ipynb #d916ac1a
 def plot_frontier(
@@ -154,15 +156,18 @@ def plot_frontier(
     ax=None, # Where to draw; None: a new figure
 )->plt.Axes: # Two marks an arm: filled with the target's BatchNorm statistics, hollow with the source's
     "Target accuracy against retention: up and to the right is better."
-    ax = ax or plt.subplots(figsize=(7,4.5), layout='constrained')[1]
-    for arm,row in result_table(rows).iterrows():
-        for norm,fill in (('target', None), ('source', 'none')):
-            ax.scatter(row[f'retention_{norm}_bn'], row.target, s=55, label=arm if norm=='target' else None, facecolors=fill, **style(arm))
-        ax.annotate(arm, (row.retention_target_bn, row.target), xytext=(6,5), textcoords='offset points', fontsize=8)
-    if before is not None: ax.axvline(before, color='#999999', lw=1, ls=':', label='source model, before')
+    ax,table = ax or plt.subplots(figsize=(7,4.5), layout='constrained')[1],result_table(rows)
+    for family,t in table.groupby([o.split(',')[0] for o in table.index], sort=False):
+        ax.scatter(t.retention_target_bn, t.target, s=55, label=family, **style(family))
+        ax.scatter(t.retention_source_bn, t.target, s=55, facecolors='none', **style(family))
+        for arm,x,y in zip(t.index, t.retention_target_bn, t.target):
+            ax.annotate(arm.partition(', ')[2], (x,y), xytext=(7,4), textcoords='offset points', fontsize=8)
+    diverged = ', '.join(table.index[table.target.isna()])
+    if diverged: ax.annotate(f'diverged: {diverged}', (0.02,0.02), xycoords='axes fraction', fontsize=8, color='#a33c3c')
+    if before is not None: ax.axvline(before, color='#999999', lw=1, ls=':', label='before fine-tuning')
     ax.set(xlabel='retention: accuracy on source pictures', ylabel='accuracy on the target', xlim=(0,None),
            title="What is learnt against what is still known\n(hollow: source's BatchNorm statistics put back)")
-    ax.legend(frameon=False, fontsize=8)
+    ax.legend(frameon=False, fontsize=8, loc='lower right')
     return ax
 
 # %% ../nbs/07_experiment.ipynb #f7a098dd
@@ -244,29 +249,40 @@ def _demo_report(out, rows, curves, before, about):
     write_report(out/'report.html', 'fgvc_fisher: the method on drawn aircraft', about, table, FIGURES)
     return table
 
+# %% ../nbs/07_experiment.ipynb #ee341b19
+def _say(text): print(f'\n{text}', flush=True)
+def _demo_source(out, n_source, size, seed, num_workers):
+    "Draw the source, pretrain on it, estimate the Fisher: the model, its Fisher and a loader to measure retention on"
+    _say('Drawing the source and pretraining a small network on it')
+    pictures = read_pictures(draw_source(out/'source', n_per_split=n_source, size=96, seed=seed))
+    source = pretrain(pictures, size, seed=seed, num_workers=num_workers)
+    train,val = [source_dl(pick_split(pictures, o), source, size, num_workers=num_workers) for o in ('train','val')]
+    _say('Estimating its Fisher information')
+    fisher = estimate_fisher(source, train)
+    fisher.save(out/'fisher.safetensors')
+    return source,fisher,val
+
 # %% ../nbs/07_experiment.ipynb #ef502f7a
 def demo(
     out:str|Path='demo', # Folder for the drawn trees, the table, the pictures and `report.html`
-    n_variants:int=12, # Drawn aircraft variants
-    n_per_split:int=30, # Pictures a variant in each split
+    n_variants:int=8, # Drawn aircraft variants
+    n_per_split:int=40, # Pictures a variant in each split
     n_source:int=60, # Pictures a source class in each split
-    epochs:int=6, # Of pretraining, and of each arm
+    epochs:int=10, # Passes over the training split, for each arm
     size:int=64, # Side of the pictures in pixels
     seed:int=0, # The same seed gives the same table
     num_workers:int|None=None, # Processes that decode; None: one a core
 )->pd.DataFrame: # From `result_table`
     "The method from drawn pictures to a report, in four arms."
     out = Path(out)
+    source,fisher,val = _demo_source(out, n_source, size, seed, num_workers)
+    before = accuracy_on(source, val)
+    _say('Drawing the target')
     tree = draw_aircraft(out/'aircraft', n_variants, n_per_split, size=96, seed=seed)
-    pictures = read_pictures(draw_source(out/'source', n_per_split=n_source, size=96, seed=seed))
-    source = pretrain(pictures, size, epochs, seed, num_workers)
-    train,val = [source_dl(pick_split(pictures, o), source, size, num_workers=num_workers) for o in ('train','val')]
-    before,fisher = accuracy_on(source, val),estimate_fisher(source, train)
-    fisher.save(out/'fisher.safetensors')
-    run = dict(data=str(tree), size=size, epochs=epochs, seed=seed, num_workers=num_workers)
+    run = dict(data=str(tree), size=size, bs=16, epochs=epochs, lr=0.1, seed=seed, num_workers=num_workers)
     rows,curves = [],[]
     for arm,kw in ARMS.items():
-        print(f'\n{arm}: {kw or "no penalty"}')
+        _say(f'Fine-tuning, {arm}: ' + (', '.join(f'{k} = {v:g}' for k,v in kw.items()) or 'no penalty'))
         row,curve,learn = run_arm(Run(arm=arm, **run, **kw), source, val, fisher)
         rows.append(row); curves.append(curve)
     learn.dls.show_batch(max_n=12, nrows=3, figsize=(9,7))
@@ -297,18 +313,18 @@ def _source_parts(source, pictures, size, bs):
     if not pictures: return None,None
     return [source_dl(o, source, size, bs) for o in halves(read_pictures(pictures))]
 
-# %% ../nbs/07_experiment.ipynb #68f82a12
-def _finetune(data, level, arch, weights, source, alpha, beta, l2sp, epochs, lr, size, bs, seed, out):
-    "What `fgvc_finetune` does, with errors instead of sentences"
-    if beta and not source: raise ValueError(f"--beta {beta} needs a Fisher, and that needs pictures: give --source PATH, or --beta 0")
-    model,out = source_model(arch, weights or True),Path(out)
-    size = size or picture_stats(model)['size']
-    aircraft_dls(data, level, size=size, bs=bs)                    # what is wrong with the tree is said before the long work
-    for_fisher,for_retention = _source_parts(model, source, size, bs)
+# %% ../nbs/07_experiment.ipynb #ce6976f2
+def _finetune(run, arch, weights, source, out):
+    "What `fgvc_finetune` does, with errors instead of sentences; returns the row of results"
+    if not run.data: raise ValueError("give --data PATH: FGVC-Aircraft, or a tree of that form; `fgvc-demo` draws one")
+    if run.beta and not source: raise ValueError(f"--beta {run.beta} needs a Fisher, and that needs pictures: give --source PATH, or --beta 0")
+    model = source_model(arch, weights or True)
+    run = replace(run, size=run.size or picture_stats(model)['size'])
+    aircraft_dls(run.data, run.level, size=run.size)               # what is wrong with the tree is said before the long work
+    for_fisher,for_retention = _source_parts(model, source, run.size, run.bs)
     out.mkdir(parents=True, exist_ok=True)
-    fisher = estimate_fisher(model, for_fisher, provenance=dict(images=str(source), file=str(weights or ''))) if beta else None
+    fisher = estimate_fisher(model, for_fisher, provenance=dict(images=source, file=weights)) if run.beta else None
     if fisher: fisher.save(out/'fisher.safetensors')
-    run = Run(str(data), 'fine-tuned', alpha, beta, l2sp, 'prox', level, size, bs, epochs, lr, seed)
     row,curve,learn = run_arm(run, model, for_retention, fisher)
     if for_retention is not None: row['retention_before'] = accuracy_on(model, for_retention)
     _keep(out, row, curve, learn)
@@ -327,7 +343,7 @@ def _keep(out, row, curve, learn):
 # %% ../nbs/07_experiment.ipynb #62dc3834
 @call_parse
 def fgvc_finetune(
-    data:str, # FGVC-Aircraft, or a tree of that form
+    data:str='', # FGVC-Aircraft, or a tree of that form; has to be given
     level:str='variant', # Which labels: variant, family or manufacturer
     arch:str='inception_v4', # The network, by timm's name
     weights:str='', # File with its pretrained weights (safetensors or a PyTorch state dict); empty: timm downloads its own
@@ -343,6 +359,7 @@ def fgvc_finetune(
     out:str='finetuned', # Folder for model.safetensors, fisher.safetensors, curve.csv and result.csv
 ):
     "Fine-tune a pretrained network on FGVC-Aircraft so that it remembers, and measure both."
-    row = _said(_finetune, data, level, arch, weights, source, alpha, beta, l2sp, epochs, lr, size, bs, seed, out)
+    run = Run(data, 'fine-tuned', alpha, beta, l2sp, 'prox', level, size, bs, epochs, lr, seed)
+    row = _said(_finetune, run, arch, weights, source, Path(out))
     names = [o for o in row if o.startswith(('target','retention'))]
     print('\n' + '\n'.join(f'{o:22} {row[o]:.3f}' for o in names) + f'\n\nWritten to {out}')

@@ -1,0 +1,68 @@
+"""Fine-tune MobileNet-v1 0.75 with its ImageNet weights on photographs of 30 aircraft types, in seven arms.
+
+    python benchmarks/warbirds.py PATH
+
+PATH holds `data/warbirds30` (an FGVC-Aircraft tree), `data/imagenet_sample` (pictures with a `labels.csv`) and
+`weights/mobilenetv1_075_imagenet.safetensors`. Half of the ImageNet pictures estimate the Fisher, the other half measure
+retention. Each finished run is a row of `runs.csv`; started again, the script does what is not there yet.
+"""
+import platform
+from functools import partial
+from pathlib import Path
+import pandas as pd, torch
+from fastcore.script import call_parse
+from timm.models.efficientnet import _gen_mobilenet_v1
+from fgvc_fisher.data import read_pictures
+from fgvc_fisher.experiment import Run, accuracy_on, halves, plot_curves, plot_frontier, result_table, run_arm
+from fgvc_fisher.fisher import estimate_fisher
+from fgvc_fisher.learner import source_dl, source_model
+
+ARMS = {'plain': {}, 'L2-SP-Fisher, beta = 10': dict(beta=10.), 'L2-SP, 1e-2': dict(l2sp=1e-2),
+        'L2-SP-Fisher, beta = 100': dict(beta=100.), 'L2, 5e-4': dict(alpha=5e-4), 'L2-SP-Fisher, beta = 1': dict(beta=1.),
+        'L2-SP-Fisher, beta = 1, explicit': dict(beta=1., step='grad')}
+
+mobilenet = partial(_gen_mobilenet_v1, 'mobilenetv1_100', 0.75, pretrained=False, pad_type='same', bn_eps=1e-3)
+
+def machine(device):
+    name = torch.cuda.get_device_name() if device=='cuda' else f'{torch.get_num_threads()} CPU threads, {platform.machine()}'
+    return f'{name}; Python {platform.python_version()}, torch {torch.__version__}'
+
+def rows(file): return pd.read_csv(file) if file.exists() else pd.DataFrame(columns=['arm','seed'])
+
+def append(table, file): table.to_csv(file, mode='a', header=not file.exists(), index=False, float_format='%.6g')
+
+def report(out):
+    "The table and the pictures, from the rows"
+    runs,curves = rows(out/'runs.csv').sort_values('seed', kind='stable'),rows(out/'curves.csv')
+    table = result_table(runs)
+    table.to_csv(out/'table.csv', float_format='%.4g')
+    plot_frontier(runs, runs.before[0]).figure.savefig(out/'frontier.png', dpi=100)
+    plot_curves(curves[curves.seed==42]).savefig(out/'curves.png', dpi=100)
+    print(table.to_string(float_format='{:.3f}'.format))
+
+@call_parse
+def main(
+    photos:str, # Folder with data/ and weights/
+    out:str='results/warbirds30', # Folder for the rows, the table and the pictures
+    epochs:int=4, # Passes over the training split
+    size:int=128, # Side of the pictures in pixels
+    seeds:int=2, # Runs an arm
+    first:int=42, # The first seed; the others follow
+):
+    photos,out = Path(photos),Path(out)
+    tree = photos/'data/warbirds30'
+    out.mkdir(parents=True, exist_ok=True)
+    device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    source = source_model(mobilenet, photos/'weights/mobilenetv1_075_imagenet.safetensors').to(device)
+    for_fisher,for_retention = [source_dl(o, source, size) for o in halves(read_pictures(photos/'data/imagenet_sample'))]
+    before,fisher = accuracy_on(source, for_retention),estimate_fisher(source, for_fisher)
+    fisher.summary().to_csv(out/'fisher.csv', index=False, float_format='%.6g')
+    for seed in range(first, first+seeds):
+        for arm,kw in ARMS.items():
+            done = rows(out/'runs.csv')
+            if ((done.arm==arm) & (done.seed==seed)).any(): continue
+            print(f'\n{arm}, seed {seed}', flush=True)
+            row,curve,_ = run_arm(Run(str(tree), arm, size=size, epochs=epochs, seed=seed, **kw), source, for_retention, fisher)
+            append(curve.reset_index(), out/'curves.csv')
+            append(pd.DataFrame([row | dict(data=tree.name, before=before, machine=machine(device))]), out/'runs.csv')
+    report(out)

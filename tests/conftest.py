@@ -1,0 +1,34 @@
+"What the tests share: where the real photographs are, and models of every kind"
+import os
+from functools import partial
+from pathlib import Path
+import pytest, torch
+
+# A folder with data/ and weights/; CI sets it, elsewhere the tests that need photographs are skipped.
+PHOTOS = os.environ.get('FGVC_FISHER_PHOTOS', '')
+
+@pytest.fixture(scope='session')
+def photos():
+    if not PHOTOS: pytest.skip("FGVC_FISHER_PHOTOS is not set: no real photographs and weights here")
+    if not (Path(PHOTOS)/'data').is_dir(): pytest.fail(f"FGVC_FISHER_PHOTOS={PHOTOS} has no folder data")
+    return Path(PHOTOS)
+
+@pytest.fixture(scope='session')
+def drawn(tmp_path_factory):
+    from fgvc_fisher.synthetic import draw_aircraft
+    return draw_aircraft(tmp_path_factory.mktemp('drawn')/'aircraft', n_variants=4, n_per_split=4)
+
+@pytest.fixture(scope='session')
+def drawn_source(tmp_path_factory):
+    from fgvc_fisher.synthetic import draw_source
+    return draw_source(tmp_path_factory.mktemp('drawn')/'source', n_classes=4, n_per_split=4)
+
+def mobilenet(**kw):
+    "MobileNet-v1 0.75 as its ImageNet weights in FGVC_FISHER_PHOTOS want it: depthwise and `Conv2dSame`"
+    from timm.models.efficientnet import _gen_mobilenet_v1
+    return _gen_mobilenet_v1('mobilenetv1_100', 0.75, pretrained=False, pad_type='same', bn_eps=1e-3, **kw)
+
+@pytest.fixture(scope='session')
+def mobilenet_075(photos):
+    from fgvc_fisher.learner import source_model
+    return source_model(mobilenet, photos/'weights/mobilenetv1_075_imagenet.safetensors')

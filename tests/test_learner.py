@@ -1,0 +1,49 @@
+"Weights, heads and groups of real architectures"
+import pytest, timm, torch
+from safetensors.torch import save_file
+from torch import nn
+from torchvision.models import squeezenet1_1
+from fgvc_fisher.learner import aircraft_learner, aircraft_splitter, load_weights, remake_head, source_model
+from fgvc_fisher.data import aircraft_dls
+from conftest import mobilenet
+
+def test_weights_of_another_architecture(tmp_path):
+    save_file(timm.create_model('test_efficientnet').state_dict(), tmp_path/'e.safetensors')
+    with pytest.raises(ValueError, match=r'e.safetensors holds the weights of another architecture than ResNet; missing: .*; unknown: blocks.0.0'):
+        source_model('test_resnet', tmp_path/'e.safetensors')
+    save_file(timm.create_model('test_resnet', num_classes=7).state_dict(), tmp_path/'r.safetensors')
+    with pytest.raises(ValueError, match=r'shape: fc.bias \(7,\) instead of \(1000,\)'): source_model('test_resnet', tmp_path/'r.safetensors')
+
+def test_weights_that_are_not_there(tmp_path):
+    with pytest.raises(FileNotFoundError, match='weights: there is no file .*none.safetensors'): source_model('test_resnet', tmp_path/'none.safetensors')
+
+@pytest.mark.parametrize('wrap', [lambda s: s, lambda s: {'state_dict': s, 'epoch': 3}])
+def test_state_dict_of_pytorch_without_counters(tmp_path, wrap):
+    model = timm.create_model('test_resnet')
+    torch.save(wrap({k: v for k,v in model.state_dict().items() if 'num_batches_tracked' not in k}), tmp_path/'w.pth')
+    again = source_model('test_resnet', tmp_path/'w.pth')
+    assert all(torch.equal(p, q) for p,q in zip(model.parameters(), again.parameters()))
+
+def test_learner_leaves_the_source_alone(drawn):
+    source = source_model('test_resnet', weights=None)
+    dls = aircraft_dls(drawn, size=32, bs=8, num_workers=0)
+    learn = aircraft_learner(dls, source)
+    assert all(torch.equal(p, dict(source.named_parameters())[n]) for n,p in learn.model.named_parameters() if not n.startswith('fc.'))
+    before = {k: v.clone() for k,v in source.state_dict().items()}
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, 0.1)
+    assert all(torch.equal(v, before[k]) for k,v in source.state_dict().items())
+
+@pytest.mark.parametrize('make', [mobilenet, squeezenet1_1, lambda: timm.create_model('test_vit'), lambda: timm.create_model('test_convnext')])
+def test_every_parameter_is_in_one_group(make):
+    model = remake_head(make(), 5)
+    groups = aircraft_splitter(model)
+    assert [id(p) for g in groups for p in g]==[id(p) for p in model.parameters()]
+    assert sum(p.numel() for p in groups[-1]) % 5==0 and len(groups)==2
+
+def test_inception_v4_has_the_papers_groups():
+    groups = aircraft_splitter(timm.create_model('inception_v4', num_classes=105))
+    assert [sum(p.numel() for p in g) for g in groups][-1]==1536*105+105 and len(groups)==3
+    assert sum(p.numel() for g in groups for p in g)==41_304_201
+
+def test_no_head():
+    with pytest.raises(ValueError, match='ReLU has no linear or convolutional layer'): remake_head(nn.ReLU(), 3)

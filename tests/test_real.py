@@ -1,0 +1,56 @@
+"Real photographs and real weights"
+import runpy
+from pathlib import Path
+import pytest, torch
+from torchvision.models import squeezenet1_1
+from fgvc_fisher.data import aircraft_dls, read_aircraft, read_pictures
+from fgvc_fisher.experiment import accuracy_on, retention
+from fgvc_fisher.fisher import estimate_fisher
+from fgvc_fisher.learner import aircraft_learner, normalise, source_dl, source_model
+
+@pytest.mark.parametrize('name,train,val,classes', [('warbirds30', 5213, 1148, 30), ('airliners17', 476, 102, 17)])
+def test_trees_are_read_as_they_lie(photos, name, train, val, classes):
+    table = read_aircraft(photos/'data'/name)
+    assert table.split.value_counts().to_dict()=={'train': train, 'val': val}
+    assert len(table.label.cat.categories)==table.label.nunique()==classes
+    assert read_aircraft(photos/'data'/name/'data', 'manufacturer').label.nunique() <= classes
+
+def test_a_batch_of_photographs(photos):
+    dls = aircraft_dls(photos/'data/warbirds30', size=64, bs=8, num_workers=0)
+    x,y = dls.one_batch()
+    assert x.shape==(8,3,64,64) and 0<=x.min()<x.max()<=1 and y.max()<30
+    again = [next(iter(dls.valid))[0] for _ in range(2)]
+    assert torch.equal(*again)
+
+def test_real_weights_know_imagenet(photos, mobilenet_075):
+    "0.840 and 0.623 on all 1,000 pictures; here every fourth"
+    pictures = read_pictures(photos/'data/imagenet_sample')[::4].reset_index(drop=True)
+    assert accuracy_on(mobilenet_075, source_dl(pictures, mobilenet_075, num_workers=2)) > 0.76
+    squeezenet = source_model(squeezenet1_1, photos/'weights/squeezenet1_1_imagenet_fp16.safetensors')
+    assert accuracy_on(squeezenet, source_dl(pictures, squeezenet, size=227, num_workers=2)) > 0.53
+
+def test_fisher_of_real_weights_against_autograd(photos, mobilenet_075):
+    "In float32, on photographs"
+    pictures = read_pictures(photos/'data/imagenet_sample')[:3]
+    x,y = source_dl(pictures, mobilenet_075, size=96, num_workers=0).one_batch()
+    fisher = estimate_fisher(mobilenet_075, [(x,y)], 'empirical', progress=False)
+    total = {n: torch.zeros_like(p) for n,p in mobilenet_075.named_parameters()}
+    for xi,yi in zip(x, y):
+        grads = torch.autograd.grad(mobilenet_075(xi[None].as_subclass(torch.Tensor)).log_softmax(-1)[0,int(yi)], [*mobilenet_075.parameters()])
+        for n,g in zip(total, grads): total[n] += g**2/3
+    for n,f in total.items(): assert (fisher[n]-f).norm() <= 1e-3*f.norm(), n
+
+def test_retention_of_the_source_itself_is_its_accuracy(photos, mobilenet_075):
+    pictures = read_pictures(photos/'data/imagenet_sample')[:64]
+    dl = source_dl(pictures, mobilenet_075, size=96, num_workers=0)
+    dls = aircraft_dls(photos/'data/airliners17', size=96, bs=8, num_workers=0)
+    untrained = aircraft_learner(dls, mobilenet_075).model
+    assert set(retention(untrained, mobilenet_075, dl).values())=={accuracy_on(mobilenet_075, dl)}
+
+def test_inception_v4_on_one_real_batch(photos):
+    one_batch = runpy.run_path(str(Path(__file__).parent.parent/'benchmarks/inception_v4.py'))['one_batch']
+    _,learn,fisher,cb = one_batch(photos, size=96, bs=4)
+    assert sum(p.numel() for p in learn.model.parameters())==41_304_201
+    assert fisher.n_images==4 and len(fisher)==449 and all(v.isfinite().all() for v in fisher.values())
+    assert len(cb.penalty.shared)==447 and len(learn.opt.param_lists)==3
+    assert torch.isfinite(torch.tensor(learn.recorder.values[-1])).all() and cb.penalty.value().isfinite()
