@@ -154,9 +154,10 @@ def plot_frontier(
     rows, # Dicts from `run_arm`, or a table of them
     before:float|None=None, # The source model's own accuracy on the source pictures, a line
     ax=None, # Where to draw; None: a new figure
-)->plt.Axes: # Two marks an arm: filled with the target's BatchNorm statistics, hollow with the source's
+)->plt.Axes: # Two marks an arm: filled with the target's BatchNorm statistics, hollow with the source's; a dot each run
     "Target accuracy against retention: up and to the right is better."
     ax,table = ax or plt.subplots(figsize=(7,4.5), layout='constrained')[1],result_table(rows)
+    for run in pd.DataFrame(rows).itertuples(): ax.plot(run.retention_target_bn, run.target, '.', ms=4, color=style(run.arm)['color'])
     for family,t in table.groupby([o.split(',')[0] for o in table.index], sort=False):
         ax.scatter(t.retention_target_bn, t.target, s=55, label=family, **style(family))
         ax.scatter(t.retention_source_bn, t.target, s=55, facecolors='none', **style(family))
@@ -165,7 +166,7 @@ def plot_frontier(
     diverged = ', '.join(table.index[table.target.isna()])
     if diverged: ax.annotate(f'diverged: {diverged}', (0.02,0.02), xycoords='axes fraction', fontsize=8, color='#a33c3c')
     if before is not None: ax.axvline(before, color='#999999', lw=1, ls=':', label='before fine-tuning')
-    ax.set(xlabel='retention: accuracy on source pictures', ylabel='accuracy on the target', xlim=(0,None),
+    ax.set(xlabel='retention: accuracy on source pictures', ylabel='accuracy on the target', xlim=(-0.02,None),
            title="What is learnt against what is still known\n(hollow: source's BatchNorm statistics put back)")
     ax.legend(frameon=False, fontsize=8, loc='lower right')
     return ax
