@@ -16,7 +16,8 @@ from pathlib import Path
 import pandas as pd, torch, matplotlib.pyplot as plt
 from torch import nn
 
-# %% ../nbs/07_experiment.ipynb #621561a9
+# %% ../nbs/07_experiment.ipynb #52c08938
+from fastai.callback.tracker import TerminateOnNaNCallback
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.torch_core import set_seed
@@ -95,13 +96,13 @@ def fine_tune(
     run:Run, # What to do
     source:nn.Module, # The source model, with its weights; stays as it is
     fisher:DiagFisher|None=None, # Of the source model; needed where `run.beta` is not 0
-)->Learner: # After the training
+)->Learner: # After the training, or where it broke off because the loss was no number any more
     "Fine-tune the source model on the training split, as `run` says."
     set_seed(run.seed, reproducible=True)
     dls = aircraft_dls(run.data, run.level, size=run.size, bs=run.bs, num_workers=run.num_workers)
     learn = aircraft_learner(dls, source)
     cb = L2SPFisherCallback(run.alpha, run.beta, fisher if run.beta else None, run.l2sp, run.step)
-    learn.fit_one_cycle(run.epochs, run.lr, cbs=cb)
+    learn.fit_one_cycle(run.epochs, run.lr, cbs=[cb, TerminateOnNaNCallback()])
     return learn
 
 # %% ../nbs/07_experiment.ipynb #6ffd56eb
@@ -121,10 +122,10 @@ def run_arm(
     start = time.perf_counter()
     learn = fine_tune(run, source, fisher)
     row,curve = asdict(run) | dict(seconds=time.perf_counter()-start), _curve(learn)
-    row['target'] = float(curve.accuracy.iloc[-1])
+    diverged = len(curve)<run.epochs
+    row['target'] = math.nan if diverged else float(curve.accuracy.iloc[-1])
     kept = retention(learn.model, source, source_pictures) if source_pictures is not None else {}
-    row |= {f'retention_{k}_bn': v for k,v in kept.items()}
-    if not all(p.isfinite().all() for p in learn.model.parameters()): row |= {k: math.nan for k in row if k.startswith(('target','retention'))}
+    row |= {f'retention_{k}_bn': math.nan if diverged else v for k,v in kept.items()}
     return row, curve.assign(arm=run.arm, seed=run.seed), learn
 
 # %% ../nbs/07_experiment.ipynb #154aa748
