@@ -142,7 +142,9 @@ def image_gradient(
 def _rounds(logits, y, kind, n_samples, generator):
     "Rounds of labels (B,) and weights (B,) over which the squared gradients are summed"
     p,ones = logits.detach().softmax(-1),torch.ones_like(logits[:,0])
-    if kind=='empirical': yield y,ones
+    if kind=='empirical':
+        if y.max()>=p.shape[1]: raise ValueError(f"label {int(y.max())}, but the model has {p.shape[1]} classes: these are not its labels")
+        yield y,ones
     elif kind=='sampled':
         for _ in range(n_samples): yield torch.multinomial(p.cpu(), 1, generator=generator)[:,0].to(p.device), ones/n_samples
     else:
@@ -150,6 +152,12 @@ def _rounds(logits, y, kind, n_samples, generator):
 
 # %% ../nbs/03_fisher.ipynb #de7afb14
 def _log_likelihood(logits, labels, weight): return (weight.sqrt()*logits.log_softmax(-1).gather(1, labels[:,None])[:,0]).sum()
+
+# %% ../nbs/03_fisher.ipynb #5a4bd58e
+def _at_outputs(calls, logits, labels, weight):
+    "The gradient of the log-likelihoods at the output of every call, (B, ...); None where nothing depends on it"
+    if not calls: return ()
+    return torch.autograd.grad(_log_likelihood(logits, labels, weight), [c.edge for c in calls], retain_graph=True, allow_unused=True)
 
 # %% ../nbs/03_fisher.ipynb #07c9f78e
 class SquaredGradients:
@@ -184,8 +192,10 @@ def _plain(self:SquaredGradients, x, labels, weight, images, names):
 
 # %% ../nbs/03_fisher.ipynb #dcb02b8f
 @patch
-def _verify(self:SquaredGradients, x, labels, weight, calls, grads):
+def _verify(self:SquaredGradients, x, calls, logits):
     "The names of the parameters whose gradient, on the first image, differs from plain autograd's"
+    labels,weight = logits.argmin(-1),torch.ones_like(logits[:,0])       # the least probable class: its gradient never vanishes
+    grads = _at_outputs(calls, logits, labels, weight)
     ours,plain = dict(self._fast(calls, grads, [0])),dict(self._plain(x, labels, weight, [0], list(self.params)))
     unused = [k for k,v in plain.items() if v is None]
     plain = {k: v for k,v in plain.items() if v is not None}
@@ -207,10 +217,9 @@ def add_batch(self:SquaredGradients,
     if not (isinstance(logits, Tensor) and logits.ndim==2):
         raise ValueError(f"{type(self.model).__name__} is no classifier of images: expected logits (B, C), one row an image")
     if not logits.isfinite().all(): raise FloatingPointError("the logits are not finite: look for NaN in the weights or in the images")
+    if self.slow is None: self.slow = self._verify(x, calls, logits)
     for labels,weight in rounds(logits):
-        loss = _log_likelihood(logits, labels, weight)
-        grads = torch.autograd.grad(loss, [c.edge for c in calls], retain_graph=True, allow_unused=True) if calls else ()
-        if self.slow is None: self.slow = self._verify(x, labels, weight, calls, grads)
+        grads = _at_outputs(calls, logits, labels, weight)
         for name,g in self._fast(calls, grads, range(len(x))): self.sums[name].addcmul_(g, g)
         for name,g in self._plain(x, labels, weight, range(len(x)), sorted(self.slow)): self.sums[name].addcmul_(g, g)
 

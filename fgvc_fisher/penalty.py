@@ -133,9 +133,8 @@ def prox_(self:QuadraticPenalty,
         rate = lr.get(name) if isinstance(lr, Mapping) else lr
         if rate is None: continue
         a = 2*rate*self.alpha
-        if w is None: p.mul_(1/(1+a)); continue
-        c = 2*rate*w
-        p.add_((c*(theta0-p) - a*p)/(1+a+c))
+        if w is not None: c = 2*rate*w; p.add_((c*(theta0-p) - a*p)/(1+a+c))
+        elif a: p.mul_(1/(1+a))
 
 # %% ../nbs/04_penalty.ipynb #ab1332db
 @patch
