@@ -33,7 +33,7 @@ def append(table, file): table.to_csv(file, mode='a', header=not file.exists(), 
 
 def report(out):
     "The table and the pictures, from the rows"
-    runs,curves = rows(out/'runs.csv').sort_values('seed', kind='stable'),rows(out/'curves.csv')
+    runs,curves = rows(out/'runs.csv').sort_values(['seed','beta'], kind='stable'),rows(out/'curves.csv')
     table = result_table(runs)
     table.to_csv(out/'table.csv', float_format='%.4g')
     plot_frontier(runs, runs.before[0]).figure.savefig(out/'frontier.png', dpi=100)

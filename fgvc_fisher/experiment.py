@@ -169,7 +169,7 @@ def plot_frontier(
     if before is not None: ax.axvline(before, color='#999999', lw=1, ls=':', label='before fine-tuning')
     ax.set(xlabel='retention: accuracy on source pictures', ylabel='accuracy on the target', xlim=(-0.02,None),
            title="What is learnt against what is still known\n(hollow: source's BatchNorm statistics put back)")
-    ax.legend(frameon=False, fontsize=8, loc='lower right')
+    ax.legend(frameon=False, fontsize=8)
     return ax
 
 # %% ../nbs/07_experiment.ipynb #f7a098dd
