@@ -234,7 +234,7 @@ def write_report(
 
 # %% ../nbs/07_experiment.ipynb #09afa983
 def _save_figure(fig, path):
-    fig.savefig(path, dpi=100)
+    fig.savefig(path, dpi=100, bbox_inches='tight')
     plt.close(fig)
 
 # %% ../nbs/07_experiment.ipynb #bd2d862c
