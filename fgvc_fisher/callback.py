@@ -25,7 +25,7 @@ class L2SPFisherCallback(Callback):
         l2sp:float=0., # Coefficient of the plain L2-SP term, over the shared ones
         step:str='prox', # 'prox', stable at every beta, or 'grad', the paper's explicit step
         anchor=None, # theta0, parameter name -> tensor; None: the parameters at the start of the first fit
-        new=None, # Names of the new parameters or modules; None: what the Fisher or the anchor does not have
+        new=None, # Names of the new parameters or modules; None: what the Fisher or the anchor does not have; without either, none
     ):
         if step not in ('prox','grad'): raise ValueError(f"step {step!r}: choose 'prox' or 'grad'")
         _check_coefficients(fisher, alpha=alpha, beta=beta, l2sp=l2sp)

@@ -101,7 +101,7 @@ def fine_tune(
     set_seed(run.seed, reproducible=True)
     dls = aircraft_dls(run.data, run.level, size=run.size, bs=run.bs, num_workers=run.num_workers)
     learn = aircraft_learner(dls, source)
-    cb = L2SPFisherCallback(run.alpha, run.beta, fisher if run.beta else None, run.l2sp, run.step)
+    cb = L2SPFisherCallback(run.alpha, run.beta, fisher if run.beta else None, run.l2sp, run.step, anchor=dict(source.named_parameters()))
     learn.fit_one_cycle(run.epochs, run.lr, cbs=[cb, TerminateOnNaNCallback()])
     return learn
 

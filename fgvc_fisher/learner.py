@@ -125,7 +125,7 @@ def remake_head(
     "Replace the layer that makes the logits by a new one with `n_out` outputs, freshly initialised."
     if hasattr(model, 'reset_classifier'): model.reset_classifier(n_out); return model
     name = head_name(model)
-    old,kw = model.get_submodule(name),{}
+    old = model.get_submodule(name)
     if isinstance(old, nn.Linear): new = nn.Linear(old.in_features, n_out, bias=old.bias is not None)
     else: new = nn.Conv2d(old.in_channels, n_out, old.kernel_size, old.stride, old.padding, bias=old.bias is not None)
     parent,_,child = name.rpartition('.')
