@@ -2,8 +2,10 @@
 import random, warnings
 import numpy as np, pytest, timm, torch
 from torch import nn
-from torchvision.models import squeezenet1_1
-from fgvc_fisher.fisher import DiagFisher, estimate_fisher
+from functools import partial
+from torchvision.models import squeezenet1_1, vgg11_bn
+from fgvc_fisher.fisher import DiagFisher, _draw, _most_probable, as_found, estimate_fisher
+from fgvc_fisher.squares import SquaredGradients
 from conftest import mobilenet
 
 def one_by_one(model, x, rounds):
@@ -25,9 +27,12 @@ def randomised(model):
     "Float64, evaluation mode, random statistics and affine parameters in the normalisations"
     model = model.double().eval()
     for m in model.modules():
-        if isinstance(m, nn.BatchNorm2d):
-            for o in (m.weight.data, m.running_var): o.uniform_(0.5, 1.5)
-            for o in (m.bias.data, m.running_mean): o.normal_(0, 0.2)
+        if isinstance(m, nn.modules.batchnorm._BatchNorm):
+            m.running_var.uniform_(0.5, 1.5); m.running_mean.normal_(0, 0.2)
+        if isinstance(m, (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)) and m.weight is not None:
+            m.weight.data.uniform_(0.5, 1.5); m.bias.data.normal_(0, 0.2)
+    for n,p in model.named_parameters():
+        if 'gamma' in n: p.data.uniform_(0.5, 1.5)                 # layer scales start near zero: nothing would be seen through them
     return model
 
 class Branches(nn.Module):
@@ -48,40 +53,145 @@ class TwoInputs(nn.Module):
     def __init__(self): super().__init__(); self.mix,self.rnn,self.head = nn.Bilinear(5,5,6),nn.GRU(6,6,batch_first=True),nn.Linear(6,3)
     def forward(self, x): return self.head(self.rnn(self.mix(input1=x, input2=x.tanh())[:,None])[0][:,0])
 
-NETWORKS = { # and the shape of a batch: two images where float64 is slow
-    'inception_v4': (lambda: timm.create_model('inception_v4', num_classes=5), (2,3,75,75)),
+class Pooled(nn.Module):
+    "Layers, then the mean over all positions, then a head"
+    def __init__(self, n, *layers): super().__init__(); self.layers,self.head = nn.Sequential(*layers),nn.Linear(n,4)
+    def forward(self, x): return self.head(self.layers(x).flatten(2).mean(2))
+
+class Words(nn.Module):
+    "An embedding of tokens, a class token, a GroupNorm"
+    def __init__(self):
+        super().__init__()
+        self.words,self.token,self.norm,self.head = nn.Embedding(9,6),nn.Parameter(torch.randn(6)),nn.GroupNorm(3,6),nn.Linear(6,4)
+    def forward(self, x):
+        x = torch.cat((self.token.expand(len(x),1,-1), self.words(x)), 1)
+        return self.head(self.norm(x.mT).tanh().mean(2))
+
+def conv2ds():
+    return Pooled(6, nn.Conv2d(4,8,3, stride=2, dilation=2, padding=3, groups=2), nn.ELU(inplace=True), nn.Conv2d(8,8,(2,3), padding='same'),
+                  nn.ReLU(inplace=True), nn.ConvTranspose2d(8,6,3, stride=2, output_padding=1, groups=2, dilation=2), nn.GroupNorm(2,6), nn.Conv2d(6,6,1, stride=2, groups=3))
+def conv1ds(): return Pooled(6, nn.Conv1d(4,8,3, padding=1, padding_mode='circular'), nn.BatchNorm1d(8), nn.Tanh(), nn.ConvTranspose1d(8,6,4, stride=3))
+def conv3ds(): return Pooled(6, nn.Conv3d(4,8,3, padding=1, groups=4), nn.BatchNorm3d(8), nn.Tanh(), nn.ConvTranspose3d(8,6,2))
+def named(name, **kw): return partial(timm.create_model, name, num_classes=5, **kw)
+
+NETWORKS = { # and the shape of a batch: small, since convolutions in float64 are slow
+    'inception_v4': (named('inception_v4'), (2,3,75,75)),
+    'inception_v3': (named('inception_v3'), (2,3,75,75)),
+    'inception_resnet_v2': (named('inception_resnet_v2'), (2,3,75,75)),
     'mobilenetv1_075': (lambda: mobilenet(num_classes=5), (2,3,32,32)),
+    'mobilenetv3_small_100': (named('mobilenetv3_small_100'), (2,3,32,32)),
+    'resnet18': (named('resnet18'), (3,3,48,48)),
+    'resnet50': (named('resnet50'), (2,3,48,48)),
+    'resnext50_32x4d': (named('resnext50_32x4d'), (2,3,48,48)),
+    'densenet121': (named('densenet121'), (2,3,48,48)),
+    'efficientnet_b0': (named('efficientnet_b0'), (2,3,32,32)),
+    'regnety_002': (named('regnety_002'), (2,3,48,48)),
+    'convnext_atto': (named('convnext_atto', ls_init_value=0.5), (2,3,48,48)),
+    'vit_tiny_patch16_224': (named('vit_tiny_patch16_224', img_size=64, init_values=0.5), (3,3,64,64)),
+    'swin_tiny': (named('swin_tiny_patch4_window7_224', img_size=56, depths=(1,1,1,1)), (2,3,56,56)),
+    'resnetv2_50': (named('resnetv2_50'), (2,3,48,48)),           # standardised weights
     'squeezenet1_1': (lambda: squeezenet1_1(num_classes=5), (3,3,64,64)),
+    'vgg11_bn': (lambda: vgg11_bn(num_classes=5), (2,3,32,32)),
+    'conv2ds': (conv2ds, (3,4,9,9)), 'conv1ds': (conv1ds, (5,4,11)), 'conv3ds': (conv3ds, (3,4,5,5,5)),
     'branches': (Branches, (5,6)),
     'two_inputs': (TwoInputs, (5,5)),
 }
 
+def given(shape): return randn(shape), torch.randint(3, (shape[0],))
+def randn(shape): return torch.randn(*shape, dtype=torch.float64)
+
 @pytest.mark.parametrize('name', NETWORKS)
 def test_empirical_against_autograd(name):
     make,shape = NETWORKS[name]
-    model,x = randomised(make()),torch.randn(*shape, dtype=torch.float64)
-    y = torch.randint(3, (len(x),))
+    model,(x,y) = randomised(make()),given(shape)
     with warnings.catch_warnings(record=True):
         fisher = estimate_fisher(model, zip(x.split(2), y.split(2)), kind='empirical', progress=False)
     agree(fisher, one_by_one(model, x, lambda i,_: [(y[i],1)]))
+    slow = fisher.coverage().rule.str.startswith('the whole network')
+    assert name=='two_inputs' or not slow.any()                    # GRU is one function with several outputs
 
-@pytest.mark.parametrize('name', ['squeezenet1_1', 'branches'])
+def test_tokens_against_autograd():
+    model,x,y = Words().double(),torch.randint(9, (5,7)),torch.randint(4, (5,))
+    fisher = estimate_fisher(model, [(x,y)], kind='empirical', progress=False)
+    agree(fisher, one_by_one(model, x, lambda i,_: [(y[i],1)]))
+    assert not fisher.coverage().rule.str.startswith('the whole network').any()
+
+@pytest.mark.parametrize('name', ['mobilenetv1_075', 'convnext_atto', 'branches'])
+def test_sampled_against_autograd_with_the_same_labels(name):
+    make,shape = NETWORKS[name]
+    model,(x,_) = randomised(make()),given(shape)
+    with torch.no_grad(): labels = _draw(model(x).softmax(-1), 0, seed=3, n_samples=4)
+    with warnings.catch_warnings(record=True): fisher = estimate_fisher(model, x.split(2), n_samples=4, seed=3, progress=False)
+    agree(fisher, one_by_one(model, x, lambda i,_: [(o,1/4) for o in labels[i]]))
+
+@pytest.mark.parametrize('name', ['squeezenet1_1', 'vit_tiny_patch16_224', 'branches'])
 def test_exact_against_the_sum_over_classes(name):
     make,shape = NETWORKS[name]
-    model,x = randomised(make()),torch.randn(*shape, dtype=torch.float64)
+    model,(x,_) = randomised(make()),given(shape)
     with warnings.catch_warnings(record=True): fisher = estimate_fisher(model, [x], kind='exact', progress=False)
     agree(fisher, one_by_one(model, x, lambda i,logp: list(enumerate(logp.detach().exp()))))
+
+def test_exact_with_a_mass_of_probability():
+    model,x = nn.Sequential(nn.Linear(4,8), nn.Tanh(), nn.Linear(8,30)).double(),torch.randn(7,4).double()*3
+    fisher = estimate_fisher(model, [x], kind='exact', mass=0.9, progress=False)
+    left = []
+    def most(i, logp):
+        p,order = logp.detach().exp().sort(descending=True)
+        kept = int((p.cumsum(0)<0.9).sum())+1
+        left.append(1-p[:kept].sum().item())
+        return list(zip(order[:kept], p[:kept]))
+    agree(fisher, one_by_one(model, x, most))
+    assert float(fisher.provenance['mass_left']) == pytest.approx(sum(left)/7, rel=1e-9)
+
+def test_memory_of_the_exact_kind_does_not_grow_with_the_classes():
+    "Nothing of a round is left when the next begins"
+    import gc
+    model,x = nn.Sequential(nn.Linear(4,8), nn.Tanh(), nn.Linear(8,60)).double(),torch.randn(7,4).double()
+    alive = []
+    class Counting(SquaredGradients):
+        def add_round(self, *args, **kw):
+            super().add_round(*args, **kw)
+            alive.append(sum(isinstance(o, torch.Tensor) for o in gc.get_objects()))
+    with as_found(model):
+        total = Counting(model)
+        total.add_batch(x, lambda logits: _most_probable(logits.softmax(-1), 1.))
+    assert len(alive)==60 and max(alive[5:])-min(alive[5:]) < 10
+
+def test_moments_are_the_spread_between_images():
+    model,(x,y) = randomised(timm.create_model('test_resnet', num_classes=5)),given((6,3,32,32))
+    fisher = estimate_fisher(model, zip(x.split(4), y.split(4)), kind='empirical', progress=False)
+    each = [estimate_fisher(model, [(x[i:i+1],y[i:i+1])], kind='empirical', progress=False) for i in range(6)]
+    totals = torch.tensor([[v.sum() for v in o.values()] + [sum(v.sum() for v in o.values())] for o in each])
+    error = fisher.error()
+    assert torch.allclose(torch.tensor(error.total.to_numpy()), totals.mean(0), rtol=1e-9)
+    assert torch.allclose(torch.tensor(error.error.to_numpy()), totals.std(0)/6**0.5, rtol=1e-6)
+    parts = sum(each[1:], each[0])
+    assert torch.allclose(parts.moments, fisher.moments, rtol=1e-9)
+
+def test_autocast():
+    "A forward pass in bfloat16 around the estimate: float32 sums, about the same numbers"
+    model,x,y = randomised(timm.create_model('test_vit', num_classes=5)).float(),torch.randn(4,3,160,160),torch.randint(5, (4,))
+    full = estimate_fisher(model, [(x,y)], kind='empirical', progress=False)
+    with torch.autocast('cpu', torch.bfloat16): half = estimate_fisher(model, [(x,y)], kind='empirical', progress=False)
+    assert all(v.dtype==torch.float32 for v in half.sums.values())
+    a,b = [torch.cat([v.flatten() for v in o.values()]) for o in (half,full)]
+    assert (a-b).norm() < 0.1*b.norm()
 
 def test_sampled_labels_are_drawn_from_the_model():
     model,x = nn.Linear(4,3).double(),torch.randn(1,4, dtype=torch.float64).expand(4000,4)
     sampled,exact = [estimate_fisher(model, [x], kind=o, progress=False)['bias'] for o in ('sampled','exact')]
     assert torch.allclose(sampled, exact, rtol=0.15)
 
-def test_what_the_rules_do_not_cover_is_said():
-    with pytest.warns(UserWarning) as said: estimate_fisher(Branches(), torch.randn(1,4,6), progress=False)
-    slow,unused = [next(str(o.message) for o in said if k in str(o.message)) for k in ('which is slower', 'do not depend')]
-    assert 'tokens.weight' in slow and 'twice.weight' in slow and 'head.weight' not in slow
-    assert 'unused.weight' in unused
+def test_what_the_rules_do_not_cover_is_said_once():
+    model = TwoInputs()
+    model.unused = nn.Linear(2,2)
+    with pytest.warns(UserWarning) as said: fisher = estimate_fisher(model, torch.randn(3,4,5), progress=False)
+    slow,unused = [[str(o.message) for o in said if k in str(o.message)] for k in ('which is slower', 'do not depend')]
+    assert len(slow)==len(unused)==1
+    assert 'rnn.weight_ih_l0' in slow[0] and 'mix.weight' not in slow[0] and 'unused.weight' in unused[0]
+    rules = fisher.coverage().rule
+    assert rules['rnn.weight_ih_l0']=='the whole network, one image at a time' and rules['mix.weight']=='bilinear'
+    assert list(rules.index)==list(fisher) and not fisher['unused.weight'].any()
 
 def test_model_comes_back_as_it_was():
     model = timm.create_model('test_efficientnet', num_classes=4).train()

@@ -1,0 +1,191 @@
+"The command, interrupted and in several processes, and the way to the Hub and back through a server that answers as the Hub does"
+import base64, json, os, shutil, signal, subprocess, sys, time, warnings
+from functools import partial
+from hashlib import sha1
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+import pytest, timm, torch
+from safetensors.torch import save_file
+from fgvc_fisher.fisher import DiagFisher, estimate_fisher
+
+BIN = Path(sys.executable).parent
+
+@pytest.fixture(scope='module')
+def made(drawn_source, tmp_path_factory):
+    "The command's options for a small network, and what it makes of them in one process"
+    folder = tmp_path_factory.mktemp('command')
+    torch.save(timm.create_model('test_resnet', num_classes=1000).state_dict(), folder/'weights.pth')
+    command = [str(BIN/'fgvc-fisher'), '--arch', 'test_resnet', '--weights', str(folder/'weights.pth'), '--images', str(drawn_source),
+               '--size', '64', '--bs', '3', '--device', 'cpu', '--out']
+    subprocess.run([*command, str(folder/'one.safetensors')], check=True, capture_output=True, text=True)
+    return command,DiagFisher.load(folder/'one.safetensors')
+
+def test_two_processes_agree_with_one(made, tmp_path):
+    command,one = made
+    run = subprocess.run([str(BIN/'accelerate'), 'launch', '--cpu', '--num_processes', '2', '--num_machines', '1', '--mixed_precision', 'no',
+                          '--dynamo_backend', 'no', *command, str(tmp_path/'two.safetensors')], capture_output=True, text=True)
+    assert run.returncode==0, run.stderr[-3000:]
+    two = DiagFisher.load(tmp_path/'two.safetensors')
+    assert two.n_images==one.n_images
+    for k in one: assert (two[k]-one[k]).norm() <= 1e-6*one[k].norm(), k
+    assert torch.allclose(two.moments, one.moments, rtol=1e-6)
+    assert [o.name for o in tmp_path.iterdir()]==['two.safetensors']
+
+SLOW = """
+import sys, time, timm, torch
+from fgvc_fisher.fisher import estimate_fisher
+torch.manual_seed(0)
+model,x = timm.create_model('test_resnet', num_classes=10),torch.randn(6,4,3,32,32)
+def batches(pause):
+    for i,o in enumerate(x):
+        yield o
+        print(i, flush=True)
+        if pause and i==3: time.sleep(60)
+fisher = estimate_fisher(model, batches(sys.argv[1]=='pause'), checkpoint=sys.argv[2], checkpoint_every=0, progress=False)
+fisher.save(sys.argv[3])
+"""
+
+def test_killed_and_started_again_ends_with_the_same_bits(tmp_path):
+    (tmp_path/'slow.py').write_text(SLOW)
+    run = lambda *args: [sys.executable, str(tmp_path/'slow.py'), *map(str, args)]
+    subprocess.run(run('straight', tmp_path/'a.checkpoint', tmp_path/'a'), check=True, capture_output=True)
+    killed = subprocess.Popen(run('pause', tmp_path/'b.checkpoint', tmp_path/'b'), stdout=subprocess.PIPE, text=True)
+    while killed.stdout.readline().strip()!='3': assert killed.poll() is None
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    assert DiagFisher.load(tmp_path/'b.checkpoint').n_images==16 and not (tmp_path/'b').exists()
+    subprocess.run(run('straight', tmp_path/'b.checkpoint', tmp_path/'b'), check=True, capture_output=True)
+    a,b = [DiagFisher.load(tmp_path/o) for o in 'ab']
+    assert a.n_images==b.n_images==24 and a.provenance==b.provenance and torch.equal(a.moments, b.moments)
+    assert all(torch.equal(a.sums[k], b.sums[k]) for k in a)
+    assert not list(tmp_path.glob('*.checkpoint*'))
+
+def test_checkpoint_of_another_estimate(tmp_path):
+    net,x = torch.nn.Linear(4,3),torch.randn(3,8,4)
+    def broken():
+        yield from x
+        raise KeyboardInterrupt
+    estimate = partial(estimate_fisher, checkpoint=tmp_path/'c', checkpoint_every=0, progress=False)
+    with pytest.raises(KeyboardInterrupt): estimate(net, broken())
+    with pytest.raises(ValueError, match='of another estimate: seed 0, not 1'): estimate(net, x, seed=1)
+    with pytest.raises(ValueError, match='of another estimate: kind sampled, not exact'): estimate(net, x, kind='exact')
+    with pytest.raises(ValueError, match='of another estimate: weights_sha256'): estimate(torch.nn.Linear(4,3), x)
+    with pytest.raises(ValueError, match='ends inside a batch'): estimate(net, x.flatten(0,1).split(7))
+    assert estimate(net, x).n_images==24 and not (tmp_path/'c').exists()
+
+def test_command_says_what_is_wrong(made, tmp_path):
+    command,_ = made
+    def fails(*options):
+        run = subprocess.run([*command, str(tmp_path/'f.safetensors'), *options], capture_output=True, text=True)
+        assert run.returncode!=0 and not list(tmp_path.iterdir())
+        return run.stderr.strip().splitlines()[-1]
+    assert 'is no folder with pictures' in fails('--images', str(tmp_path))
+    assert "timm has no such model; did you mean resnet18" in fails('--arch', 'resnet_18')
+    assert "kind 'true': choose" in fails('--kind', 'true')
+    assert 'there is no folder' in fails('--out', str(tmp_path/'no/f.safetensors'))
+
+# Files from somebody with ideas
+
+@pytest.fixture
+def fisher(): return estimate_fisher(torch.nn.Linear(3,2), torch.randn(1,4,3), progress=False, provenance=dict(license='CC0', images='noise'))
+
+HOSTILE = dict(kind='"; rm -rf /', n_images='-3', names='["../../etc/passwd"]', provenance='[1,2]', rules='{"weight"', format='pickle', scales='[1e400]')
+
+@pytest.mark.parametrize('key', HOSTILE)
+def test_a_hostile_header(fisher, tmp_path, key):
+    header = dict(format='fgvc_fisher.DiagFisher/1', kind='exact', n_images='4', names='["weight","bias"]', provenance='{}', rules='{}')
+    save_file(dict(fisher.sums), tmp_path/'f', metadata=header)
+    assert len(DiagFisher.load(tmp_path/'f'))==2
+    save_file(dict(fisher.sums), tmp_path/'f', metadata=header | {key: HOSTILE[key]})
+    with pytest.raises(ValueError, match='holds no Fisher'): DiagFisher.load(tmp_path/'f')
+
+def test_hostile_files(fisher, tmp_path):
+    class Boom:
+        def __reduce__(self): return os.system, (f'touch {tmp_path}/boom',)
+    torch.save(Boom(), tmp_path/'pickle.safetensors')
+    (tmp_path/'huge').write_bytes((2**60).to_bytes(8, 'little')+b'{}')
+    (tmp_path/'empty').touch()
+    whole = fisher.save(tmp_path/'whole').read_bytes()
+    for n in (5, 100, len(whole)//2, len(whole)-1):
+        (tmp_path/'cut').write_bytes(whole[:n])
+        with pytest.raises(ValueError, match='cut is damaged'): DiagFisher.load(tmp_path/'cut')
+    for o in ('pickle.safetensors','huge','empty'):
+        with pytest.raises(ValueError, match='is damaged or no safetensors file'): DiagFisher.load(tmp_path/o)
+    assert not (tmp_path/'boom').exists()
+    save_file({k: -v for k,v in fisher.sums.items()}, tmp_path/'negative', metadata=json.loads(whole[8:8+int.from_bytes(whole[:8],'little')])['__metadata__'])
+    with pytest.raises(ValueError, match='these are no sums of squares: weight, bias'): DiagFisher.load(tmp_path/'negative')
+
+def test_other_weights_are_warned_of(tmp_path):
+    net = torch.nn.Linear(3,2)
+    file = estimate_fisher(net, torch.randn(1,4,3), progress=False).save(tmp_path/'f')
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        DiagFisher.load(file, net)
+    with pytest.warns(UserWarning, match='estimated with other weights'): DiagFisher.load(file, torch.nn.Linear(3,2))
+    with pytest.raises(ValueError, match='for another network, Linear; these parameters differ: bias, weight'): DiagFisher.load(file, torch.nn.Linear(3,5))
+
+def test_half_is_half(tmp_path):
+    fisher = estimate_fisher(timm.create_model('test_resnet'), torch.randn(1,4,3,64,64), progress=False)
+    whole,half = [fisher.save(tmp_path/str(o), half=o) for o in (False,True)]
+    assert half.stat().st_size < 0.55*whole.stat().st_size
+    again = DiagFisher.load(half)
+    assert 'float16: the total of a parameter changed by' in again.provenance['rounding']
+    for k in fisher: assert (again[k]-fisher[k]).norm() <= 5e-4*fisher[k].norm(), k
+
+# The Hub
+
+class FakeHub(BaseHTTPRequestHandler):
+    "What huggingface_hub asks for when it makes a repository, commits small files and downloads one"
+    files,log = {},[]
+    def log_message(self, *args): pass
+    def answer(self, code, body=b'', **headers):
+        self.send_response(code)
+        for k,v in ({'Content-Length': str(len(body))} | {k.replace('_','-'): v for k,v in headers.items()}).items(): self.send_header(k, v)
+        self.end_headers()
+        if self.command!='HEAD': self.wfile.write(body)
+    def do_POST(self):
+        sent = self.rfile.read(int(self.headers.get('Content-Length', 0)))
+        self.log.append(self.path)
+        if self.path.endswith('/repos/create'): return self.json(dict(url=f"{os.environ.get('HF_ENDPOINT')}/somebody/fisher", name='somebody/fisher'))
+        if '/preupload/' in self.path:
+            return self.json(dict(files=[dict(path=o['path'], uploadMode='regular', shouldIgnore=False, oid=None) for o in json.loads(sent)['files']]))
+        if '/commit/' in self.path:
+            for line in map(json.loads, sent.decode().splitlines()):
+                if line['key']=='file': self.files[line['value']['path']] = base64.b64decode(line['value']['content'])
+            return self.json(dict(commitUrl='https://hub/somebody/fisher/commit/abc', commitOid='a'*40, pullRequestUrl=None, success=True))
+        self.json({})
+    def do_GET(self):
+        name = self.path.split('?')[0].rpartition('/')[2]
+        if '/resolve/' not in self.path: return self.json(dict(id='somebody/fisher', modelId='somebody/fisher', sha='a'*40, siblings=[]))
+        if name not in self.files: return self.answer(404, X_Error_Code='EntryNotFound')
+        self.answer(200, self.files[name], ETag=f'"{sha1(self.files[name]).hexdigest()}"', X_Repo_Commit='a'*40)
+    do_HEAD = do_GET
+    def json(self, o): self.answer(200, json.dumps(o).encode(), Content_Type='application/json')
+
+ROUND_TRIP = """
+import torch
+from fgvc_fisher.fisher import DiagFisher
+from fgvc_fisher.hub import from_hub, push_to_hub
+print(push_to_hub(DiagFisher.load('f.safetensors'), 'somebody/fisher', token='hf_x'))
+from_hub('somebody/fisher').save('back.safetensors')
+"""
+
+def test_to_the_hub_and_back(fisher, tmp_path):
+    server = ThreadingHTTPServer(('127.0.0.1', 0), FakeHub)
+    Thread(target=server.serve_forever, daemon=True).start()
+    fisher.save(tmp_path/'f.safetensors')
+    env = {k: v for k,v in os.environ.items() if 'proxy' not in k.lower()} | dict(HF_ENDPOINT=f'http://127.0.0.1:{server.server_port}',
+        HF_HOME=str(tmp_path/'hf'), HF_HUB_DISABLE_XET='1', HF_HUB_OFFLINE='0', HF_HUB_DISABLE_TELEMETRY='1')
+    run = lambda code,**kw: subprocess.run([sys.executable, '-c', code], cwd=tmp_path, env=env | kw, capture_output=True, text=True, timeout=120)
+    first = run(ROUND_TRIP)
+    assert first.returncode==0, first.stderr[-3000:]
+    assert 'commit' in first.stdout and set(FakeHub.files)=={'README.md','fisher.safetensors'}
+    back = DiagFisher.load(tmp_path/'back.safetensors')
+    assert back.provenance==fisher.provenance and all(torch.equal(back.sums[k], fisher.sums[k]) for k in fisher)
+    card = FakeHub.files['README.md'].decode()
+    assert card.startswith('---') and 'library_name: fgvc_fisher' in card and "from_hub('somebody/fisher')" in card
+    assert '| n_images | 4 |' in card and '| images | noise |' in card and 'CC0' in card
+    server.shutdown()
+    again = run("from fgvc_fisher.hub import from_hub; print(from_hub('somebody/fisher'))", HF_HUB_OFFLINE='1')      # from the cache
+    assert 'DiagFisher(sampled, 2 parameters, 4 images)' in again.stdout, again.stderr[-2000:]
