@@ -4,8 +4,8 @@
 
 A row a network and method: images a second and peak memory, also as a share of a plain forward and backward pass of the same batch,
 the relative error against one image at a time and how many parameters are missing, or why the method fails. Each method has a
-process of its own. Its memory is what its first estimate takes beyond model, batch and imports; then it is timed in turns with the
-plain pass, and the ratio is the median over the turns. The other packages, in their newest versions, are installed into
+process of its own. Its memory is what its first estimate takes beyond model, batch and imports (`first_s` seconds, with all that a package
+prepares or checks once); then it is timed in turns with the plain pass, and the ratio is the median over the turns. The other packages, in their newest versions, are installed into
 `benchmarks/.peers` if they are not there; PyTorch is that of the running environment. Random weights and pictures; Linux only.
 """
 import ctypes, gc, json, os, platform, resource, subprocess, sys, sysconfig, tempfile, time
@@ -64,8 +64,13 @@ def single(model, batches):
 @method('fgvc_fisher')
 def fgvc_fisher(model, batches):
     "fgvc_fisher"
-    from fgvc_fisher.fisher import estimate_fisher
-    return lambda: dict(estimate_fisher(model, batches, kind='empirical', progress=False))
+    from fgvc_fisher.fisher import Estimate
+    estimate = Estimate(model, 'empirical', {})                 # what `estimate_fisher` fills; it checks its rules in the first call
+    def plan(y): return lambda logits: (y[:,None], torch.ones_like(logits[:,:1]))
+    def run():
+        for x,y in batches: estimate.add(x, plan(y))
+        return dict(estimate.fisher())
+    return run
 
 @method('torch')
 def vmap(model, batches):
@@ -196,7 +201,7 @@ def measure(folder, network, device, name, amp, n_batches, seconds, limit, **_):
     before,batches = memory(device),[(x,y)]*n_batches
     run = make(model, batches)
     first,fisher = call(run)
-    found = dict(mib=memory(device, peak=True)-before, note=getattr(run, 'note', ''))
+    found = dict(mib=memory(device, peak=True)-before, first_s=first, note=getattr(run, 'note', ''))
     if name=='single' and not amp: save_file({k: v.cpu() for k,v in fisher.items()}, reference)
     if fisher is not None and reference.exists(): found.update(compare(fisher, load_file(reference)))
     del fisher
@@ -288,7 +293,7 @@ def main(
                 peer = next(metadata.distributions(name=package, path=[*path, *sys.path]), None)
                 about = dict(version=peer and peer.version) | machine(device)
                 rows.append(what | dict(method=make.__doc__+(', bf16' if low else '')) | found | about)
-                columns = [*what, 'method','images_s','of_plain','mib','mib_of_plain','error','missing','turns','note', *about]
+                columns = [*what, 'method','images_s','of_plain','first_s','mib','mib_of_plain','error','missing','turns','note', *about]
                 table = pd.DataFrame(rows, columns=columns)
                 table.to_csv(file, index=False, float_format='%.4g')
                 print(f'{network}, {rows[-1]["method"]}', flush=True)

@@ -11,6 +11,7 @@ __all__ = ['RULES', 'WHOLE', 'Call', 'Tape', 'taped', 'PerImage', 'Blocks', 'Out
 
 # %% ../nbs/02a_squares.ipynb #0fe46a51
 import warnings
+from collections import Counter
 from contextlib import contextmanager
 from textwrap import shorten
 import torch
@@ -319,11 +320,16 @@ def slow(self:SquaredGradients): # Names of the parameters that no rule covers
 
 # %% ../nbs/02a_squares.ipynb #cbd720ad
 @patch
+def _names(self:SquaredGradients, call):
+    "The parameters that have a part in a call"
+    return {self.names[p] for w in call.weights for p in _leaves(w) if p in self.names}
+
+# %% ../nbs/02a_squares.ipynb #3e8c0e4e
+@patch
 def _uses(self:SquaredGradients, tape):
-    "In how many calls each parameter has a part"
-    uses = {}
-    for p in (p for c in tape.calls for w in c.weights for p in _leaves(w)): uses[p] = uses.get(p, 0)+1
-    return {self.names[p]: n for p,n in uses.items() if p in self.names}
+    "How often each parameter has a part in a call"
+    found = [p for c in tape.calls for w in c.weights for p in _leaves(w)]
+    return {self.names[p]: n for p,n in Counter(found).items() if p in self.names}
 
 # %% ../nbs/02a_squares.ipynb #06516978
 def _log_likelihood(logits, labels, weights): return (weights.sqrt()*logits.log_softmax(-1).gather(1, labels[:,None])[:,0]).sum()
@@ -345,6 +351,7 @@ def add_round(self:SquaredGradients, tape, logits, labels, weights, lengths, las
     parts,slow = {},self.slow
     def add(name, each): lengths[:,self.index[name]] += each.add_squares_(self.sums[name])
     def take(call, grad):
+        if not self._names(call) - set(slow): return
         for name,each in self.per_parameter(call, grad, tape.n):
             if name in slow: continue
             if self.verified[name]==1: add(name, each)
@@ -355,7 +362,7 @@ def add_round(self:SquaredGradients, tape, logits, labels, weights, lengths, las
             p = self.params[name]
             add(name, PerImage(tape.n, lambda s: sum(o.make(s) for o in found), p.numel(), p.device))
 
-# %% ../nbs/02a_squares.ipynb #3e8c0e4e
+# %% ../nbs/02a_squares.ipynb #5ab85f9b
 @patch
 def _plain(self:SquaredGradients, x, labels, weights, names):
     "The gradients of one image by plain autograd; None where nothing depends on a parameter"
@@ -363,22 +370,23 @@ def _plain(self:SquaredGradients, x, labels, weights, names):
     # kept, for networks that keep a part of their graph from call to call, as LeViT does
     return dict(zip(names, torch.autograd.grad(loss, [self.params[o] for o in names], retain_graph=True, allow_unused=True)))
 
-# %% ../nbs/02a_squares.ipynb #5ab85f9b
+# %% ../nbs/02a_squares.ipynb #f35b68e3
 @patch
 def _by_rules(self:SquaredGradients, tape, logits, labels):
     "The first image's gradient of each parameter, and the functions that it came from, for those whose rules can be followed"
-    ours,funcs,failed = {},{},{}
+    ours,funcs,failed = {},{},set()
     def take(call, grad):
+        nonlocal failed
         try:
             for name,each in self.per_parameter(call, grad, tape.n):
                 ours[name] = ours.get(name, 0) + each.make(slice(0,1))[0]
                 funcs.setdefault(name, set()).add(call.func.__name__)
-        except (RuntimeError, ValueError, TypeError, IndexError) as e:     # what a rule raises that does not fit its call
-            failed.update({self.names[p]: e for w in call.weights for p in _leaves(w) if p in self.names})
+        except (RuntimeError, ValueError, TypeError, IndexError):         # what a rule raises that does not fit its call
+            failed |= self._names(call)
     _backward(tape, logits, labels, torch.ones_like(logits[:,0]), take)
     return {k: (v, ', '.join(sorted(funcs[k]))) for k,v in ours.items() if k not in failed}
 
-# %% ../nbs/02a_squares.ipynb #f35b68e3
+# %% ../nbs/02a_squares.ipynb #fd17606b
 @patch
 def _verify(self:SquaredGradients, x, tape, logits):
     "Fill `coverage`: which rule each parameter goes by"
@@ -423,7 +431,7 @@ def add_batch(self:SquaredGradients,
     if rest.any(): lengths[rest] += self.add_batch(x[rest], lambda _: (labels[rest,together:], weights[rest,together:]))
     return lengths
 
-# %% ../nbs/02a_squares.ipynb #fd17606b
+# %% ../nbs/02a_squares.ipynb #62f2e102
 @patch
 def _add_plain(self:SquaredGradients, x, i, labels, weights, lengths):
     "The slow way for one image"

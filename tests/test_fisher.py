@@ -182,6 +182,13 @@ def test_sampled_labels_are_drawn_from_the_model():
     sampled,exact = [estimate_fisher(model, [x], kind=o, progress=False)['bias'] for o in ('sampled','exact')]
     assert torch.allclose(sampled, exact, rtol=0.15)
 
+def test_a_normalisation_with_the_statistics_of_its_input():
+    "Without running statistics a rule cannot hold: an image alone is what counts"
+    model = nn.Sequential(nn.Conv2d(3,4,3), nn.BatchNorm2d(4, track_running_stats=False), nn.Flatten(), nn.Linear(64,3)).double()
+    x,y = given((4,3,6,6))
+    with pytest.warns(UserWarning, match='which is slower'): fisher = estimate_fisher(model, [(x,y)], kind='empirical', progress=False)
+    agree(fisher, one_by_one(model.eval(), x, lambda i,_: [(y[i],1)]))
+
 def test_what_the_rules_do_not_cover_is_said_once():
     model = TwoInputs()
     model.unused = nn.Linear(2,2)
