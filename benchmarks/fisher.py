@@ -4,9 +4,10 @@
 
 A row a network and method: images a second and peak memory, also as a share of a plain forward and backward pass of the same batch,
 the relative error against one image at a time and how many parameters are missing, or why the method fails. Each method has a
-process of its own. Its memory is what its first estimate takes beyond model, batch and imports (`first_s` seconds, with all that a package
-prepares or checks once); then it is timed in turns with the plain pass, and the ratio is the median over the turns. The other packages, in their newest versions, are installed into
-`benchmarks/.peers` if they are not there; PyTorch is that of the running environment. Random weights and pictures; Linux only.
+process of its own. Its memory is what its first estimate takes beyond model, batch and imports (`first_s` seconds, with all that a
+package prepares or checks once); then it is timed in turns with the plain pass, and the ratio is the median over the turns. The other
+packages, in their newest versions, are installed into `benchmarks/.peers` if they are not there; PyTorch is that of the running
+environment. Random weights and pictures; Linux only.
 """
 import ctypes, gc, json, os, platform, resource, subprocess, sys, sysconfig, tempfile, time
 from contextlib import nullcontext
