@@ -67,7 +67,7 @@ def fgvc_fisher(model, batches):
     "fgvc_fisher"
     from fgvc_fisher.fisher import Estimate
     estimate = Estimate(model, 'empirical', {})                 # what `estimate_fisher` fills; it checks its rules in the first call
-    def plan(y): return lambda logits: (y[:,None], torch.ones_like(logits[:,:1]))
+    def plan(y): return lambda logits, s: (y[s,None], torch.ones_like(logits[:,:1]))
     def run():
         for x,y in batches: estimate.add(x, plan(y))
         return dict(estimate.fisher())

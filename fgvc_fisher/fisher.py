@@ -95,15 +95,15 @@ def _most_probable(p, mass):
     p,labels = p.sort(dim=-1, descending=True, stable=True)
     return labels,p if mass>=1 else p*(p.cumsum(-1)-p<mass)
 
-# %% ../nbs/03_fisher.ipynb #98a2076f
-def _plan(logits, kind, y, first, seed, n_samples, mass):
-    "Labels and weights (B, K) for the images from number `first` on, with the data set's labels y (B,)"
+# %% ../nbs/03_fisher.ipynb #d5890031
+def _plan(logits, s, kind, y, first, seed, n_samples, mass):
+    "Labels and weights (b, K) for the images `s` of a batch that starts with number `first`, with the data set's labels y (B,)"
     p = logits.softmax(-1)
     if kind=='exact': return _most_probable(p, mass)
-    if kind=='sampled': return _draw(p, first, seed, n_samples),torch.full_like(p[:,:1], 1/n_samples).expand(-1, n_samples)
+    if kind=='sampled': return _draw(p, first+s.start, seed, n_samples),torch.full_like(p[:,:1], 1/n_samples).expand(-1, n_samples)
     if y.min()<0 or y.max()>=p.shape[1]:
         raise ValueError(f"labels {int(y.min())} to {int(y.max())}, but the model has {p.shape[1]} classes: these are not its labels")
-    return y[:,None],torch.ones_like(p[:,:1])
+    return y[s,None],torch.ones_like(p[:,:1])
 
 # %% ../nbs/03_fisher.ipynb #c643504a
 def weights_sha256(
@@ -221,16 +221,25 @@ class Estimate:
     ):
         self.total,self.kind,self.provenance = SquaredGradients(model),kind,provenance
         self.n_images,self.left,self.moments = 0,0.,torch.zeros(len(self.total.params)+1, dtype=torch.float64)
-    def add(self, x, plan):
-        def noted(logits):
-            labels,weights = plan(logits)
-            self.left += (1-weights.double().sum(1)).sum().item()
-            return labels,weights
-        lengths = self.total.add_batch(x, noted).cpu().double()
-        self.moments += torch.cat([lengths, lengths.sum(1, keepdim=True)], 1).square().sum(0)
-        self.n_images += len(x)
 
 # %% ../nbs/03_fisher.ipynb #41d17d62
+@patch
+def add(self:Estimate,
+    x:Tensor, # Images (B, ...)
+    plan, # Logits (b, C) and which images of the batch, a slice -> labels and weights (b, K), see `SquaredGradients.add_batch`
+):
+    "Add a batch."
+    def noted(logits, s):
+        labels,weights = plan(logits, s)
+        self.left += (1-weights.double().sum(1)).sum().item()
+        return labels,weights
+    step = 8 if x.device.type=='cpu' else len(x)
+    for s in (slice(a, a+step) for a in range(0, len(x), step)):
+        lengths = self.total.add_batch(x[s], partial(noted, s=s)).cpu().double()
+        self.moments += torch.cat([lengths, lengths.sum(1, keepdim=True)], 1).square().sum(0)
+    self.n_images += len(x)
+
+# %% ../nbs/03_fisher.ipynb #dcb02b8f
 @patch
 def fisher(self:Estimate)->DiagFisher: # On the CPU
     "What is there so far."
@@ -238,7 +247,7 @@ def fisher(self:Estimate)->DiagFisher: # On the CPU
     return DiagFisher({k: v.cpu() for k,v in self.total.sums.items()}, self.n_images, self.kind, self.provenance | left,
                       self.moments.clone(), self.total.coverage)
 
-# %% ../nbs/03_fisher.ipynb #dcb02b8f
+# %% ../nbs/03_fisher.ipynb #77db31c7
 @patch
 def resume(self:Estimate,
     path:str|Path, # A checkpoint, or where there is none yet
@@ -262,7 +271,7 @@ def _processes():
     state = PartialState()
     return state.num_processes,state.process_index
 
-# %% ../nbs/03_fisher.ipynb #77db31c7
+# %% ../nbs/03_fisher.ipynb #aacaa9c0
 @patch
 def gather(self:Estimate):
     "Add up what all processes have."
@@ -367,7 +376,7 @@ def _run(estimate, data, n_images, until, checkpoint, every, processes, process,
                 written = time.monotonic()
         if until and k%processes==processes-1 and not skip and estimate._sure(until, processes): return
 
-# %% ../nbs/03_fisher.ipynb #aacaa9c0
+# %% ../nbs/03_fisher.ipynb #c3a133ef
 @patch
 def error(self:DiagFisher)->pd.DataFrame: # Columns `total`, `error` (its standard error), `relative`; a row a parameter, and 'total'
     "How sure the estimate is, by parameter and over all. Raises `ValueError` if it holds no spread."
@@ -377,13 +386,13 @@ def error(self:DiagFisher)->pd.DataFrame: # Columns `total`, `error` (its standa
     table = pd.DataFrame(rows, columns=['total','error'], index=pd.Index([*self,'total'], name='parameter'))
     return table.assign(relative=table.error/table.total)
 
-# %% ../nbs/03_fisher.ipynb #c3a133ef
+# %% ../nbs/03_fisher.ipynb #7d184eb5
 @patch
 def coverage(self:DiagFisher)->pd.DataFrame: # Columns `shape`, `rule`: the functions it was used in, or the slow way; a row a parameter
     "How each parameter's Fisher was computed."
     return pd.DataFrame([(k, tuple(v.shape), self.rules.get(k, 'not noted')) for k,v in self.sums.items()], columns=['parameter','shape','rule']).set_index('parameter')
 
-# %% ../nbs/03_fisher.ipynb #7d184eb5
+# %% ../nbs/03_fisher.ipynb #25c92221
 @patch
 def summary(self:DiagFisher)->pd.DataFrame: # Columns `shape`, `mean`, `max`, `share` and, if known, `error`, the total's relative one; a row a parameter
     "A table with a row a parameter."
@@ -400,7 +409,7 @@ def _axes(ax, fisher, **labels):
     ax.set(title=f'{fisher.provenance.get("arch", "")}: {fisher.kind} Fisher of {fisher.n_images} images', **labels)
     return ax
 
-# %% ../nbs/03_fisher.ipynb #25c92221
+# %% ../nbs/03_fisher.ipynb #e5617b2a
 @patch
 def plot(self:DiagFisher, ax=None)->plt.Axes:
     "The mean Fisher of each parameter and the spread of its values, in the network's order."
@@ -411,7 +420,7 @@ def plot(self:DiagFisher, ax=None)->plt.Axes:
     ax.legend(frameon=False)
     return ax
 
-# %% ../nbs/03_fisher.ipynb #e5617b2a
+# %% ../nbs/03_fisher.ipynb #00373a87
 @patch
 def plot_histogram(self:DiagFisher, ax=None)->plt.Axes:
     "The histogram of all values on a logarithmic axis; zeros are counted in the legend."
@@ -423,7 +432,7 @@ def plot_histogram(self:DiagFisher, ax=None)->plt.Axes:
     ax.legend(frameon=False)
     return ax
 
-# %% ../nbs/03_fisher.ipynb #00373a87
+# %% ../nbs/03_fisher.ipynb #5bc4779d
 @patch
 def plot_share(self:DiagFisher, ax=None, top:int=6)->plt.Axes:
     "Each parameter's share of the total, in the network's order; the `top` largest are named."
@@ -434,7 +443,7 @@ def plot_share(self:DiagFisher, ax=None, top:int=6)->plt.Axes:
     ax.text(0.02, 0.95, '\n'.join(largest), transform=ax.transAxes, va='top', fontsize=8)
     return ax
 
-# %% ../nbs/03_fisher.ipynb #5bc4779d
+# %% ../nbs/03_fisher.ipynb #898231d8
 @patch
 def plot_enough(self:DiagFisher, ax=None)->plt.Axes:
     "The relative standard error that a number of images gives, of the total and of the parameters."
@@ -447,6 +456,6 @@ def plot_enough(self:DiagFisher, ax=None)->plt.Axes:
     ax.plot(n, relative['total']*scale, color=BLUE, label='the total')
     ax.plot(self.n_images, relative['total'], 'o', color=BLUE)
     ax.axhline(0.05, color='k', linewidth=0.8, linestyle=':')
-    ax.annotate(f'5 %: {math.ceil(self.n_images*(relative["total"]/0.05)**2):,} images', (n[0], 0.05), xytext=(4,3), textcoords='offset points', fontsize=8)
+    ax.annotate(f'5 %: {max(2, math.ceil(self.n_images*(relative["total"]/0.05)**2)):,} images', (n[0], 0.05), xytext=(4,3), textcoords='offset points', fontsize=8)
     ax.legend(frameon=False)
     return ax
