@@ -56,12 +56,14 @@ def _differ(a, b):
 def __add__(self:DiagFisher, other):
     "The estimate over the images of both. Raises `ValueError` if they are not of one kind and one network."
     if self.kind!=other.kind: raise ValueError(f"cannot add a Fisher of kind {other.kind!r} to one of kind {self.kind!r}")
-    if names := _differ(self.sums, other.sums): raise ValueError(f"cannot add the Fishers of two networks; these parameters differ: {names}")
+    if names := _differ(self.sums, other.sums):
+        raise ValueError(f"cannot add the Fishers of two networks; these parameters differ: {names}")
     hashes = {o.provenance.get('weights_sha256') for o in (self,other)}-{None}
     if len(hashes)>1: raise ValueError(f"cannot add the Fishers of two sets of weights: weights_sha256 {' and '.join(sorted(hashes))}")
     both = {k: v if other.provenance.get(k)==v else f'{v} + {other.provenance.get(k)}' for k,v in self.provenance.items()}
     moments = None if self.moments is None or other.moments is None else self.moments+other.moments
-    return DiagFisher({k: v+other.sums[k] for k,v in self.sums.items()}, self.n_images+other.n_images, self.kind, both, moments, self.rules)
+    sums = {k: v+other.sums[k] for k,v in self.sums.items()}
+    return DiagFisher(sums, self.n_images+other.n_images, self.kind, both, moments, self.rules)
 
 # %% ../nbs/03_fisher.ipynb #36bf8a8f
 @contextmanager
@@ -122,8 +124,8 @@ def _provenance(model, **settings):
     "What an estimate is made from, as strings"
     cfg = getattr(model, 'pretrained_cfg', None) or {}
     about = dict(arch=cfg.get('architecture') or type(model).__name__, weights=cfg.get('tag', ''), weights_sha256=weights_sha256(model),
-                 license=cfg.get('license', ''), **settings, python=platform.python_version(), torch=torch.__version__, timm=timm.__version__,
-                 fgvc_fisher=fgvc_fisher.__version__)
+                 license=cfg.get('license', ''), **settings, python=platform.python_version(), torch=torch.__version__,
+                 timm=timm.__version__, fgvc_fisher=fgvc_fisher.__version__)
     return {k: str(v) for k,v in about.items()}
 
 # %% ../nbs/03_fisher.ipynb #26ffb824
@@ -137,7 +139,8 @@ def _rounding(sums, halves):
     "What float16 changed, in words"
     error = max([((h.double()*s).sum()/v.double().sum()-1).abs().item() for v,(h,s) in zip(sums.values(), halves.values()) if v.any()], default=0.)
     lost = sum(int(((h==0)&(v!=0)).sum()) for v,(h,_) in zip(sums.values(), halves.values()))
-    return f"float16: the total of a parameter changed by {error:.1e} of it at most; {lost} of {sum(v.numel() for v in sums.values())} values became zero"
+    n = sum(v.numel() for v in sums.values())
+    return f"float16: the total of a parameter changed by {error:.1e} of it at most; {lost} of {n} values became zero"
 
 # %% ../nbs/03_fisher.ipynb #165b31fa
 FORMAT,MOMENTS = 'fgvc_fisher.DiagFisher/1','/moments'   # no parameter's name has a slash at its start
@@ -257,8 +260,10 @@ def resume(self:Estimate,
     old = DiagFisher.load(path)
     now = self.provenance | dict(kind=self.kind)
     for k,v in (old.provenance | dict(kind=old.kind)).items():
-        if k in now and now[k]!=v: raise ValueError(f"the checkpoint {path} is of another estimate: {k} {v}, not {now[k]}. Remove it or choose another file.")
-    if names := _differ(old.sums, self.total.sums): raise ValueError(f"the checkpoint {path} is of another network; these parameters differ: {names}")
+        if now.get(k, v)!=v:
+            raise ValueError(f"the checkpoint {path} is of another estimate: {k} {v}, not {now[k]}. Remove it or choose another file.")
+    if names := _differ(old.sums, self.total.sums):
+        raise ValueError(f"the checkpoint {path} is of another network; these parameters differ: {names}")
     for k,v in self.total.sums.items(): v.copy_(old.sums[k])
     self.n_images,self.moments,self.total.coverage = old.n_images,old.moments,old.rules
     self.left = float(old.provenance.get('mass_left', 0))*old.n_images
@@ -309,7 +314,8 @@ def _check_settings(kind, n_samples, mass, n_images, until):
 @patch
 def _sure(self:Estimate, until, processes):
     "Is the relative standard error of the total, over all processes, below `until`?"
-    numbers = torch.tensor([sum(v.double().sum().item() for v in self.total.sums.values()), self.moments[-1].item(), self.n_images], dtype=torch.float64)
+    total = sum(v.double().sum().item() for v in self.total.sums.values())
+    numbers = torch.tensor([total, self.moments[-1].item(), self.n_images], dtype=torch.float64)
     if processes>1:
         from accelerate.utils import reduce
         numbers = reduce(numbers.to(next(iter(self.total.sums.values())).device)).cpu()
@@ -390,14 +396,16 @@ def error(self:DiagFisher)->pd.DataFrame: # Columns `total`, `error` (its standa
 @patch
 def coverage(self:DiagFisher)->pd.DataFrame: # Columns `shape`, `rule`: the functions it was used in, or the slow way; a row a parameter
     "How each parameter's Fisher was computed."
-    return pd.DataFrame([(k, tuple(v.shape), self.rules.get(k, 'not noted')) for k,v in self.sums.items()], columns=['parameter','shape','rule']).set_index('parameter')
+    rows = [(k, tuple(v.shape), self.rules.get(k, 'not noted')) for k,v in self.sums.items()]
+    return pd.DataFrame(rows, columns=['parameter','shape','rule']).set_index('parameter')
 
 # %% ../nbs/03_fisher.ipynb #25c92221
 @patch
 def summary(self:DiagFisher)->pd.DataFrame: # Columns `shape`, `mean`, `max`, `share` and, if known, `error`, the total's relative one; a row a parameter
     "A table with a row a parameter."
     total = sum(v.double().sum().item() for v in self.sums.values())
-    rows = [(k, tuple(v.shape), v.mean().item()/self.n_images, v.max().item()/self.n_images, v.double().sum().item()/total) for k,v in self.sums.items()]
+    n = self.n_images
+    rows = [(k, tuple(v.shape), v.mean().item()/n, v.max().item()/n, v.double().sum().item()/total) for k,v in self.sums.items()]
     table = pd.DataFrame(rows, columns=['parameter','shape','mean','max','share'])
     return table if self.moments is None else table.assign(error=self.error().relative.to_numpy()[:-1])
 
@@ -456,6 +464,7 @@ def plot_enough(self:DiagFisher, ax=None)->plt.Axes:
     ax.plot(n, relative['total']*scale, color=BLUE, label='the total')
     ax.plot(self.n_images, relative['total'], 'o', color=BLUE)
     ax.axhline(0.05, color='k', linewidth=0.8, linestyle=':')
-    ax.annotate(f'5 %: {max(2, math.ceil(self.n_images*(relative["total"]/0.05)**2)):,} images', (n[0], 0.05), xytext=(4,3), textcoords='offset points', fontsize=8)
+    needed = max(2, math.ceil(self.n_images*(relative['total']/0.05)**2))
+    ax.annotate(f'5 %: {needed:,} images', (n[0], 0.05), xytext=(4,3), textcoords='offset points', fontsize=8)
     ax.legend(frameon=False)
     return ax

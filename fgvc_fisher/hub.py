@@ -44,7 +44,7 @@ def _check_command(arch, images, kind, out):
     if not arch or not images: raise SystemExit("fgvc-fisher needs --arch and --images; see --help")
     if not Path(out).absolute().parent.is_dir(): raise SystemExit(f"--out {out}: there is no folder {Path(out).absolute().parent}")
     if kind=='empirical' and not (Path(images)/'labels.csv').is_file():
-        raise SystemExit(f"--kind empirical needs the pictures' labels: {Path(images)/'labels.csv'}, with columns path and class_index")
+        raise SystemExit(f"--kind empirical needs labels: {Path(images)/'labels.csv'}, with columns path and class_index")
 
 # %% ../nbs/03a_hub.ipynb #10dc273f
 @call_parse
@@ -110,8 +110,9 @@ def model_card(
                          base_model=f"timm/{arch}.{about['weights']}" if tag else None)
     note = f"Licence of the weights and pictures that it was made from: {about['license']}." if about.get('license') else \
            "No licence was noted: ask whoever made this file on which pictures and weights it rests."
-    text = TEXT.format(kind=fisher.kind.capitalize(), arch=arch, tag=tag, n_params=sum(v.numel() for v in fisher.sums.values()), n_images=fisher.n_images,
-                       error=error, repo_id=repo_id, table=f'| header | value |\n|---|---|\n{rows}', license=note)
+    n_params = sum(v.numel() for v in fisher.sums.values())
+    text = TEXT.format(kind=fisher.kind.capitalize(), arch=arch, tag=tag, n_params=n_params, n_images=fisher.n_images, error=error,
+                       repo_id=repo_id, table=f'| header | value |\n|---|---|\n{rows}', license=note)
     return ModelCard(f'---\n{data.to_yaml()}\n---\n{text}')
 
 # %% ../nbs/03a_hub.ipynb #280e2ee8
