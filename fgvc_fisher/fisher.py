@@ -47,6 +47,7 @@ class DiagFisher(Mapping):
 
 # %% ../nbs/03_fisher.ipynb #426b7e33
 def _shapes(tensors): return {k: tuple(v.shape) for k,v in tensors.items()}
+def _totals(sums): return [v.double().sum().item() for v in sums.values()]
 def _differ(a, b):
     "Names of parameters that are not in both, or not of one shape"
     return ', '.join(sorted(dict(_shapes(a).items() ^ _shapes(b).items()))[:8])
@@ -314,8 +315,7 @@ def _check_settings(kind, n_samples, mass, n_images, until):
 @patch
 def _sure(self:Estimate, until, processes):
     "Is the relative standard error of the total, over all processes, below `until`?"
-    total = sum(v.double().sum().item() for v in self.total.sums.values())
-    numbers = torch.tensor([total, self.moments[-1].item(), self.n_images], dtype=torch.float64)
+    numbers = torch.tensor([sum(_totals(self.total.sums)), self.moments[-1].item(), self.n_images], dtype=torch.float64)
     if processes>1:
         from accelerate.utils import reduce
         numbers = reduce(numbers.to(next(iter(self.total.sums.values())).device)).cpu()
@@ -371,7 +371,7 @@ def _run(estimate, data, n_images, until, checkpoint, every, processes, process,
     "Add batch after batch; those that a checkpoint holds already are skipped"
     skip,written = estimate.n_images,time.monotonic()
     for k,(first,x,y) in enumerate(_batches(data, estimate.total.model, n_images, processes, process)):
-        if x is not None and skip: 
+        if x is not None and skip:
             if skip<len(x): raise ValueError(f"the checkpoint {checkpoint} ends inside a batch: give the same batches as before, or remove it")
             skip -= len(x)
         elif x is not None:
@@ -387,7 +387,7 @@ def _run(estimate, data, n_images, until, checkpoint, every, processes, process,
 def error(self:DiagFisher)->pd.DataFrame: # Columns `total`, `error` (its standard error), `relative`; a row a parameter, and 'total'
     "How sure the estimate is, by parameter and over all. Raises `ValueError` if it holds no spread."
     if self.moments is None: raise ValueError("this Fisher holds no moments: the spread between its images was not kept")
-    totals = [v.double().sum().item() for v in self.sums.values()]
+    totals = _totals(self.sums)
     rows = [(t/self.n_images, _standard_error(t, m, self.n_images)) for t,m in zip([*totals, sum(totals)], self.moments.tolist())]
     table = pd.DataFrame(rows, columns=['total','error'], index=pd.Index([*self,'total'], name='parameter'))
     return table.assign(relative=table.error/table.total)
@@ -403,9 +403,9 @@ def coverage(self:DiagFisher)->pd.DataFrame: # Columns `shape`, `rule`: the func
 @patch
 def summary(self:DiagFisher)->pd.DataFrame: # Columns `shape`, `mean`, `max`, `share` and, if known, `error`, the total's relative one; a row a parameter
     "A table with a row a parameter."
-    total = sum(v.double().sum().item() for v in self.sums.values())
-    n = self.n_images
-    rows = [(k, tuple(v.shape), v.mean().item()/n, v.max().item()/n, v.double().sum().item()/total) for k,v in self.sums.items()]
+    n,totals = self.n_images,_totals(self.sums)
+    total = sum(totals)
+    rows = [(k, tuple(v.shape), v.mean().item()/n, v.max().item()/n, t/total) for (k,v),t in zip(self.sums.items(), totals)]
     table = pd.DataFrame(rows, columns=['parameter','shape','mean','max','share'])
     return table if self.moments is None else table.assign(error=self.error().relative.to_numpy()[:-1])
 

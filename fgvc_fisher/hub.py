@@ -40,7 +40,7 @@ def _device(name):
 
 # %% ../nbs/03a_hub.ipynb #9c66798c
 def _check_command(arch, images, kind, out):
-    "`ValueError` or `FileNotFoundError` before anything is loaded"
+    "`SystemExit` that says what is wrong, before anything is loaded"
     if not arch or not images: raise SystemExit("fgvc-fisher needs --arch and --images; see --help")
     if not Path(out).absolute().parent.is_dir(): raise SystemExit(f"--out {out}: there is no folder {Path(out).absolute().parent}")
     if kind=='empirical' and not (Path(images)/'labels.csv').is_file():

@@ -158,13 +158,6 @@ def linear_rule(n, grad, input, weight, bias=None):
     yield weight, (Outer(g[:,0], x[:,0]) if g.shape[1]==1 else PerImage(n, lambda s: g[s].mT@x[s], weight.numel(), g.device))
     yield bias, _given(g.sum(1))
 
-# %% ../nbs/02a_squares.ipynb #d4c44b92
-def _affine(n, grad, normalised, weight, bias):
-    "Scale and shift of channels; `normalised` is a slice -> what was scaled, of `grad`'s shape in these images"
-    g = _channels(grad, n)
-    yield weight, PerImage(n, lambda s: (g[s]*_channels(normalised(s), len(range(n)[s]))).sum((1,3)), 4*g[0].numel(), g.device)
-    yield bias, _given(g.sum((1,3)))
-
 # %% ../nbs/02a_squares.ipynb #89afc5be
 @rule(F.batch_norm)
 def batch_norm_rule(n, grad, input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
@@ -179,7 +172,10 @@ def batch_norm_rule(n, grad, input, running_mean, running_var, weight=None, bias
 @rule(F.group_norm)
 def group_norm_rule(n, grad, input, num_groups, weight=None, bias=None, eps=1e-5):
     "`input` (B, C, ...)"
-    return _affine(n, grad, lambda s: F.group_norm(_pieces(input, n, s), num_groups, None, None, eps), weight, bias)
+    g = _channels(grad, n)
+    def normalised(s): return _channels(F.group_norm(_pieces(input, n, s), num_groups, eps=eps), len(range(n)[s]))
+    yield weight, PerImage(n, lambda s: (g[s]*normalised(s)).sum((1,3)), 4*g[0].numel(), g.device)
+    yield bias, _given(g.sum((1,3)))
 
 # %% ../nbs/02a_squares.ipynb #99e697d4
 @rule(F.layer_norm)
@@ -199,8 +195,7 @@ def _patches(input, weight, stride, padding, dilation, groups):
 # %% ../nbs/02a_squares.ipynb #93e7982b
 def _by_kernel(n, grad, input, weight, outputs, *settings):
     "The gradients of some outputs' weights, by PyTorch's own function"
-    w = weight[outputs] if grad.shape[1]==len(weight) else weight
-    gs,xs = grad[:,outputs].chunk(n),input.chunk(n)
+    w,gs,xs = weight[outputs],grad[:,outputs].chunk(n),input.chunk(n)
     def one(i): return torch.ops.aten.convolution_backward(gs[i], xs[i], w, None, *settings, [False,True,False])[1][None]
     return PerImage(n, lambda s: o[0] if len(o := [one(i) for i in range(n)[s]])==1 else torch.cat(o), 2**30, grad.device)
 
