@@ -1,0 +1,93 @@
+"""Other ways to fine-tune and remember, on the task of `warbirds.py`: only the last layer, a linear probe first, distillation.
+
+    python benchmarks/family.py PATH
+
+PATH as for `warbirds.py`, and the same recipe. The table and the picture have that script's arms too. These methods are here to compare
+with; they are no part of the package.
+"""
+from functools import partial
+from pathlib import Path
+import pandas as pd, torch, torch.nn.functional as F
+from fastai.callback.core import Callback
+from fastai.callback.tracker import TerminateOnNaNCallback
+from fastai.torch_core import set_seed
+from fastcore.script import call_parse
+from fgvc_fisher.callback import L2SPFisherCallback
+from fgvc_fisher.data import aircraft_dls, read_pictures
+from fgvc_fisher.experiment import STYLES, Run, plot_frontier, result_table, run_arm
+from fgvc_fisher.learner import aircraft_learner, head_name, source_dl, source_model
+from fgvc_fisher.retention import accuracy_on, halves
+from warbirds import append, machine, mobilenet, rows
+
+def start(run, source):
+    "A Learner in which BatchNorm's parameters freeze with their group"
+    set_seed(run.seed, reproducible=True)
+    return aircraft_learner(aircraft_dls(run.data, run.level, size=run.size, bs=run.bs), source, train_bn=False)
+
+def probe(run, learn, epochs):
+    "Train the last layer alone; BatchNorm's statistics stay, too"
+    learn.freeze()
+    learn.fit_one_cycle(epochs, run.lr, cbs=[L2SPFisherCallback(freeze_bn=True), TerminateOnNaNCallback()])
+    return learn
+
+def last_layer(run, source, fisher): return probe(run, start(run, source), run.epochs)
+
+def probe_first(run, source, fisher):
+    "An epoch for the last layer alone, then everything (LP-FT, Kumar et al. 2022)"
+    learn = probe(run, start(run, source), 1)
+    learn.unfreeze()
+    learn.fit_one_cycle(run.epochs, run.lr, cbs=TerminateOnNaNCallback())
+    return learn
+
+class LwF(Callback):
+    """Learning without Forgetting (Li and Hoiem 2016): on the target's pictures, the source's outputs shall stay as they were.
+    The source's head is held fixed here, since retention puts that very head back."""
+    run_valid = False
+    def __init__(self, source, weight, temperature=2.): self.source,self.weight,self.temperature = source,weight,temperature
+    def before_fit(self):
+        head = self.learn.model.get_submodule(head_name(self.learn.model))
+        self.hook = head.register_forward_pre_hook(lambda module, args: setattr(self, 'features', args[0]))
+        self.source.requires_grad_(False)
+    def after_loss(self):
+        with torch.no_grad(): wanted = self.source(self.x)/self.temperature
+        now = self.source.get_submodule(head_name(self.source))(self.features)/self.temperature
+        loss = F.kl_div(now.log_softmax(-1), wanted.log_softmax(-1), log_target=True, reduction='batchmean')*self.temperature**2
+        self.learn.loss_grad = self.loss_grad + self.weight*loss
+    def after_fit(self):
+        self.hook.remove()
+        self.source.requires_grad_(True)
+
+def distil(run, source, fisher, weight):
+    learn = start(run, source)
+    learn.fit_one_cycle(run.epochs, run.lr, cbs=[LwF(source, weight), TerminateOnNaNCallback()])
+    return learn
+
+ARMS = {'last layer only': last_layer, 'LwF, 1': partial(distil, weight=1.), 'linear probe first': probe_first, 'LwF, 10': partial(distil, weight=10.)}
+STYLES |= {'last layer only': ('#8c564b','P'), 'linear probe first': ('#c2185b','X'), 'LwF': ('#00838f','v')}
+
+@call_parse
+def main(
+    photos:str, # Folder with data/ and weights/
+    out:str='results/family', # Folder for the rows, the table and the picture
+    arms:str='results/warbirds30/runs.csv', # The rows of `warbirds.py`
+    epochs:int=4, # Passes over the training split
+    size:int=128, # Side of the pictures in pixels
+    seed:int=42, # Of the head, the order of the pictures and their crops
+):
+    photos,out = Path(photos),Path(out)
+    tree,device = photos/'data/warbirds30','cuda' if torch.cuda.is_available() else 'cpu'
+    out.mkdir(parents=True, exist_ok=True)
+    source = source_model(mobilenet, photos/'weights/mobilenetv1_075_imagenet.safetensors').to(device)
+    _,for_retention = [source_dl(o, source, size) for o in halves(read_pictures(photos/'data/imagenet_sample'))]
+    before = accuracy_on(source, for_retention)
+    for arm,tune in ARMS.items():
+        done = rows(out/'runs.csv')
+        if ((done.arm==arm) & (done.seed==seed)).any(): continue
+        print(f'\n{arm}, seed {seed}', flush=True)
+        row,curve,_ = run_arm(Run(str(tree), arm, size=size, epochs=epochs, seed=seed), source, for_retention, tune=tune)
+        append(pd.DataFrame([row | dict(data=tree.name, before=before, machine=machine(device))]), out/'runs.csv')
+    runs = pd.concat([pd.read_csv(arms), rows(out/'runs.csv')])
+    table = result_table(runs)
+    table.to_csv(out/'table.csv', float_format='%.4g')
+    plot_frontier(runs, before).figure.savefig(out/'frontier.png', dpi=100)
+    print(table.to_string(float_format='{:.3f}'.format))

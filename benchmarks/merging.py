@@ -1,0 +1,65 @@
+"""Merge one fine-tuned MobileNet-v1 with its source: by their Fishers, and straight. Both frontiers from a single training.
+
+    python benchmarks/merging.py PATH
+
+PATH as for `warbirds.py`, and the training is that script's plain one, seed 42. Every point: accuracy on the target's validation pictures and
+retention on ImageNet pictures. In between BatchNorm's running statistics belong to neither model: they are estimated again on the
+pictures that the target's Fisher comes from; for retention also with the source's put back.
+"""
+from pathlib import Path
+import pandas as pd, torch
+from fastcore.script import call_parse
+from torch.optim.swa_utils import update_bn
+from fgvc_fisher.data import picture_dl, pick_split, read_aircraft, read_pictures
+from fgvc_fisher.experiment import Run, fine_tune, plot_frontier
+from fgvc_fisher.fisher import estimate_fisher
+from fgvc_fisher.learner import normalise, source_dl, source_model
+from fgvc_fisher.merging import interpolate, merge
+from fgvc_fisher.retention import accuracy_on, halves, retention
+from warbirds import machine, mobilenet
+
+BETAS = [1e-4, 1e-3, 1e-2, 0.03, 0.1, 0.3, 1., 10., 100.]
+PARTS = [1., 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.]
+
+def points(source, tuned, fishers):
+    "`(method, strength, model)` along both curves"
+    for t in PARTS: yield 'straight, WiSE-FT',t,interpolate(source, tuned, t)
+    for beta in BETAS: yield 'Fisher-weighted',beta,merge(source, tuned, *fishers, beta)
+
+def plot(table, others, before):
+    "Both curves, and the arms that were fine-tuned one by one"
+    ax = plot_frontier(others, before)
+    for (method,t),color in zip(table.groupby('method', sort=False), ('#7a3b8f','#d2691e')):
+        for column,ls in (('retention_target_bn','-'), ('retention_source_bn',':')):
+            ax.plot(t[column], t.target, ls=ls, marker='.', ms=5, color=color, label=f'{method} ({column[10:16]} statistics)')
+    ax.set_title("One training, merged with its source, beside trainings of their own\n(hollow and dotted: source's BatchNorm statistics put back)")
+    ax.legend(frameon=False, fontsize=7)
+    return ax.figure
+
+@call_parse
+def main(
+    photos:str, # Folder with data/ and weights/
+    out:str='results/merging', # Folder for the table and the picture
+    arms:str='results/warbirds30/runs.csv', # Arms that were fine-tuned one by one, to draw beside
+    size:int=128, # Side of the pictures in pixels
+    n_images:int=1000, # Pictures of the training split for the target's Fisher and for BatchNorm's statistics
+):
+    photos,out = Path(photos),Path(out)
+    tree,device = photos/'data/warbirds30','cuda' if torch.cuda.is_available() else 'cpu'
+    out.mkdir(parents=True, exist_ok=True)
+    source = source_model(mobilenet, photos/'weights/mobilenetv1_075_imagenet.safetensors').to(device)
+    for_fisher,for_retention = [source_dl(o, source, size) for o in halves(read_pictures(photos/'data/imagenet_sample'))]
+    tuned = fine_tune(Run(str(tree), size=size), source).model.eval()
+    pictures = read_aircraft(tree)
+    train = pick_split(pictures, 'train').sample(n_images, random_state=0)
+    train,val = [normalise(picture_dl(o, size), source) for o in (train, pick_split(pictures, 'val'))]
+    fishers = estimate_fisher(source, for_fisher),estimate_fisher(tuned, train)
+    rows = []
+    for method,strength,model in points(source, tuned, fishers):
+        update_bn(train, model, device=device)
+        kept = retention(model, source, for_retention)
+        rows.append(dict(method=method, strength=strength, target=accuracy_on(model, val), retention_target_bn=kept['target'], retention_source_bn=kept['source']))
+        print(rows[-1], flush=True)
+    table = pd.DataFrame(rows).assign(before=accuracy_on(source, for_retention), machine=machine(device))
+    table.to_csv(out/'points.csv', index=False, float_format='%.6g')
+    plot(table, pd.read_csv(arms), table.before[0]).savefig(out/'frontier.png', dpi=100)
