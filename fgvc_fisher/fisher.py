@@ -284,8 +284,8 @@ def gather(self:Estimate):
     from accelerate.utils import reduce
     device = next(iter(self.total.sums.values())).device
     numbers = torch.cat([self.moments, torch.tensor([self.n_images,self.left], dtype=torch.float64)])
-    self.total.sums = {k: reduce(v) for k,v in self.total.sums.items()}
-    numbers = reduce(numbers.to(device)).cpu()
+    self.total.sums = {k: reduce(v, 'sum') for k,v in self.total.sums.items()}
+    numbers = reduce(numbers.to(device), 'sum').cpu()
     self.moments,self.n_images,self.left = numbers[:-2],int(numbers[-2]),numbers[-1].item()
 
 # %% ../nbs/03_fisher.ipynb #e22b62f3
@@ -318,7 +318,7 @@ def _sure(self:Estimate, until, processes):
     numbers = torch.tensor([sum(_totals(self.total.sums)), self.moments[-1].item(), self.n_images], dtype=torch.float64)
     if processes>1:
         from accelerate.utils import reduce
-        numbers = reduce(numbers.to(next(iter(self.total.sums.values())).device)).cpu()
+        numbers = reduce(numbers.to(next(iter(self.total.sums.values())).device), 'sum').cpu()
     total,moment,n = numbers.tolist()
     return n>=30 and _standard_error(total, moment, n) < until*total/n
 
