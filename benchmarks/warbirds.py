@@ -1,4 +1,4 @@
-"""Fine-tune MobileNet-v1 0.75 with its ImageNet weights on photographs of 30 aircraft types, in ten arms.
+"""Fine-tune MobileNet-v1 0.75 with its ImageNet weights on photographs of 30 aircraft types, in twelve arms.
 
     python benchmarks/warbirds.py PATH
 
@@ -20,8 +20,10 @@ from fgvc_fisher.learner import source_dl, source_model
 ARMS = {'plain': {}, 'L2-SP-Fisher, beta = 10': dict(beta=10.), 'L2-SP, 1e-2': dict(l2sp=1e-2),
         'L2-SP-Fisher, beta = 100': dict(beta=100.), 'L2, 5e-4': dict(alpha=5e-4), 'L2-SP-Fisher, beta = 1': dict(beta=1.),
         'L2-SP-Fisher, beta = 1, explicit': dict(beta=1., step='grad'),
-        'L2-SP-Fisher, beta = 10, frozen BatchNorm': dict(beta=10., freeze_bn=True), 'plain, frozen BatchNorm': dict(freeze_bn=True),
-        'L2-SP-Fisher, beta = 100, frozen BatchNorm': dict(beta=100., freeze_bn=True)}
+        'L2-SP-Fisher, beta = 10, frozen BatchNorm': dict(beta=10., freeze_bn=True),
+        'plain, lr 0.002': dict(lr=0.002), 'plain, lr 0.002, frozen BatchNorm': dict(lr=0.002, freeze_bn=True),
+        'L2-SP-Fisher, beta = 100, lr 0.002': dict(beta=100., lr=0.002),
+        'L2-SP-Fisher, beta = 100, lr 0.002, frozen BatchNorm': dict(beta=100., lr=0.002, freeze_bn=True)}
 
 mobilenet = partial(_gen_mobilenet_v1, 'mobilenetv1_100', 0.75, pretrained=False, pad_type='same', bn_eps=1e-3)
 

@@ -1,6 +1,7 @@
 "The penalty on a real architecture, against autograd"
-import math
+import copy, math
 import pytest, timm, torch
+import fgvc_fisher.penalty
 from fgvc_fisher.penalty import QuadraticPenalty, find_new
 
 @pytest.fixture
@@ -11,6 +12,8 @@ def tuned():
     model = timm.create_model('test_efficientnet', num_classes=3).double()
     theta0 = {n: p.detach() for n,p in source.named_parameters()}
     fisher = {n: torch.rand_like(p)*10**(4*torch.rand_like(p)-2) for n,p in theta0.items()}
+    with torch.no_grad():
+        for p in model.parameters(): p.add_(0.1*torch.randn_like(p))
     return model,theta0,fisher,find_new(model, theta0)
 
 def plain(model, theta0, fisher, new, alpha, beta, l2sp):
@@ -26,7 +29,110 @@ def test_value_and_gradient_against_autograd(tuned, alpha, beta, l2sp):
     grads = torch.autograd.grad(expected, [*model.parameters()], allow_unused=True)
     penalty.add_grad_(scale=3.)
     for p,g in zip(model.parameters(), grads):
-        assert torch.allclose(p.grad, torch.zeros_like(p) if g is None else 3*g, rtol=1e-12, atol=1e-14)
+        assert p.grad is None if g is None or not g.any() else torch.allclose(p.grad, 3*g, rtol=1e-12, atol=1e-14)
+
+def test_bunches_of_any_size_and_layout_agree(tuned, monkeypatch):
+    "One parameter at a time, all at once; weights in channels-last order"
+    model,theta0,fisher,new = tuned
+    def stepped(model):
+        model.zero_grad()
+        penalty = QuadraticPenalty(model, theta0, fisher, 5e-4, 3., 0.02, new)
+        penalty.add_grad_()
+        penalty.prox_(0.02)
+        return [*model.parameters(), *(p.grad for p in model.parameters())]
+    wanted = stepped(copy.deepcopy(model))
+    for size,layout in ((1, torch.contiguous_format), (10**9, torch.contiguous_format), (2**14, torch.channels_last)):
+        monkeypatch.setattr(fgvc_fisher.penalty, 'BUNCH', size)
+        for a,b in zip(stepped(copy.deepcopy(model).to(memory_format=layout)), wanted): assert torch.allclose(a, b, rtol=1e-12, atol=0)
+
+def test_terms_are_on_whom_they_are_put(tuned):
+    "Named choices and functions, in the table, the value, the gradient and the step"
+    model,theta0,fisher,new = tuned
+    penalty = QuadraticPenalty(model, theta0, fisher, 0.1, 3., 0.2, new, alpha_on='new', beta_on=lambda name, p: p.ndim==4)
+    table = penalty.table().set_index('parameter')
+    assert set(table[table.terms=='alpha'].index)==set(new)
+    held = [n for n,p in model.named_parameters() if p.ndim==4]
+    assert set(table[table.terms=='beta F + l2sp'].index)==set(held) and (table.loc[held].kind=='weight').all()
+    with torch.no_grad(): expected = sum(0.1*(p**2).sum() if n in new else ((3*fisher[n]+0.2)*(p-theta0[n])**2).sum() if n in held else 0. for n,p in model.named_parameters())
+    assert torch.isclose(penalty.value(), expected, rtol=1e-12)
+    before = {n: p.detach().clone() for n,p in model.named_parameters()}
+    penalty.add_grad_()
+    penalty.prox_(0.1)
+    for n,p in model.named_parameters():
+        assert torch.equal(p, before[n]) == (n not in [*new,*held]) and (p.grad is None) == (n not in [*new,*held])
+
+def test_the_papers_choice_for_inception_v4():
+    "By the counts of its 449 parameters; no BatchNorm, lower blocks under beta, upper ones and the head under alpha"
+    model = timm.create_model('inception_v4', num_classes=105)
+    ones = {n: torch.ones_like(p) for n,p in model.named_parameters()}
+    penalty = QuadraticPenalty(model, ones, ones, alpha=1., beta=1., alpha_on='published', beta_on='published')
+    weights = [n for n,p in model.named_parameters() if p.ndim==4 or 'linear' in n]
+    assert penalty.decayed | penalty.held == set(weights) and not penalty.decayed & penalty.held
+    assert penalty.held == {n for n in weights if n[9:].split('.')[0] in '0 1 2 3 4 5 6 7'.split()}
+
+def test_normalized_beta_does_not_depend_on_the_fishers_scale(tuned):
+    model,theta0,fisher,new = tuned
+    def moved(factor, **kw):
+        other = copy.deepcopy(model)
+        QuadraticPenalty(other, theta0, {n: factor*f for n,f in fisher.items()}, new=new, **kw).prox_(0.02)
+        return torch.cat([p.detach().flatten() for p in other.parameters()])
+    mean = torch.cat([f.flatten() for n,f in fisher.items() if n not in new]).mean().item()
+    wanted = moved(1., beta=2./mean)
+    for factor in (1e-9, 1., 1e6): assert torch.allclose(moved(factor, beta=2., normalize=True), wanted, rtol=1e-12)
+    with pytest.raises(ValueError, match='normalize=True: the Fisher is zero'): moved(0., beta=2., normalize=True)
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16])
+def test_kept_in_fewer_bits(tuned, dtype):
+    "The step is that of the rounded anchor and Fisher, in the parameters' precision"
+    model,theta0,fisher,new = tuned
+    rounded = [{n: v.to(dtype).double() for n,v in o.items()} for o in (theta0, fisher)]
+    a,b = copy.deepcopy(model),copy.deepcopy(model)
+    kept = QuadraticPenalty(a, theta0, fisher, beta=3., new=new, dtype=dtype)
+    assert {v.dtype for v in [*kept.anchor.values(), *kept.fisher.values()]}=={dtype}
+    kept.prox_(0.02)
+    QuadraticPenalty(b, *rounded, beta=3., new=new).prox_(0.02)
+    for p,q in zip(a.parameters(), b.parameters()): assert torch.equal(p, q)
+    assert math.isclose(kept.distance(), QuadraticPenalty(a, rounded[0], new=new).distance(), rel_tol=1e-12)
+
+def test_who_and_what_in_a_line(tuned):
+    model,theta0,fisher,new = tuned
+    model.conv_stem.weight.requires_grad_(False)
+    n,shared = len(theta0),len(theta0)-len(new)
+    said = QuadraticPenalty(model, theta0, fisher, alpha=1., beta=1., new=new, alpha_on='new').summary()
+    values = sum(v.numel() for k,v in theta0.items() if k not in new)
+    assert said==(f'alpha on {len(new)} of {n} parameters; beta F on {shared-1} of {n} parameters; 1 frozen; new: {", ".join(new)}; '
+                  f'anchor and Fisher take {2*8*values/1e6:.1f} MB')
+    half = QuadraticPenalty(model.to('meta'), theta0, new=new, device='cpu').summary()
+    assert half.endswith(f'the anchor takes {8*values/1e6:.1f} MB; {8*values/1e6:.1f} MB of them go from cpu to the parameters at every step')
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU here')
+def test_kept_on_the_cpu_for_a_gpu(tuned):
+    model,theta0,fisher,new = tuned
+    on_gpu = copy.deepcopy(model).cuda()
+    penalties = [QuadraticPenalty(o, theta0, fisher, 5e-4, 3., 0.02, new, device='cpu') for o in (model, on_gpu)]
+    for o in penalties: o.add_grad_(); o.prox_(0.02)
+    assert penalties[1].fisher['bn1.weight'].device.type=='cpu' and 'go from cpu to the parameters at every step' in penalties[1].summary()
+    for p,q in zip(model.parameters(), on_gpu.parameters()):
+        assert torch.allclose(p, q.cpu(), rtol=1e-12) and torch.allclose(p.grad, q.grad.cpu(), rtol=1e-12)
+
+def test_stiffest_names_the_parameter(tuned):
+    model,theta0,fisher,new = tuned
+    fisher['bn1.weight'][3] = 1e5
+    penalty = QuadraticPenalty(model, theta0, fisher, alpha=1., beta=2., l2sp=3., new=new)
+    assert penalty.stiffest(0.01)==(2*0.01*(2e5+3+1), 'bn1.weight')
+    assert penalty.stiffest({new[0]: 0.5})==(1., new[0])
+    model.requires_grad_(False)
+    assert penalty.stiffest(0.01)==(0., None)
+
+@pytest.mark.parametrize('lr', [-0.1, math.nan, math.inf])
+def test_rates_that_cannot_be_meant(tuned, lr):
+    with pytest.raises(ValueError, match=f'lr={lr}: a learning rate'): QuadraticPenalty(tuned[0], alpha=1.).prox_(lr)
+
+@pytest.mark.parametrize('kw,said', [(dict(alpha_on='head'), "alpha_on='head': choose one of all, weights, new, published"), (dict(beta_on='new'), "beta_on='new': choose"),
+    (dict(alpha_on='published'), "'published' is the paper's choice by the blocks of Inception-v4.*conv_stem.weight"),
+    (dict(l2sp=1., beta_on=lambda name, p: False), 'beta_on=.* chooses no parameter'), (dict(dtype=torch.int8), 'dtype=torch.int8')])
+def test_choices_that_cannot_be_meant(tuned, kw, said):
+    with pytest.raises(ValueError, match=said): QuadraticPenalty(tuned[0], alpha=1., **kw)
 
 def test_proximal_step_is_stationary(tuned):
     "At the result of the step, the gradient of Omega + ||theta - v||^2 / 2 lr is zero"
