@@ -26,17 +26,27 @@ class Columns(Callback):
 # %% ../nbs/05_callback.ipynb #f6720409
 @patch
 def before_fit(self:Columns):
-    "Add the columns. Raises `ValueError` if this callback came out of a file."
+    "Add the columns, if this is a training. Raises `ValueError` if this callback came out of a file."
+    if self.learn.lock.locked(): return
     if lost := [o for o in self.not_pickled if o not in vars(self)]:
         raise ValueError(f"this {type(self).__name__} was pickled or copied, without its {', '.join(lost)}: make a new one")
-    self.after_fit()                                              # a training that was interrupted has left its own
+    self.begin()
+    self._remove()                                                # a training that was interrupted has left its own
     self.learn.metrics = self.learn.metrics + [ValueMetric(f, n) for n,f in self.columns().items()]
 
 # %% ../nbs/05_callback.ipynb #c7d68d86
 @patch
+def begin(self:Columns): "What there is to do when a training begins."
+
+# %% ../nbs/05_callback.ipynb #fd78280c
+@patch
+def _remove(self:Columns): self.learn.metrics = [o for o in self.learn.metrics if o.name not in self.columns()]
+
+# %% ../nbs/05_callback.ipynb #f034bdec
+@patch
 def after_fit(self:Columns):
     "Take the columns away."
-    self.learn.metrics = [o for o in self.learn.metrics if o.name not in self.columns()]
+    if not self.learn.lock.locked(): self._remove()
 
 # %% ../nbs/05_callback.ipynb #f0acfa8a
 class L2SPFisherCallback(Columns):
@@ -65,13 +75,13 @@ def _new_parameters(model, anchor, fisher, new):
     if new is not None: return list(new)
     return list(dict.fromkeys(n for o in (anchor, fisher) if o is not None for n in find_new(model, o)))
 
-# %% ../nbs/05_callback.ipynb #fd78280c
+# %% ../nbs/05_callback.ipynb #f145958f
 @patch
 def _make(self:L2SPFisherCallback, model):
     "The penalty of this model"
     return QuadraticPenalty(model, self.anchor, self.fisher, new=_new_parameters(model, self.anchor, self.fisher, self.new), **self.kw)
 
-# %% ../nbs/05_callback.ipynb #f034bdec
+# %% ../nbs/05_callback.ipynb #5fb7254f
 @patch
 def table(self:L2SPFisherCallback,
     model:nn.Module|None=None, # The model to be tuned, before the first training
@@ -80,11 +90,10 @@ def table(self:L2SPFisherCallback,
     if self.penalty is None and model is None: raise ValueError("there is no penalty before the first training: pass the model, table(learn.model)")
     return (self.penalty or self._make(model)).table()
 
-# %% ../nbs/05_callback.ipynb #5fb7254f
+# %% ../nbs/05_callback.ipynb #80522dd0
 @patch
-def before_fit(self:L2SPFisherCallback):
+def begin(self:L2SPFisherCallback):
     "Make the penalty, at the first training. Raises `ValueError` if that starts in the middle and has no anchor."
-    Columns.before_fit(self)
     if self.penalty is not None: return
     if self.anchor is None and any(isinstance(o, SkipToEpoch) for o in self.learn.cbs):
         raise ValueError("training goes on from a later epoch, and its parameters are no anchor: pass anchor=dict(source_model.named_parameters())")
@@ -99,7 +108,7 @@ def rates(self:L2SPFisherCallback)->dict: # Parameter name -> learning rate
     rate = {id(p): hyper['lr'] for group,hyper in zip(opt.param_lists, opt.hypers) for p in group}
     return {n: rate[id(p)] for n,p in self.penalty.params.items() if id(p) in rate}
 
-# %% ../nbs/05_callback.ipynb #80522dd0
+# %% ../nbs/05_callback.ipynb #ef9e6fa2
 @patch
 def before_step(self:L2SPFisherCallback):
     "Add the penalty's gradient, if the step is explicit, and warn once where that cannot go well."
@@ -111,26 +120,26 @@ def before_step(self:L2SPFisherCallback):
         warnings.warn(f"the explicit step diverges: 2 * lr * (beta * max(F) + l2sp + alpha) = {factor:.3g} for {name}, and 2 is the limit; step='prox' has none")
     self.penalty.add_grad_()
 
-# %% ../nbs/05_callback.ipynb #ef9e6fa2
+# %% ../nbs/05_callback.ipynb #24bdf851
 @patch
 def after_cancel_step(self:L2SPFisherCallback):
     "Remember that there was no step."
     self.skipped = True
 
-# %% ../nbs/05_callback.ipynb #24bdf851
+# %% ../nbs/05_callback.ipynb #ce82d64e
 @patch
 def after_step(self:L2SPFisherCallback):
     "Take the proximal step, if there was a step."
     if self.step=='prox' and not self.skipped: self.penalty.prox_(self.rates)
 
-# %% ../nbs/05_callback.ipynb #ce82d64e
+# %% ../nbs/05_callback.ipynb #78ce8663
 @patch
 def columns(self:L2SPFisherCallback)->dict: # Name -> function
     "The penalty, its ratio to the training loss and the distance to theta0, at an epoch's end."
     def penalty(): return self.penalty.value().item()
     return dict(penalty=penalty, penalty_to_loss=lambda: penalty()/self.learn.smooth_loss.item(), distance=lambda: self.penalty.distance())
 
-# %% ../nbs/05_callback.ipynb #78ce8663
+# %% ../nbs/05_callback.ipynb #3ad0acae
 @patch
 def before_train(self:L2SPFisherCallback):
     "Put BatchNorm into evaluation mode, with `freeze_bn`."

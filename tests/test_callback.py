@@ -1,0 +1,103 @@
+"The callback in a Learner on pictures: export, columns, retention, BatchNorm"
+import copy, pickle
+import pytest, torch
+from fastai.basics import load_learner
+from fastai.callback.tracker import SaveModelCallback
+from fastai.torch_core import set_seed
+from fgvc_fisher.callback import L2SPFisherCallback
+from fgvc_fisher.data import aircraft_dls
+from fgvc_fisher.fisher import estimate_fisher
+from fgvc_fisher.learner import aircraft_learner, source_dl, source_model
+from fgvc_fisher.retention import Retention, accuracy_on, with_source_head
+
+@pytest.fixture(scope='module')
+def parts(drawn_source):
+    torch.manual_seed(0)
+    source = source_model('test_resnet', weights=None)
+    dl = source_dl(drawn_source, source, size=64, bs=8, num_workers=0)
+    return source,dl,estimate_fisher(source, dl, n_images=8, progress=False)
+
+def learner(drawn, source, **kwargs):
+    set_seed(3, reproducible=True)
+    return aircraft_learner(aircraft_dls(drawn, size=64, bs=8, num_workers=0), source, **kwargs)
+
+def fit(learn, *cbs, n=1):
+    with learn.no_bar(), learn.no_logging(): learn.fit(n, 0.01, cbs=cbs)
+    return learn
+
+def test_export_leaves_anchor_fisher_and_source_behind(drawn, parts, tmp_path):
+    source,dl,fisher = parts
+    learn = learner(drawn, source, path=tmp_path)
+    learn.export('small.pkl')
+    learn.add_cbs([L2SPFisherCallback(beta=1., fisher=fisher, anchor=dict(source.named_parameters())), Retention(source, dl)])
+    fit(learn).export('export.pkl')
+    assert (tmp_path/'export.pkl').stat().st_size < 1.1*(tmp_path/'small.pkl').stat().st_size
+    back = load_learner(tmp_path/'export.pkl')
+    assert all(torch.equal(p, q) for p,q in zip(back.model.parameters(), learn.model.parameters()))
+    with learn.no_bar(), back.no_bar():
+        assert back.predict(next((drawn/'data/images').glob('*.jpg')))[0] in back.dls.vocab
+        assert len(learn.validate())==2 and len(back.get_preds(dl=learn.dls.valid)[0])==len(learn.dls.valid_ds)
+    with pytest.raises(ValueError, match='L2SPFisherCallback was pickled or copied, without its fisher, anchor, penalty: make a new one'):
+        back.fit(1)
+    with pytest.raises(ValueError, match='Retention was pickled or copied, without its source, pictures'):
+        fit(learner(drawn, source), pickle.loads(pickle.dumps(Retention(source, dl))))
+
+def test_columns_come_and_go(drawn, parts):
+    source,dl,fisher = parts
+    learn,cb = learner(drawn, source),L2SPFisherCallback(beta=1., fisher=fisher)
+    fit(learn, cb, Retention(source, dl), n=2)
+    names,values = learn.recorder.metric_names,learn.recorder.values
+    assert names==['epoch','train_loss','valid_loss','accuracy','penalty','penalty_to_loss','distance','retention_target_bn','retention_source_bn','time']
+    last = dict(zip(names[1:], values[-1]))
+    assert last['penalty']==cb.penalty.value().item() and last['distance']==cb.penalty.distance() > 0
+    assert last['penalty_to_loss']==pytest.approx(last['penalty']/last['train_loss'])
+    assert last['retention_source_bn']==accuracy_on(with_source_head(learn.model, source, 'source'), dl)
+    assert [o.name for o in learn.metrics]==['accuracy']
+    fit(learn)
+    assert learn.recorder.metric_names==['epoch','train_loss','valid_loss','accuracy','time']
+
+def test_columns_after_an_interrupted_training(drawn, parts):
+    "Ctrl-C leaves the columns; the next training has each of them once"
+    class Stop(L2SPFisherCallback):
+        def after_batch(self): raise KeyboardInterrupt
+    learn = learner(drawn, parts[0])
+    with pytest.raises(KeyboardInterrupt): fit(learn, Stop())
+    fit(learn, L2SPFisherCallback())
+    assert learn.recorder.metric_names.count('penalty')==1
+
+def test_measuring_retention_changes_nothing(drawn, parts):
+    source,dl,_ = parts
+    a,b = fit(learner(drawn, source), n=2),fit(learner(drawn, source), Retention(source, dl), n=2)
+    for k,v in a.model.state_dict().items(): assert torch.equal(v, b.model.state_dict()[k]), k
+
+def test_going_on_in_a_new_learner_is_the_same_to_the_bit(drawn, parts, tmp_path):
+    "Model, optimizer, schedule and penalty; fastai deals and crops the pictures anew, unless each epoch is seeded"
+    source,_,fisher = parts
+    class Seeded(SaveModelCallback):
+        def before_epoch(self):
+            set_seed(self.epoch, reproducible=True)
+            self.dls.train.rng.seed(self.epoch)
+    def train(**kwargs):
+        learn = learner(drawn, source, path=tmp_path)
+        if kwargs: learn.load('epoch_0')
+        cbs = [L2SPFisherCallback(1e-3, 1., fisher, anchor=dict(source.named_parameters())), Seeded(every_epoch=True, fname='epoch', with_opt=True)]
+        with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(3, 0.02, cbs=cbs, **kwargs)
+        return learn
+    whole = copy.deepcopy(train().model.state_dict())
+    for k,v in train(start_epoch=1).model.state_dict().items(): assert torch.equal(v, whole[k]), k
+
+def test_frozen_batch_norm_keeps_the_sources_statistics(drawn, parts):
+    source = parts[0]
+    learn = fit(learner(drawn, source), L2SPFisherCallback(freeze_bn=True))
+    buffers = dict(source.named_buffers())
+    assert all(torch.equal(v, buffers[n]) for n,v in learn.model.named_buffers())
+    assert not torch.equal(learn.model.bn1.weight, source.bn1.weight)
+
+def test_a_table_before_training(drawn, parts):
+    source,_,fisher = parts
+    learn,cb = learner(drawn, source),L2SPFisherCallback(5e-4, 1., fisher, alpha_on='new', beta_on='weights')
+    table = cb.table(learn.model).set_index('parameter')
+    assert set(table[table.terms=='alpha'].index)==set(table[table.part=='new'].index)=={'fc.weight','fc.bias'}
+    assert set(table[table.terms=='beta F'].index)==set(table[(table.kind=='weight') & (table.part=='shared')].index)
+    assert cb.penalty is None
+    assert len(fit(learn, cb).model.state_dict()) and cb.table().moved.sum()>0
