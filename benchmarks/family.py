@@ -13,11 +13,10 @@ from fastai.callback.tracker import TerminateOnNaNCallback
 from fastai.torch_core import set_seed
 from fastcore.script import call_parse
 from fgvc_fisher.callback import L2SPFisherCallback
-from fgvc_fisher.data import aircraft_dls, read_pictures
-from fgvc_fisher.experiment import STYLES, Run, plot_frontier, result_table, run_arm
-from fgvc_fisher.learner import aircraft_learner, head_name, source_dl, source_model
-from fgvc_fisher.retention import accuracy_on, halves
-from warbirds import append, machine, mobilenet, rows
+from fgvc_fisher.data import aircraft_dls
+from fgvc_fisher.experiment import STYLES, plot_frontier, result_table
+from fgvc_fisher.learner import aircraft_learner, head_name
+from warbirds import rows, run_arms
 
 def start(run, source):
     "A Learner in which BatchNorm's parameters freeze with their group"
@@ -62,7 +61,8 @@ def distil(run, source, fisher, weight):
     learn.fit_one_cycle(run.epochs, run.lr, cbs=[LwF(source, weight), TerminateOnNaNCallback()])
     return learn
 
-ARMS = {'last layer only': last_layer, 'LwF, 1': partial(distil, weight=1.), 'linear probe first': probe_first, 'LwF, 10': partial(distil, weight=10.)}
+ARMS = {'last layer only': dict(tune=last_layer), 'LwF, 1': dict(tune=partial(distil, weight=1.)), 'linear probe first': dict(tune=probe_first),
+        'LwF, 10': dict(tune=partial(distil, weight=10.))}
 STYLES |= {'last layer only': ('#8c564b','P'), 'linear probe first': ('#c2185b','X'), 'LwF': ('#00838f','v')}
 
 @call_parse
@@ -74,20 +74,9 @@ def main(
     size:int=128, # Side of the pictures in pixels
     seed:int=42, # Of the head, the order of the pictures and their crops
 ):
-    photos,out = Path(photos),Path(out)
-    tree,device = photos/'data/warbirds30','cuda' if torch.cuda.is_available() else 'cpu'
-    out.mkdir(parents=True, exist_ok=True)
-    source = source_model(mobilenet, photos/'weights/mobilenetv1_075_imagenet.safetensors').to(device)
-    _,for_retention = [source_dl(o, source, size) for o in halves(read_pictures(photos/'data/imagenet_sample'))]
-    before = accuracy_on(source, for_retention)
-    for arm,tune in ARMS.items():
-        done = rows(out/'runs.csv')
-        if ((done.arm==arm) & (done.seed==seed)).any(): continue
-        print(f'\n{arm}, seed {seed}', flush=True)
-        row,curve,_ = run_arm(Run(str(tree), arm, size=size, epochs=epochs, seed=seed), source, for_retention, tune=tune)
-        append(pd.DataFrame([row | dict(data=tree.name, before=before, machine=machine(device))]), out/'runs.csv')
-    runs = pd.concat([pd.read_csv(arms), rows(out/'runs.csv')])
+    run_arms(ARMS, photos, out, size, epochs, [seed])
+    runs = pd.concat([pd.read_csv(arms), rows(Path(out)/'runs.csv')])
     table = result_table(runs)
-    table.to_csv(out/'table.csv', float_format='%.4g')
-    plot_frontier(runs, before).figure.savefig(out/'frontier.png', dpi=100)
+    table.to_csv(Path(out)/'table.csv', float_format='%.4g')
+    plot_frontier(runs, runs.before.iloc[0]).figure.savefig(Path(out)/'frontier.png', dpi=100)
     print(table.to_string(float_format='{:.3f}'.format))

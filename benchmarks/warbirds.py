@@ -1,4 +1,4 @@
-"""Fine-tune MobileNet-v1 0.75 with its ImageNet weights on photographs of 30 aircraft types, in twelve arms.
+"""Fine-tune MobileNet-v1 0.75 with its ImageNet weights on photographs of 30 aircraft types, in seven arms.
 
     python benchmarks/warbirds.py PATH
 
@@ -13,17 +13,14 @@ import pandas as pd, torch
 from fastcore.script import call_parse
 from timm.models.efficientnet import _gen_mobilenet_v1
 from fgvc_fisher.data import read_pictures
-from fgvc_fisher.experiment import Run, accuracy_on, halves, plot_curves, plot_frontier, result_table, run_arm
+from fgvc_fisher.experiment import Run, fine_tune, plot_curves, plot_frontier, result_table, run_arm
 from fgvc_fisher.fisher import estimate_fisher
 from fgvc_fisher.learner import source_dl, source_model
+from fgvc_fisher.retention import accuracy_on, halves
 
 ARMS = {'plain': {}, 'L2-SP-Fisher, beta = 10': dict(beta=10.), 'L2-SP, 1e-2': dict(l2sp=1e-2),
         'L2-SP-Fisher, beta = 100': dict(beta=100.), 'L2, 5e-4': dict(alpha=5e-4), 'L2-SP-Fisher, beta = 1': dict(beta=1.),
-        'L2-SP-Fisher, beta = 1, explicit': dict(beta=1., step='grad'),
-        'L2-SP-Fisher, beta = 10, frozen BatchNorm': dict(beta=10., freeze_bn=True),
-        'plain, lr 0.002': dict(lr=0.002), 'plain, lr 0.002, frozen BatchNorm': dict(lr=0.002, freeze_bn=True),
-        'L2-SP-Fisher, beta = 100, lr 0.002': dict(beta=100., lr=0.002),
-        'L2-SP-Fisher, beta = 100, lr 0.002, frozen BatchNorm': dict(beta=100., lr=0.002, freeze_bn=True)}
+        'L2-SP-Fisher, beta = 1, explicit': dict(beta=1., step='grad')}
 
 mobilenet = partial(_gen_mobilenet_v1, 'mobilenetv1_100', 0.75, pretrained=False, pad_type='same', bn_eps=1e-3)
 
@@ -44,6 +41,26 @@ def report(out):
     plot_curves(curves[curves.seed==42]).savefig(out/'curves.png', dpi=100)
     print(table.to_string(float_format='{:.3f}'.format))
 
+def run_arms(arms, photos, out, size, epochs, seeds):
+    "Run what is not in `out/runs.csv` yet, row by row. `arms`: name -> keywords of `Run`, and `tune` for another way to train; returns the Fisher"
+    photos,out = Path(photos),Path(out)
+    tree = photos/'data/warbirds30'
+    out.mkdir(parents=True, exist_ok=True)
+    device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    source = source_model(mobilenet, photos/'weights/mobilenetv1_075_imagenet.safetensors').to(device)
+    for_fisher,for_retention = [source_dl(o, source, size) for o in halves(read_pictures(photos/'data/imagenet_sample'))]
+    before,fisher = accuracy_on(source, for_retention),estimate_fisher(source, for_fisher)
+    for seed in seeds:
+        for arm,kw in arms.items():
+            done,kw = rows(out/'runs.csv'),dict(kw)
+            if ((done.arm==arm) & (done.seed==seed)).any(): continue
+            print(f'\n{arm}, seed {seed}', flush=True)
+            tune = kw.pop('tune', fine_tune)
+            row,curve,_ = run_arm(Run(str(tree), arm, size=size, seed=seed, **dict(epochs=epochs) | kw), source, for_retention, fisher, tune)
+            append(curve.reset_index(), out/'curves.csv')
+            append(pd.DataFrame([row | dict(data=tree.name, before=before, machine=machine(device))]), out/'runs.csv')
+    return fisher
+
 @call_parse
 def main(
     photos:str, # Folder with data/ and weights/
@@ -53,20 +70,6 @@ def main(
     seeds:int=2, # Runs an arm
     first:int=42, # The first seed; the others follow
 ):
-    photos,out = Path(photos),Path(out)
-    tree = photos/'data/warbirds30'
-    out.mkdir(parents=True, exist_ok=True)
-    device = 'cuda' if torch.cuda.is_available() else 'cpu'
-    source = source_model(mobilenet, photos/'weights/mobilenetv1_075_imagenet.safetensors').to(device)
-    for_fisher,for_retention = [source_dl(o, source, size) for o in halves(read_pictures(photos/'data/imagenet_sample'))]
-    before,fisher = accuracy_on(source, for_retention),estimate_fisher(source, for_fisher)
-    fisher.summary().to_csv(out/'fisher.csv', index=False, float_format='%.6g')
-    for seed in range(first, first+seeds):
-        for arm,kw in ARMS.items():
-            done = rows(out/'runs.csv')
-            if ((done.arm==arm) & (done.seed==seed)).any(): continue
-            print(f'\n{arm}, seed {seed}', flush=True)
-            row,curve,_ = run_arm(Run(str(tree), arm, size=size, epochs=epochs, seed=seed, **kw), source, for_retention, fisher)
-            append(curve.reset_index(), out/'curves.csv')
-            append(pd.DataFrame([row | dict(data=tree.name, before=before, machine=machine(device))]), out/'runs.csv')
-    report(out)
+    fisher = run_arms(ARMS, photos, out, size, epochs, range(first, first+seeds))
+    fisher.summary().to_csv(Path(out)/'fisher.csv', index=False, float_format='%.6g')
+    report(Path(out))

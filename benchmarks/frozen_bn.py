@@ -1,0 +1,31 @@
+"""What the source's BatchNorm statistics are worth: fine-tuned with them kept, beside the usual way.
+
+    python benchmarks/frozen_bn.py PATH
+
+PATH as for `warbirds.py`, and its recipe. At that recipe's learning rate of 0.02 training with kept statistics goes to pieces, as one arm
+shows; the others compare at 0.002.
+"""
+from pathlib import Path
+import pandas as pd
+from fastcore.script import call_parse
+from fgvc_fisher.experiment import plot_frontier, result_table
+from warbirds import rows, run_arms
+
+ARMS = {'L2-SP-Fisher, beta = 10, lr 0.02, kept': dict(beta=10., freeze_bn=True),
+        'plain, usual': dict(lr=0.002), 'plain, kept': dict(lr=0.002, freeze_bn=True),
+        'L2-SP-Fisher, beta = 100, usual': dict(beta=100., lr=0.002), 'L2-SP-Fisher, beta = 100, kept': dict(beta=100., lr=0.002, freeze_bn=True)}
+
+@call_parse
+def main(
+    photos:str, # Folder with data/ and weights/
+    out:str='results/frozen_bn', # Folder for the rows, the table and the picture
+    epochs:int=4, # Passes over the training split
+    size:int=128, # Side of the pictures in pixels
+    seed:int=42, # Of the head, the order of the pictures and their crops
+):
+    run_arms(ARMS, photos, out, size, epochs, [seed])
+    runs = rows(Path(out)/'runs.csv')
+    table = result_table(runs)
+    table.to_csv(Path(out)/'table.csv', float_format='%.4g')
+    plot_frontier(runs, runs.before[0]).figure.savefig(Path(out)/'frontier.png', dpi=100)
+    print(table.to_string(float_format='{:.3f}'.format))
