@@ -28,12 +28,12 @@ def points(source, tuned, fishers):
 
 def plot(table, others, before):
     "Both curves, and the arms that were fine-tuned one by one"
-    ax = plot_frontier(others, before)
+    ax = plot_frontier(others[others.target.notna()], before)
     for (method,t),color in zip(table.groupby('method', sort=False), ('#7a3b8f','#d2691e')):
         for column,ls in (('retention_target_bn','-'), ('retention_source_bn',':')):
             ax.plot(t[column], t.target, ls=ls, marker='.', ms=5, color=color, label=f'{method} ({column[10:16]} statistics)')
     ax.set_title("One training, merged with its source, beside trainings of their own\n(hollow and dotted: source's BatchNorm statistics put back)")
-    ax.legend(frameon=False, fontsize=7)
+    ax.legend(frameon=False, fontsize=8, loc='lower left')
     return ax.figure
 
 @call_parse
@@ -58,7 +58,8 @@ def main(
     for method,strength,model in points(source, tuned, fishers):
         update_bn(train, model, device=device)
         kept = retention(model, source, for_retention)
-        rows.append(dict(method=method, strength=strength, target=accuracy_on(model, val), retention_target_bn=kept['target'], retention_source_bn=kept['source']))
+        rows.append(dict(method=method, strength=strength, target=accuracy_on(model, val),
+                         retention_target_bn=kept['target'], retention_source_bn=kept['source']))
         print(rows[-1], flush=True)
     table = pd.DataFrame(rows).assign(before=accuracy_on(source, for_retention), machine=machine(device))
     table.to_csv(out/'points.csv', index=False, float_format='%.6g')

@@ -41,7 +41,8 @@ def plot(table):
     names,colors = dict(prox='proximal step', grad='explicit step'),plt.get_cmap('viridis')
     shown = [0., 0.1, 0.3, 1., 10., 1e12]
     for (beta,step),t in table[table.beta.isin(shown)].groupby(['beta','step']):
-        left.plot(t.i, t.distance, color=colors(shown.index(beta)/len(shown)), ls='-' if step=='prox' else ':', label=f'beta = {beta:g}' if step=='prox' else None)
+        prox = step=='prox'
+        left.plot(t.i, t.distance, color=colors(shown.index(beta)/len(shown)), ls='-' if prox else ':', label=f'beta = {beta:g}' if prox else None)
     for step,t in table[table.beta>0].groupby('step', sort=False):
         greatest = t[t.distance.map(math.isfinite)].groupby('beta').distance.max()
         right.plot(greatest, 'o-' if step=='prox' else 'x:', color='#1f5a99' if step=='prox' else '#a33c3c', label=names[step])
@@ -67,13 +68,14 @@ def main(
     fisher = estimate_fisher(source, source_dl(halves(read_pictures(photos/'data/imagenet_sample'))[0], source, size))
     set_seed(42, reproducible=True)
     learn = aircraft_learner(aircraft_dls(photos/'data/warbirds30', size=size, bs=32), source, opt_func=nesterov)
+    learn.model.to(device)
     batches = [[o.as_subclass(torch.Tensor) for o in b] for _,b in zip(range(n_steps), learn.dls.train)]
     rows = []
     for beta in BETAS:
         for step in ('prox','grad'):
             run = [dict(i=i, **o) for i,o in enumerate(train(learn.model, source, fisher, batches, beta, step, lr), 1)]
             rows += run
-            print(f"beta {beta:g}, {step}: {len(run)} steps, distance {run[-1]['distance']:.4g}, at most {max(o['distance'] for o in run):.4g}", flush=True)
+            print(f"beta {beta:g}, {step}: {len(run)} steps, distance {run[-1]['distance']:.4g}", flush=True)
     table = pd.DataFrame(rows).assign(machine=machine(device))
     table.to_csv(out/'steps.csv', index=False, float_format='%.6g')
     plot(table).savefig(out/'stability.png', dpi=100)

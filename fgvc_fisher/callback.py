@@ -62,17 +62,21 @@ class L2SPFisherCallback(Columns):
         anchor=None, # theta0, parameter name -> tensor; None: the parameters at the start of the first fit
         new=None, # Names of the new parameters or modules; None: what the Fisher or the anchor does not have; without either, none
         freeze_bn:bool=False, # Normalise by the source's BatchNorm statistics, and leave them as they are?
-        **kwargs # `alpha_on`, `beta_on`, `normalize`, `dtype`, `device`: see `QuadraticPenalty`
+        alpha_on='all', # Who is under alpha: 'all', 'weights', 'new', 'published', or a function `(name, parameter) -> bool`
+        beta_on='all', # Which of the shared are under beta and l2sp: 'all', 'weights', 'published', or a function
+        normalize:bool=False, # Divide F by its mean, so that one range of beta fits all models?
+        dtype=None, # How anchor and Fisher are kept, see `QuadraticPenalty`
+        device=None, # Where they are kept; 'cpu' saves a small card's memory, and costs a transfer a step
     ):
         if step not in ('prox','grad'): raise ValueError(f"step {step!r}: choose 'prox' or 'grad'")
         _check_coefficients(fisher, alpha=alpha, beta=beta, l2sp=l2sp)
         self.fisher,self.anchor,self.step,self.new,self.freeze_bn,self.penalty = fisher,anchor,step,new,freeze_bn,None
-        self.kw = kwargs | dict(alpha=alpha, beta=beta, l2sp=l2sp)
+        self.kw = dict(alpha=alpha, beta=beta, l2sp=l2sp, alpha_on=alpha_on, beta_on=beta_on, normalize=normalize, dtype=dtype, device=device)
 
 # %% ../nbs/05_callback.ipynb #4183ac4c
 def _new_parameters(model, anchor, fisher, new):
     "The names of the new parameters: as told, or what the anchor and the Fisher do not have"
-    if new is not None: return list(new)
+    if new is not None: return new
     return list(dict.fromkeys(n for o in (anchor, fisher) if o is not None for n in find_new(model, o)))
 
 # %% ../nbs/05_callback.ipynb #f145958f

@@ -169,7 +169,8 @@ def test_anchor_is_a_clone(tuned):
     model.conv_stem.weight.data.add_(1)
     assert penalty.value()>0
 
-@pytest.mark.parametrize('kw,said', [(dict(alpha=-1.), 'alpha=-1.0'), (dict(beta=math.nan), 'beta=nan'), (dict(l2sp=math.inf), 'l2sp=inf'), (dict(beta=1.), 'needs a Fisher')])
+@pytest.mark.parametrize('kw,said', [(dict(alpha=-1.), 'alpha=-1.0'), (dict(beta=math.nan), 'beta=nan'), (dict(l2sp=math.inf), 'l2sp=inf'), (dict(beta=1.), 'needs a Fisher'),
+    (dict(alpha='a'), 'alpha=a: a coefficient'), (dict(l2sp=None), 'l2sp=None: a coefficient')])
 def test_coefficients_that_cannot_be_meant(tuned, kw, said):
     with pytest.raises(ValueError, match=said): QuadraticPenalty(tuned[0], **kw)
 
@@ -189,3 +190,14 @@ def test_fisher_that_is_none(tuned, bad):
     fisher['bn1.bias'] = torch.full_like(fisher['bn1.bias'], bad)
     with pytest.raises(ValueError, match='the Fisher of bn1.bias has negative or non-finite'):
         QuadraticPenalty(model, theta0, fisher, beta=1., new=new)
+
+def test_a_fisher_that_is_too_large_for_its_dtype(tuned):
+    model,theta0,fisher,new = tuned
+    fisher['bn1.bias'] = torch.full_like(fisher['bn1.bias'], 1e6)
+    with pytest.raises(ValueError, match='the Fisher of bn1.bias has .* as torch.float16: estimate it again, or keep it in another dtype'):
+        QuadraticPenalty(model, theta0, fisher, beta=1., new=new, dtype=torch.float16)
+
+def test_new_by_one_name(tuned):
+    model,theta0,_,new = tuned
+    assert QuadraticPenalty(model, theta0, l2sp=1., new='classifier').shared==[n for n in theta0 if n not in new]
+    with pytest.raises(ValueError, match="new: 'head' is no parameter and no module of EfficientNet"): QuadraticPenalty(model, theta0, new='head')

@@ -4,9 +4,10 @@ from pathlib import Path
 import pytest, torch
 from torchvision.models import squeezenet1_1
 from fgvc_fisher.data import aircraft_dls, read_aircraft, read_pictures
-from fgvc_fisher.experiment import accuracy_on, retention
 from fgvc_fisher.fisher import estimate_fisher
 from fgvc_fisher.learner import aircraft_learner, normalise, source_dl, source_model
+from fgvc_fisher.merging import interpolate, merge
+from fgvc_fisher.retention import accuracy_on, retention
 
 @pytest.mark.parametrize('name,train,val,classes', [('warbirds30', 5213, 1148, 30), ('airliners17', 476, 102, 17)])
 def test_trees_are_read_as_they_lie(photos, name, train, val, classes):
@@ -64,3 +65,33 @@ def test_inception_v4_on_one_real_batch(photos):
     assert fisher.n_images==4 and len(fisher)==449 and all(v.isfinite().all() for v in fisher.values())
     assert len(cb.penalty.shared)==447 and len(learn.opt.param_lists)==3
     assert torch.isfinite(torch.tensor(learn.recorder.values[-1])).all() and cb.penalty.value().isfinite()
+
+def test_stable_at_every_beta_with_a_real_fisher(photos, mobilenet_075, monkeypatch):
+    "The proximal step never goes further for a larger beta; the explicit one breaks where it says it will"
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent/'benchmarks')
+    from stability import train
+    fisher = estimate_fisher(mobilenet_075, source_dl(read_pictures(photos/'data/imagenet_sample')[:64], mobilenet_075, size=64, num_workers=0), progress=False)
+    learn = aircraft_learner(aircraft_dls(photos/'data/airliners17', size=64, bs=8, num_workers=0), mobilenet_075)
+    batches = [[o.as_subclass(torch.Tensor) for o in b] for _,b in zip(range(6), learn.dls.train)]
+    def run(beta, step): return list(train(learn.model, mobilenet_075, fisher, batches, beta, step, lr=0.02))
+    last = None
+    for beta in (0., 1., 100., 1e6, 1e12):
+        distance = [o['distance'] for o in run(beta, 'prox')]
+        assert len(distance)==6 and (last is None or distance[-1] < last*1.001)
+        last = distance[-1]
+    broken = run(100., 'grad')
+    assert broken[0]['stiffness']>2 and (len(broken)<6 or broken[-1]['distance'] > 100*run(0., 'prox')[-1]['distance'])
+
+def test_merging_ends_at_both_models(photos, mobilenet_075):
+    "On photographs: the far ends of both curves know what source and tuned model know"
+    pictures = read_pictures(photos/'data/imagenet_sample')[:64]
+    dl = source_dl(pictures, mobilenet_075, size=64, num_workers=0)
+    learn = aircraft_learner(aircraft_dls(photos/'data/airliners17', size=64, bs=8, num_workers=0), mobilenet_075)
+    with torch.no_grad():
+        for p in learn.model.parameters(): p.add_(0.05*torch.randn_like(p)*p.abs().mean())
+    fishers = [estimate_fisher(m, d, n_images=16, progress=False) for m,d in ((mobilenet_075, dl), (learn.model, learn.dls.valid))]
+    source_end,tuned_end = [merge(mobilenet_075, learn.model, *fishers, beta) for beta in (1e30, 0.)]
+    assert retention(source_end, mobilenet_075, dl)['source']==accuracy_on(mobilenet_075, dl)
+    assert all(torch.equal(p, q) for p,q in zip(tuned_end.parameters(), learn.model.parameters()))
+    for a,b in ((interpolate(mobilenet_075, learn.model, 0.), source_end), (interpolate(mobilenet_075, learn.model, 1.), tuned_end)):
+        assert retention(a, mobilenet_075, dl)==retention(b, mobilenet_075, dl)
