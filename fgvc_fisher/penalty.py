@@ -23,7 +23,8 @@ def differences(
 )->list: # `(parameter's name, what is different)`, in the model's order, then what only the source has
     "The parameters in which a network and a Fisher or an anchor differ, by name or by shape. Raises `ValueError` for what is neither."
     if not isinstance(source, Mapping):
-        raise ValueError(f"a Fisher or an anchor maps parameter names to tensors; {type(source).__name__} does not. Of a model: dict(model.named_parameters())")
+        raise ValueError(f"a Fisher or an anchor maps parameter names to tensors; {type(source).__name__} does not. "
+                         "Of a model: dict(model.named_parameters())")
     own,rest = dict(model.named_parameters()),[k for k in source if k not in dict(model.named_parameters())]
     def how(name):
         if name not in source: return 'is not in the source'
@@ -43,7 +44,8 @@ def find_new(
     if not set(own)-set(differ): raise ValueError(f"{type(model).__name__} shares no parameter with the source: no name and shape in common")
     last = max(i for i,n in enumerate(own) if n not in differ)
     if wrong := [f'{k} {v}' for k,v in differ.items() if k not in own[last+1:]]:
-        raise ValueError(f"this Fisher or anchor is of another model: {shorten(', '.join(wrong), 400)}. If these are new on purpose, name them in `new`.")
+        raise ValueError(f"this Fisher or anchor is of another model: {shorten(', '.join(wrong), 400)}. "
+                         "If these are new on purpose, name them in `new`.")
     return own[last+1:]
 
 # %% ../nbs/04_penalty.ipynb #bfae5cd5
@@ -94,7 +96,8 @@ def _check_new(model, new):
     "A list of names; `ValueError` for one that no parameter and no module has"
     new = [new] if isinstance(new, str) else list(new)
     for o in new:
-        if not any(_is_new(n, [o]) for n,_ in model.named_parameters()): raise ValueError(f"new: {o!r} is no parameter and no module of {type(model).__name__}")
+        if not any(_is_new(n, [o]) for n,_ in model.named_parameters()):
+            raise ValueError(f"new: {o!r} is no parameter and no module of {type(model).__name__}")
     return new
 
 # %% ../nbs/04_penalty.ipynb #75c5033b
@@ -233,11 +236,13 @@ def add_grad_(self:QuadraticPenalty,
 @patch
 def _pulls(self:QuadraticPenalty, names, step):
     "Which part of the way to their anchors these parameters go, by a step of `2 lr / (1+a)`: tensors, or one number"
-    if not self.beta: return step*self.l2sp/(1+step*self.l2sp)
-    fisher,beta = self._fetch(self.fisher, names),self.beta/self.unit
+    beta = self.beta/self.unit
+    if beta*max(self.greatest.values(), default=0.) <= 1e-20*self.l2sp: return step*self.l2sp/(1+step*self.l2sp) # F adds nothing to l2sp
+    dtype = self.params[names[0]].dtype
+    fisher = [o.to(torch.promote_types(dtype, torch.float32)) for o in self._fetch(self.fisher, names)] # k does not fit into 16 bits
     if self.l2sp: fisher = torch._foreach_add(fisher, self.l2sp/beta)
     half = max(1/(step*beta), torch.finfo(fisher[0].dtype).tiny)
-    return torch._foreach_div(fisher, torch._foreach_add(fisher, half))
+    return [o.to(dtype) for o in torch._foreach_div(fisher, torch._foreach_add(fisher, half))]
 
 # %% ../nbs/04_penalty.ipynb #e104ca7e
 @patch

@@ -1,5 +1,6 @@
 "The penalty on a real architecture, against autograd"
 import copy, math
+from itertools import product
 import pytest, timm, torch
 import fgvc_fisher.penalty
 from fgvc_fisher.penalty import QuadraticPenalty, find_new
@@ -142,6 +143,18 @@ def test_proximal_step_is_stationary(tuned):
     penalty.prox_(lr)
     goal = plain(model, theta0, fisher, new, 5e-4, 3., 0.02) + sum(((p-o)**2).sum() for p,o in zip(model.parameters(), v))/(2*lr)
     for g in torch.autograd.grad(goal, [*model.parameters()]): assert g.abs().max() < 1e-9
+
+@pytest.mark.parametrize('beta,l2sp', [*product([1e-300,1e-40,1e-12,1e12,1e30], [0.,1e-30,0.1,1e30]), (1e40,0.), (1e300,0.)])
+@pytest.mark.parametrize('dtype', [torch.float16, torch.float32, torch.float64])
+def test_no_strength_overflows(beta, l2sp, dtype):
+    "Beside the closed form in Python's float; a parameter without Fisher, too"
+    model = torch.nn.Linear(3, 1, bias=False, dtype=dtype)
+    fisher,theta0,v = [0.,1e-3,100.],[1.,2.,-3.],[0.5,-2.,4.]
+    torch.nn.init.zeros_(model.weight).data += torch.tensor([v], dtype=dtype)
+    QuadraticPenalty(model, {'weight': torch.tensor([theta0])}, {'weight': torch.tensor([fisher])}, beta=beta, l2sp=l2sp).prox_(0.02)
+    c = [0.04*(beta*f+l2sp) for f in fisher]
+    wanted = torch.tensor([[a + k/(1+k)*(b-a) for a,b,k in zip(v, theta0, c)]])
+    assert torch.allclose(model.weight.detach().float(), wanted, rtol=2e-3 if dtype==torch.float16 else 1e-6)
 
 @pytest.mark.parametrize('beta', [0., 1e-6, 1., 1e6, 1e12])
 def test_never_beyond_the_anchor_in_float32(tuned, beta):
