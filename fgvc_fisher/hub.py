@@ -129,7 +129,7 @@ def push_to_hub(
     with tempfile.TemporaryDirectory() as folder:
         fisher.save(Path(folder)/FILE, half)
         model_card(fisher, repo_id).save(Path(folder)/'README.md')
-        return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=f'Add {fisher}'))
+        return api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=f'Add {fisher}').commit_url
 
 # %% ../nbs/03a_hub.ipynb #ac2628e7
 def from_hub(
