@@ -19,6 +19,7 @@ from PIL import Image
 from fastai.data.all import Categorize, ColReader, DataLoaders, Datasets, IntToFloatTensor, TfmdDL, Transform, default_device
 from fastai.vision.all import PILImage, TensorImage, verify_images
 from timm.data import create_transform
+from .archive import untar_aircraft
 
 # %% ../nbs/00_data.ipynb #39937d3c
 LEVELS = {'variant':'variants.txt', 'family':'families.txt', 'manufacturer':'manufacturers.txt'} # each with its list of labels

@@ -1,0 +1,197 @@
+"The archive's way to disk, against a server that does what servers and networks do"
+import gzip, io, os, random, shutil, signal, subprocess, sys, tarfile, time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
+import pytest
+from fgvc_fisher.archive import NAME, untar_aircraft
+
+def pack(members):
+    "The bytes of a .tar.gz; members: name -> bytes, or a TarInfo"
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode='w:gz') as tar:
+        for name,data in members.items():
+            info = data if isinstance(data, tarfile.TarInfo) else tarfile.TarInfo(name)
+            if isinstance(data, bytes): info.size = len(data)
+            tar.addfile(info, io.BytesIO(data) if isinstance(data, bytes) else None)
+    return packed.getvalue()
+
+FILES = {f'{NAME}/data/{o}': random.Random(o).randbytes(20_000) for o in ('variants.txt', *(f'images/{i:07}.jpg' for i in range(9)))}
+ARCHIVE = pack(FILES)
+
+class Server(ThreadingHTTPServer):
+    "Serves `data`; the attributes say what goes wrong"
+    def __init__(self):
+        super().__init__(('127.0.0.1', 0), Handler)
+        self.data,self.ranges,self.cut,self.status,self.tag,self.hang,self.pause,self.lie,self.asked = ARCHIVE,True,None,None,'"a"',False,0,0,[]
+        self.url = f'http://127.0.0.1:{self.server_port}/{NAME}.tar.gz'
+        Thread(target=self.serve_forever, daemon=True).start()
+
+class Handler(BaseHTTPRequestHandler):
+    def log_message(self, *args): pass
+    def do_GET(self):
+        s,start = self.server,0
+        if s.ranges and self.headers['Range'] and self.headers['If-Range']==s.tag: start = int(self.headers['Range'][6:-1])
+        s.asked.append(start)
+        if s.hang: time.sleep(2); return
+        if s.status: self.send_error(s.status); return
+        if start and start>=len(s.data): self.send_error(416); return
+        self.send_response(206 if start else 200)
+        self.send_header('Content-Length', str(len(s.data)-start+s.lie))
+        if s.tag: self.send_header('ETag', s.tag)
+        self.end_headers()
+        end = len(s.data) if s.cut is None else start+s.cut
+        for i in range(start, min(end, len(s.data)), 10_000):
+            self.wfile.write(s.data[i:min(i+10_000, end)])
+            time.sleep(s.pause)
+
+@pytest.fixture
+def server():
+    s = Server()
+    yield s
+    s.shutdown()
+
+def get(dest, server, **kwargs): return untar_aircraft(dest, server.url, quiet=True, **dict(timeout=5) | kwargs)
+
+def is_whole(dest): return all((dest/k).read_bytes()==v for k,v in FILES.items())
+def is_clean(dest): return {o.name for o in dest.iterdir()} <= {f'.{NAME}.lock', NAME}
+
+def test_downloaded_once_and_said_so(server, tmp_path, capsys):
+    assert untar_aircraft(tmp_path, server.url, quiet=False)==tmp_path/NAME and is_whole(tmp_path) and is_clean(tmp_path)
+    assert 'non-commercial research' in capsys.readouterr().out
+    assert untar_aircraft(tmp_path, server.url)==tmp_path/NAME and server.asked==[0]
+    assert not capsys.readouterr().out
+
+def test_quiet_in_ci(server, tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv('CI', 'true')
+    untar_aircraft(tmp_path, server.url)
+    assert capfd.readouterr()==('','')
+
+def test_goes_on_where_it_broke_off(server, tmp_path):
+    server.cut = 70_000
+    get(tmp_path, server)
+    assert server.asked==[*range(0, len(ARCHIVE), 70_000)] and is_whole(tmp_path) and is_clean(tmp_path)
+
+def test_goes_on_in_the_next_call(server, tmp_path):
+    server.cut = 0
+    part = tmp_path/f'{NAME}.tar.gz.part'
+    part.write_bytes(ARCHIVE[:50_000]); part.with_name(part.name+'.tag').write_text('"a"')
+    with pytest.raises(ConnectionError, match=r'broke off after 50,000 bytes .* They are kept: call again to go on'): get(tmp_path, server)
+    assert part.stat().st_size==50_000 and not (tmp_path/NAME).exists()
+    server.cut = None
+    get(tmp_path, server)
+    assert server.asked[-1]==50_000 and is_whole(tmp_path) and is_clean(tmp_path)
+
+@pytest.mark.parametrize('ranges,tag', [(False,'"a"'), (True,None)])
+def test_starts_again_where_the_server_cannot_go_on(server, tmp_path, ranges, tag):
+    "No ranges, or nothing to tell one file from another by"
+    server.ranges,server.tag,server.cut = ranges,tag,70_000
+    with pytest.raises(ConnectionError, match='broke off after 70,000 bytes'): get(tmp_path, server)
+    server.cut = None
+    get(tmp_path, server)
+    assert set(server.asked)=={0} and is_whole(tmp_path) and is_clean(tmp_path)
+
+def test_two_files_are_never_joined(server, tmp_path):
+    "The file changed between two attempts: all of the new one is sent"
+    part = tmp_path/f'{NAME}.tar.gz.part'
+    part.write_bytes(b'x'*50_000); part.with_name(part.name+'.tag').write_text('"old"')
+    get(tmp_path, server)
+    assert server.asked==[0] and is_whole(tmp_path)
+
+def test_a_part_that_is_too_long(server, tmp_path):
+    part = tmp_path/f'{NAME}.tar.gz.part'
+    part.write_bytes(ARCHIVE+b'more'); part.with_name(part.name+'.tag').write_text('"a"')
+    get(tmp_path, server)
+    assert is_whole(tmp_path) and is_clean(tmp_path)
+
+def test_wrong_length(server, tmp_path):
+    with pytest.raises(ValueError, match=f'has {len(ARCHIVE):,} bytes instead of 12,345'): get(tmp_path, server, size=12_345)
+    assert not (tmp_path/NAME).exists()
+
+def test_a_server_that_promises_more_than_it_has(server, tmp_path):
+    server.lie = 10
+    with pytest.raises(ConnectionError, match='broke off after'): get(tmp_path, server)
+    assert not (tmp_path/NAME).exists()
+
+def flipped(at): return ARCHIVE[:at] + bytes([ARCHIVE[at]^0xff]) + ARCHIVE[at+1:]
+@pytest.mark.parametrize('data', [ARCHIVE[:-1], ARCHIVE[:100_000], flipped(1), flipped(100_000), flipped(len(ARCHIVE)-6), b'', b'<html>no</html>', gzip.compress(b'no tar at all')],
+                         ids=['a byte short','cut','header','middle','checksum','empty','page','no tar'])
+def test_damaged_archives(server, tmp_path, data):
+    server.data = data
+    with pytest.raises(ValueError, match='It was removed: call again to download it anew'): get(tmp_path, server)
+    assert {o.name for o in tmp_path.iterdir()}=={f'.{NAME}.lock'}
+    server.data = ARCHIVE
+    get(tmp_path, server)
+    assert is_whole(tmp_path)
+
+def test_another_archive(server, tmp_path):
+    server.data = pack({'other/file': b'x'})
+    with pytest.raises(ValueError, match=f'holds no folder {NAME}/data/images'): get(tmp_path, server)
+    assert not (tmp_path/NAME).exists()
+
+def link(kind, to):
+    info = tarfile.TarInfo(f'{NAME}/data/link')
+    info.type,info.linkname = kind,to
+    return info
+@pytest.mark.parametrize('name,data,said', [(f'{NAME}/../../outside', b'x', 'leads out of the folder'), ('/tmp/outside-of-it', b'x', 'leads out of the folder'),
+    ('link', link(tarfile.SYMTYPE, '/etc'), 'link or a device'), ('link', link(tarfile.LNKTYPE, '/etc/passwd'), 'link or a device'),
+    ('device', link(tarfile.CHRTYPE, ''), 'link or a device')])
+def test_hostile_archives(server, tmp_path, name, data, said):
+    server.data = pack(FILES | {name: data})
+    with pytest.raises(ValueError, match=said): get(tmp_path/'dest', server)
+    assert [o.name for o in tmp_path.iterdir()]==['dest'] and {o.name for o in (tmp_path/'dest').iterdir()}=={f'.{NAME}.lock'}
+    assert not os.path.exists('/tmp/outside-of-it')
+
+@pytest.mark.parametrize('status,error', [(404, FileNotFoundError), (403, FileNotFoundError), (503, ConnectionError)])
+def test_refusals(server, tmp_path, status, error):
+    server.status = status
+    with pytest.raises(error, match=f'{NAME}.tar.gz.* the server answered {status}' if status<500 else f'the server answered {status}'): get(tmp_path, server)
+    assert len(server.asked)==(1 if status<500 else 3)
+
+def test_silence_and_nobody_there(server, tmp_path):
+    server.hang = True
+    with pytest.raises(ConnectionError, match='timed out'): get(tmp_path, server, timeout=0.2)
+    with pytest.raises(ConnectionError, match='refused'): untar_aircraft(tmp_path, 'http://127.0.0.1:9/x.tar.gz', quiet=True)
+
+def test_an_archive_on_disk_stays(tmp_path):
+    file = tmp_path/'mine.tar.gz'
+    file.write_bytes(ARCHIVE)
+    untar_aircraft(tmp_path/'dest', file, quiet=True)
+    assert is_whole(tmp_path/'dest') and file.read_bytes()==ARCHIVE
+
+@pytest.mark.parametrize('kb,said', [(100, 'bytes are in .*part, and stay there'), (250, 'no space left to unpack .* The archive is kept')])
+def test_a_full_disk(server, tmp_path, kb, said):
+    "In the download, and while unpacking; with room again it goes on"
+    disk = tmp_path/'disk'
+    disk.mkdir()
+    if subprocess.run(['mount','-t','tmpfs','-o',f'size={kb}k','tmpfs',disk], capture_output=True).returncode: pytest.skip('no tmpfs can be mounted here')
+    try:
+        with pytest.raises(OSError, match=said): get(disk, server)
+        assert not (disk/NAME).exists() and not (disk/f'.{NAME}.unpacking').exists()
+        subprocess.run(['mount','-o','remount,size=2m',disk], check=True)
+        get(disk, server)
+        assert is_whole(disk) and is_clean(disk)
+        assert (server.asked[-1]>0) if kb==100 else len(server.asked)==1
+    finally: subprocess.run(['umount',disk], check=True)
+
+def process(dest, server):
+    return subprocess.Popen([sys.executable, '-c', 'import sys; from fgvc_fisher.archive import untar_aircraft; untar_aircraft(*sys.argv[1:], quiet=True)', str(dest), server.url],
+                            stderr=subprocess.DEVNULL)
+
+def test_two_processes_at_once(server, tmp_path):
+    server.pause = 0.05
+    both = [process(tmp_path, server) for _ in range(2)]
+    assert [o.wait() for o in both]==[0,0] and server.asked==[0] and is_whole(tmp_path) and is_clean(tmp_path)
+
+@pytest.mark.parametrize('how', [signal.SIGINT, signal.SIGKILL])
+def test_stopped_at_any_time(server, tmp_path, how):
+    "Again and again; a tree is there whole or not at all, and what came is not asked for again"
+    server.pause,n = 0.1,0
+    while not (tmp_path/NAME).exists() and n<20:
+        n,p,before = n+1,process(tmp_path, server),len(server.asked)
+        while len(server.asked)==before and p.poll() is None: time.sleep(0.01)
+        time.sleep(random.uniform(0.1, 0.8))
+        p.send_signal(how)
+        p.wait()
+        assert not (tmp_path/NAME).exists() or is_whole(tmp_path)
+    get(tmp_path, server)
+    assert is_whole(tmp_path) and is_clean(tmp_path) and 1<n<20 and server.asked==sorted(server.asked)
