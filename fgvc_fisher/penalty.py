@@ -193,8 +193,8 @@ def distance(self:QuadraticPenalty)->float: # Euclidean, over all shared paramet
     moved = (self.params[n]-self.anchor[n].to(self.params[n]) for n in self.shared)
     return math.sqrt(sum(o.square().sum(dtype=torch.float64).item() for o in moved))
 
-# %% ../nbs/04_penalty.ipynb #afc79045
-BUNCH = 2**20 # Values in a bunch, more where one parameter has more
+# %% ../nbs/04_penalty.ipynb #403aaf6f
+BUNCH = {'cpu': 2**18} # Values in a bunch by kind of device, more where one parameter has more; elsewhere 2**24
 
 # %% ../nbs/04_penalty.ipynb #18345b78
 @patch
@@ -205,7 +205,7 @@ def _bunches(self:QuadraticPenalty, rates):
         rate,alpha,held = rates.get(n),self.alpha*(n in self.decayed),self._holds(n)
         if not (p.requires_grad and rate and (alpha or held)): continue
         names,size = bunches.pop(key := (rate,alpha,held,p.device,p.dtype), ([],0))
-        if size+p.numel()>BUNCH and names: yield key[:3],names; names,size = [],0
+        if size+p.numel()>BUNCH.get(p.device.type, 2**24) and names: yield key[:3],names; names,size = [],0
         bunches[key] = names+[n],size+p.numel()
     for key,(names,_) in bunches.items(): yield key[:3],names
 
@@ -242,7 +242,10 @@ def _pulls(self:QuadraticPenalty, names, step):
     fisher = [o.to(torch.promote_types(dtype, torch.float32)) for o in self._fetch(self.fisher, names)] # k does not fit into 16 bits
     if self.l2sp: fisher = torch._foreach_add(fisher, self.l2sp/beta)
     half = max(1/(step*beta), torch.finfo(fisher[0].dtype).tiny)
-    return [o.to(dtype) for o in torch._foreach_div(fisher, torch._foreach_add(fisher, half))]
+    pulls = torch._foreach_add(fisher, half)
+    torch._foreach_reciprocal_(pulls)
+    torch._foreach_mul_(pulls, fisher)
+    return [o.to(dtype) for o in pulls]
 
 # %% ../nbs/04_penalty.ipynb #e104ca7e
 @patch
