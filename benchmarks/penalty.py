@@ -7,7 +7,7 @@ seconds of a whole step, and the milliseconds of what the penalty adds, timed by
 pass). `floor_ms` is what reading and writing the same bytes takes: one `torch.lerp` over arrays as long as all parameters, which reads
 three numbers and writes one. Random weights and pictures.
 """
-import copy, platform, time
+import copy, os, platform, time
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -16,6 +16,7 @@ from fastcore.script import call_parse
 from fgvc_fisher.penalty import QuadraticPenalty
 
 ALPHA,BETA = 5e-4,10.
+os.environ['TORCHINDUCTOR_FORCE_DISABLE_CACHES'] = '1' # a first call is to compile
 
 class Step:
     "A training step; `extra` is what a penalty does, on the loss, before or after the optimizer's step"

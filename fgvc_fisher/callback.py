@@ -121,7 +121,8 @@ def before_step(self:L2SPFisherCallback):
     factor,name = (0., None) if self.warned else self.penalty.stiffest(self.rates)
     if factor>2:
         self.warned = True
-        warnings.warn(f"the explicit step diverges: 2 * lr * (beta * max(F) + l2sp + alpha) = {factor:.3g} for {name}, and 2 is the limit; step='prox' has none")
+        warnings.warn(f"the explicit step diverges: 2 * lr * (beta * max(F) + l2sp + alpha) = {factor:.3g} for {name}, "
+                      "and 2 is the limit; step='prox' has none")
     self.penalty.add_grad_()
 
 # %% ../nbs/05_callback.ipynb #24bdf851
