@@ -62,7 +62,7 @@ def distil(run, source, fisher, **kwargs):
     return learn
 
 ARMS = {'last layer only': dict(tune=last_layer), 'linear probe first': dict(tune=probe_first),
-        'LwF, 1': dict(tune=partial(distil, weight=1.)), 'LwF, 10': dict(tune=partial(distil, weight=10.)),
+        'LwF, 1': dict(tune=partial(distil, weight=1.)),
         'LwF, 1, own statistics': dict(tune=partial(distil, weight=1., own_bn=True)), 'LwF, 10, own statistics': dict(tune=partial(distil, weight=10., own_bn=True))}
 STYLES |= {'last layer only': ('#8c564b','P'), 'linear probe first': ('#c2185b','X'), 'LwF': ('#00838f','v')}
 
