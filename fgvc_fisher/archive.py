@@ -32,7 +32,9 @@ def _ask(url, part, timeout):
     known = tag.read_text() if tag.exists() else ''
     headers = {'User-Agent': 'fgvc_fisher', 'Accept-Encoding': 'identity'} | ({'Range': f'bytes={have}-', 'If-Range': known} if have and known else {})
     answer = urlopen(Request(url, headers=headers), timeout=timeout)
-    tag.write_text(answer.headers.get('ETag') or answer.headers.get('Last-Modified') or '')
+    if answer.status!=206: part.unlink(missing_ok=True)                 # before its new tag: the part may be of another file
+    etag = answer.headers.get('ETag', '')
+    tag.write_text(etag if etag and not etag.startswith('W/') else answer.headers.get('Last-Modified') or '')
     return answer,have if answer.status==206 else 0
 
 # %% ../nbs/00_archive.ipynb #3bffdcf0
@@ -51,7 +53,8 @@ def _fetch(url, part, size, timeout, quiet):
         raise FileNotFoundError(f"{url}: the server answered {e.code} {e.reason}. Is there a mirror? Pass it as `url`") from e
     length = _length(answer, have)
     if size and length not in (None, size): raise ValueError(f"{url} has {length:,} bytes instead of {size:,}: this is not the archive")
-    with answer, open(part, 'r+b' if have else 'wb', buffering=0) as f, tqdm(total=length, initial=have, unit='B', unit_scale=True, desc=part.stem, disable=quiet) as bar:
+    bar = tqdm(total=length, initial=have, unit='B', unit_scale=True, desc=part.stem, disable=quiet)
+    with answer, open(part, 'r+b' if have else 'wb', buffering=0) as f, bar:
         f.seek(have)
         f.truncate()
         while block := answer.read1(2**18): f.write(block); bar.update(len(block))

@@ -7,8 +7,8 @@ Docs: https://fgvc-fisher.github.io/fgvc_fisher/callback.html.md"""
 # %% auto #0
 __all__ = ['Columns', 'L2SPFisherCallback']
 
-# %% ../nbs/05_callback.ipynb #a00f91b3
-import math, warnings
+# %% ../nbs/05_callback.ipynb #c20da9ad
+import warnings
 from torch import nn
 from fastcore.basics import patch
 from fastai.callback.core import Callback

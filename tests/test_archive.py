@@ -97,6 +97,11 @@ def test_two_files_are_never_joined(server, tmp_path):
     get(tmp_path, server)
     assert server.asked==[0] and is_whole(tmp_path)
 
+def test_a_weak_tag_cannot_tell_files_apart(server, tmp_path):
+    server.tag,server.cut = 'W/"a"',70_000
+    with pytest.raises(ConnectionError): get(tmp_path, server)
+    assert set(server.asked)=={0} and not (tmp_path/f'{NAME}.tar.gz.part.tag').read_text()
+
 def test_a_part_that_is_too_long(server, tmp_path):
     part = tmp_path/f'{NAME}.tar.gz.part'
     part.write_bytes(ARCHIVE+b'more'); part.with_name(part.name+'.tag').write_text('"a"')
