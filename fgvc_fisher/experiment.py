@@ -323,7 +323,7 @@ def fgvc_finetune(
     out:str='finetuned', # Folder for model.safetensors, fisher.safetensors, curve.csv and result.csv
 ):
     "Fine-tune a pretrained network on FGVC-Aircraft so that it remembers, and measure both."
-    run = Run(data, 'fine-tuned', alpha, beta, l2sp, 'prox', level, size, bs, epochs, lr, seed)
+    run = Run(data, 'fine-tuned', alpha, beta, l2sp, level=level, size=size, bs=bs, epochs=epochs, lr=lr, seed=seed)
     row = _said(_finetune, run, arch, weights, source, Path(out))
     names = [o for o in row if o.startswith(('target','retention'))]
     print('\n' + '\n'.join(f'{o:22} {row[o]:.3f}' for o in names) + f'\n\nWritten to {out}')
