@@ -38,6 +38,11 @@ def _device(name):
         return PartialState(cpu=name=='cpu').device
     return torch.device(name or ('cuda' if torch.cuda.is_available() else 'cpu'))
 
+# %% ../nbs/03a_hub.ipynb #82dbac7c
+def _part():
+    "Several processes end their talk together: one that just goes can crash on its way out"
+    if torch.distributed.is_initialized(): torch.distributed.barrier(); torch.distributed.destroy_process_group()
+
 # %% ../nbs/03a_hub.ipynb #9c66798c
 def _check_command(arch, images, kind, out):
     "`SystemExit` that says what is wrong, before anything is loaded"
@@ -72,6 +77,7 @@ def fgvc_fisher(
     if weights: about = dict(weights='', weights_file=Path(weights).name, license='') | about        # not timm's own
     fisher = estimate_fisher(model, source_dl(read_folder(images), model, size or None, bs), kind, n_samples, mass, n_images or None,
                              until or None, seed, checkpoint=f'{out}.checkpoint', provenance=about)
+    _part()
     if int(os.environ.get('RANK', 0))>0: return
     fisher.save(out, half)
     error = fisher.error().loc['total']

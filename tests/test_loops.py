@@ -202,6 +202,9 @@ learn,kw = learner(partial(SGD, mom=0.9))
 with learn.distrib_ctx(sync_bn=False, cpu=True), learn.no_bar(), learn.no_logging():
     learn.fit(2, 0.1, cbs=L2SPFisherCallback(**kw))
 if accelerator.is_main_process: torch.save((model.state_dict(), learn.model.state_dict()), sys.argv[2])
+# a process that just goes can crash on its way out
+torch.distributed.barrier()
+torch.distributed.destroy_process_group()
 """
 
 def test_two_processes(tmp_path):
