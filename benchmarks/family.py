@@ -15,9 +15,9 @@ from fastai.torch_core import set_seed
 from fastcore.script import call_parse
 from fgvc_fisher.callback import L2SPFisherCallback
 from fgvc_fisher.data import aircraft_dls
-from fgvc_fisher.experiment import STYLES, plot_frontier, result_table
+from fgvc_fisher.experiment import STYLES
 from fgvc_fisher.learner import aircraft_learner, head_name
-from warbirds import rows, run_arms
+from warbirds import report, rows, run_arms
 
 def start(run, source):
     "A Learner in which BatchNorm's parameters freeze with their group"
@@ -76,8 +76,4 @@ def main(
     seed:int=42, # Of the head, the order of the pictures and their crops
 ):
     run_arms(ARMS, photos, out, size, epochs, [seed])
-    runs = pd.concat([pd.read_csv(arms), rows(Path(out)/'runs.csv')])
-    table = result_table(runs)
-    table.to_csv(Path(out)/'table.csv', float_format='%.4g')
-    plot_frontier(runs, runs.before.iloc[0]).figure.savefig(Path(out)/'frontier.png', dpi=100)
-    print(table.to_string(float_format='{:.3f}'.format))
+    report(pd.concat([pd.read_csv(arms), rows(Path(out)/'runs.csv')]), out)

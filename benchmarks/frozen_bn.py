@@ -6,10 +6,8 @@ PATH as for `warbirds.py`, and its recipe. At that recipe's learning rate of 0.0
 shows; the others compare at 0.002.
 """
 from pathlib import Path
-import pandas as pd
 from fastcore.script import call_parse
-from fgvc_fisher.experiment import plot_frontier, result_table
-from warbirds import rows, run_arms
+from warbirds import report, rows, run_arms
 
 ARMS = {'L2-SP-Fisher, beta = 10, lr 0.02, kept': dict(beta=10., freeze_bn=True),
         'plain, usual': dict(lr=0.002), 'plain, kept': dict(lr=0.002, freeze_bn=True),
@@ -24,8 +22,4 @@ def main(
     seed:int=42, # Of the head, the order of the pictures and their crops
 ):
     run_arms(ARMS, photos, out, size, epochs, [seed])
-    runs = rows(Path(out)/'runs.csv')
-    table = result_table(runs)
-    table.to_csv(Path(out)/'table.csv', float_format='%.4g')
-    plot_frontier(runs, runs.before[0]).figure.savefig(Path(out)/'frontier.png', dpi=100)
-    print(table.to_string(float_format='{:.3f}'.format))
+    report(rows(Path(out)/'runs.csv'), out)

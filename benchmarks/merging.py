@@ -7,16 +7,16 @@ retention on ImageNet pictures. In between BatchNorm's running statistics belong
 pictures that the target's Fisher comes from; for retention also with the source's put back.
 """
 from pathlib import Path
-import pandas as pd, torch
+import pandas as pd
 from fastcore.script import call_parse
 from torch.optim.swa_utils import update_bn
-from fgvc_fisher.data import picture_dl, pick_split, read_aircraft, read_pictures
+from fgvc_fisher.data import picture_dl, pick_split, read_aircraft
 from fgvc_fisher.experiment import Run, fine_tune, plot_frontier
 from fgvc_fisher.fisher import estimate_fisher
-from fgvc_fisher.learner import normalise, source_dl, source_model
+from fgvc_fisher.learner import normalise
 from fgvc_fisher.merging import interpolate, merge
-from fgvc_fisher.retention import accuracy_on, halves, retention
-from warbirds import machine, mobilenet
+from fgvc_fisher.retention import accuracy_on, retention
+from warbirds import machine, task
 
 BETAS = [1e-4, 1e-3, 1e-2, 0.03, 0.1, 0.3, 1., 10., 100.]
 PARTS = [1., 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.]
@@ -44,11 +44,10 @@ def main(
     size:int=128, # Side of the pictures in pixels
     n_images:int=1000, # Pictures of the training split for the target's Fisher and for BatchNorm's statistics
 ):
-    photos,out = Path(photos),Path(out)
-    tree,device = photos/'data/warbirds30','cuda' if torch.cuda.is_available() else 'cpu'
+    out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    source = source_model(mobilenet, photos/'weights/mobilenetv1_075_imagenet.safetensors').to(device)
-    for_fisher,for_retention = [source_dl(o, source, size) for o in halves(read_pictures(photos/'data/imagenet_sample'))]
+    tree,source,for_fisher,for_retention = task(photos, size)
+    device = next(source.parameters()).device.type
     tuned = fine_tune(Run(str(tree), size=size), source).model.eval()
     pictures = read_aircraft(tree)
     train = pick_split(pictures, 'train').sample(n_images, random_state=0)

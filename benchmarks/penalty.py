@@ -18,7 +18,7 @@ from fgvc_fisher.penalty import QuadraticPenalty
 ALPHA,BETA = 5e-4,10.
 
 class Step:
-    "A training step; `extra` is what a penalty does, on the loss, before or after the optimizer's step"
+    "A training step, with what a penalty does: on the loss, before or after the optimizer's step"
     def __init__(self, model, x, y, source, fisher):
         self.model,self.x,self.y,self.source,self.fisher = model,x,y,source,fisher
         # a tiny rate: untrained, the early layers' gradients are in the thousands

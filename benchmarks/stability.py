@@ -10,12 +10,11 @@ from pathlib import Path
 import matplotlib.pyplot as plt, pandas as pd, torch
 from fastcore.script import call_parse
 from fastai.torch_core import set_seed
-from fgvc_fisher.data import aircraft_dls, read_pictures
+from fgvc_fisher.data import aircraft_dls
 from fgvc_fisher.fisher import estimate_fisher
-from fgvc_fisher.learner import aircraft_learner, nesterov, source_dl, source_model
+from fgvc_fisher.learner import aircraft_learner, nesterov
 from fgvc_fisher.penalty import QuadraticPenalty, find_new
-from fgvc_fisher.retention import halves
-from warbirds import machine, mobilenet
+from warbirds import machine, task
 
 BETAS = [0., 0.01, 0.1, 0.3, 1., 10., 1e3, 1e6, 1e9, 1e12]
 
@@ -61,13 +60,13 @@ def main(
     n_steps:int=30, # Training steps each
     lr:float=0.02, # Learning rate
 ):
-    photos,out = Path(photos),Path(out)
+    out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    device = 'cuda' if torch.cuda.is_available() else 'cpu'
-    source = source_model(mobilenet, photos/'weights/mobilenetv1_075_imagenet.safetensors').to(device)
-    fisher = estimate_fisher(source, source_dl(halves(read_pictures(photos/'data/imagenet_sample'))[0], source, size))
+    tree,source,for_fisher,_ = task(photos, size)
+    device = next(source.parameters()).device.type
+    fisher = estimate_fisher(source, for_fisher)
     set_seed(42, reproducible=True)
-    learn = aircraft_learner(aircraft_dls(photos/'data/warbirds30', size=size, bs=32), source, opt_func=nesterov)
+    learn = aircraft_learner(aircraft_dls(tree, size=size, bs=32), source, opt_func=nesterov)
     learn.model.to(device)
     batches = [[o.as_subclass(torch.Tensor) for o in b] for _,b in zip(range(n_steps), learn.dls.train)]
     rows = []

@@ -32,23 +32,25 @@ def rows(file): return pd.read_csv(file) if file.exists() else pd.DataFrame(colu
 
 def append(table, file): pd.concat([rows(file), table]).to_csv(file, index=False, float_format='%.6g')
 
-def report(out):
-    "The table and the pictures, from the rows"
-    runs,curves = rows(out/'runs.csv').sort_values(['seed','beta'], kind='stable'),rows(out/'curves.csv')
+def report(runs, out):
+    "The table and the picture, from the rows"
     table = result_table(runs)
-    table.to_csv(out/'table.csv', float_format='%.4g')
-    plot_frontier(runs, runs.before[0]).figure.savefig(out/'frontier.png', dpi=100)
-    plot_curves(curves[curves.seed==42]).savefig(out/'curves.png', dpi=100)
+    table.to_csv(Path(out)/'table.csv', float_format='%.4g')
+    plot_frontier(runs, runs.before.iloc[0]).figure.savefig(Path(out)/'frontier.png', dpi=100)
     print(table.to_string(float_format='{:.3f}'.format))
+
+def task(photos, size):
+    "The aircraft's tree, the source model, and loaders of ImageNet pictures: for the Fisher, for the retention"
+    photos,device = Path(photos),'cuda' if torch.cuda.is_available() else 'cpu'
+    source = source_model(mobilenet, photos/'weights/mobilenetv1_075_imagenet.safetensors').to(device)
+    return photos/'data/warbirds30',source,*[source_dl(o, source, size) for o in halves(read_pictures(photos/'data/imagenet_sample'))]
 
 def run_arms(arms, photos, out, size, epochs, seeds):
     "Run what is not in `out/runs.csv` yet, row by row. `arms`: name -> keywords of `Run`, and `tune` for another way to train; returns the Fisher"
-    photos,out = Path(photos),Path(out)
-    tree = photos/'data/warbirds30'
+    out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    device = 'cuda' if torch.cuda.is_available() else 'cpu'
-    source = source_model(mobilenet, photos/'weights/mobilenetv1_075_imagenet.safetensors').to(device)
-    for_fisher,for_retention = [source_dl(o, source, size) for o in halves(read_pictures(photos/'data/imagenet_sample'))]
+    tree,source,for_fisher,for_retention = task(photos, size)
+    device = next(source.parameters()).device.type
     before,fisher = accuracy_on(source, for_retention),estimate_fisher(source, for_fisher)
     for seed in seeds:
         for arm,kw in arms.items():
@@ -72,4 +74,6 @@ def main(
 ):
     fisher = run_arms(ARMS, photos, out, size, epochs, range(first, first+seeds))
     fisher.summary().to_csv(Path(out)/'fisher.csv', index=False, float_format='%.6g')
-    report(Path(out))
+    report(rows(Path(out)/'runs.csv').sort_values(['seed','beta'], kind='stable'), out)
+    curves = rows(Path(out)/'curves.csv')
+    plot_curves(curves[curves.seed==42]).savefig(Path(out)/'curves.png', dpi=100)
