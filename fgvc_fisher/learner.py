@@ -26,6 +26,7 @@ from fastai.optimizer import OptimWrapper
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models.inception_v4 import InceptionV4
 from .data import picture_dl, read_pictures
+from .transforms import InPlaceNormalize, Mix, OwnNormalize
 
 # %% ../nbs/02_learner.ipynb #5c005337
 def _read_weights(file):
@@ -88,10 +89,10 @@ def normalise(
 )->TfmdDL: # The same `DataLoader`
     "Normalise the batches of `dl` as `model` expects. Raises `ValueError` if another model's normalisation is there."
     stats = picture_stats(model)
-    norm = Normalize.from_stats(stats['mean'], stats['std'])
+    norm = InPlaceNormalize.from_stats(stats['mean'], stats['std'])
     there = [o for o in dl.after_batch.fs if isinstance(o, Normalize)]
     if not there: dl.after_batch.add(norm)
-    elif not (torch.equal(there[0].mean, norm.mean) and torch.equal(there[0].std, norm.std)):
+    elif not isinstance(there[0], OwnNormalize) and not (torch.equal(there[0].mean, norm.mean) and torch.equal(there[0].std, norm.std)):
         raise ValueError("these DataLoaders are normalised for another model: make new ones for this one")
     return dl
 
@@ -157,7 +158,10 @@ def aircraft_learner(
     **kwargs # Passed to fastai's `Learner`
 )->Learner: # Measures accuracy; weight decay is off
     "A fastai `Learner` around a pretrained network with a new head."
-    model = remake_head(source_model(arch, weights), n_out or dls.c)
-    for dl in dls.loaders: normalise(dl, model)
+    n_out = n_out or dls.c
+    model = remake_head(source_model(arch, weights), n_out)
+    for dl in dls.loaders:
+        for o in normalise(dl, model).after_batch.fs:
+            if isinstance(o, Mix): o.mixup.num_classes = n_out        # a mixed target has a probability for each output
     kwargs = dict(splitter=aircraft_splitter, opt_func=nesterov, metrics=accuracy) | kwargs
     return Learner(dls, model, **kwargs)

@@ -51,7 +51,7 @@ def test_missing_picture(tree):
 
 def test_unknown_level_and_split(tree):
     with pytest.raises(ValueError, match="level 'model': choose from variant, family, manufacturer"): aircraft_dls(tree, level='model')
-    with pytest.raises(ValueError, match="split 'dev': this tree has no dev, only train, val, test"): aircraft_dls(tree, valid='dev')
+    with pytest.raises(ValueError, match="split 'dev': there is no dev, only train, val, test"): aircraft_dls(tree, valid='dev')
 
 def test_class_without_training_picture(tree):
     append(tree/'data/variants.txt', 'Concorde\n')

@@ -3,7 +3,8 @@ import ast
 from pathlib import Path
 import pytest, fgvc_fisher
 
-ROAD = ['archive', 'data', 'synthetic', 'learner', 'squares', 'fisher', 'hub', 'penalty', 'merging', 'callback', 'retention', 'experiment']
+ROAD = ['archive', 'tables', 'check', 'pictures', 'transforms', 'data', 'synthetic', 'learner', 'budget', 'squares', 'fisher', 'hub', 'penalty', 'merging', 'callback',
+        'retention', 'experiment']
 folder = Path(fgvc_fisher.__file__).parent
 
 def imported(module):

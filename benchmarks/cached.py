@@ -1,0 +1,46 @@
+"""Do smaller copies cost accuracy? MobileNet-v1 0.75 fine-tuned on photographs of 30 aircraft types, from the originals and from copies.
+
+    python benchmarks/cached.py PATH
+
+PATH is as for `warbirds.py`. The photographs there have 224 pixels and the network sees 96, so the copies for training (144) are to them what
+copies of 448 pixels are to the real archive's 695. The published transforms, whose random crops are the smallest, and the plain ones.
+Each finished run is a row of `runs.csv`; started again, the script does what is not there yet. `on_copies` is measured on copies of the validation
+pictures, `on_originals` on themselves, whatever was trained on.
+"""
+import tempfile
+from pathlib import Path
+import pandas as pd
+from fastai.torch_core import set_seed
+from fastcore.script import call_parse
+from fgvc_fisher.data import aircraft_dls
+from fgvc_fisher.learner import aircraft_learner, source_model
+from warbirds import append, machine, mobilenet, rows
+
+@call_parse
+def main(
+    photos:str, # Folder with data/ and weights/
+    out:str='results/cached', # Folder for the rows and the table
+    epochs:int=4, # Passes over the training split
+    size:int=96, # Side of the network's pictures in pixels
+    seeds:int=2, # Runs of each kind
+    first:int=42, # The first seed; the others follow
+):
+    out,tree,copies = Path(out),Path(photos)/'data/warbirds30',tempfile.mkdtemp()
+    out.mkdir(parents=True, exist_ok=True)
+    for seed in range(first, first+seeds):
+        for transforms in ('published', 'plain'):
+            for cached in (False, True):
+                done = rows(out/'runs.csv').reindex(columns=['transforms','cached','seed'])
+                if ((done.transforms==transforms) & (done.cached==cached) & (done.seed==seed)).any(): continue
+                print(f"{transforms}, {'copies' if cached else 'originals'}, seed {seed}", flush=True)
+                set_seed(seed, reproducible=True)
+                loaders = [aircraft_dls(tree, size=size, transforms=transforms, cache=o) for o in (False, copies)]
+                source = source_model(mobilenet, Path(photos)/'weights/mobilenetv1_075_imagenet.safetensors')
+                learn,_ = [aircraft_learner(o, source) for o in (loaders[cached], loaders[not cached])]       # both get the normalisation
+                with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(epochs, 0.02)
+                found = {o: float(learn.validate(dl=dls.valid)[1]) for o,dls in (('on_originals', loaders[0]), ('on_copies', loaders[1]))}
+                device = next(learn.model.parameters()).device.type
+                append(pd.DataFrame([dict(transforms=transforms, cached=cached, seed=seed, **found, epochs=epochs, size=size, machine=machine(device))]), out/'runs.csv')
+    table = rows(out/'runs.csv').pivot_table(index=['transforms','cached'], values=['on_originals','on_copies'], aggfunc=['mean','min','max'])
+    table.to_csv(out/'table.csv', float_format='%.4g')
+    print(table.to_string(float_format='{:.3f}'.format))

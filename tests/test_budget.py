@@ -1,0 +1,79 @@
+"Measuring a training leaves no trace of it"
+import copy
+import pytest, timm, torch
+from fastai.callback.all import CSVLogger, EarlyStoppingCallback, SaveModelCallback
+from fgvc_fisher.budget import TimeEstimate, estimate_time, picture_cost
+from fgvc_fisher.callback import L2SPFisherCallback
+from fgvc_fisher.data import aircraft_dls
+from fgvc_fisher.learner import aircraft_learner
+
+def learner(tree, workers=0, **kw):
+    return aircraft_learner(aircraft_dls(tree, size=32, bs=4, num_workers=workers), 'test_resnet', weights=None, **kw)
+
+def state(learn): return {k: v.clone() for k,v in learn.model.state_dict().items()}
+
+def test_multiplications_of_inception_v4():
+    "timm's own table has 12.28 thousand million multiply-adds, without the head's and poolings' details"
+    cost = picture_cost(timm.create_model('inception_v4'), 299)
+    assert abs(cost['forward']/2 - 12.28e9) < 0.05e9 and 2.9 < cost['training']/cost['forward'] < 3.01
+
+def test_cost_leaves_the_model_alone():
+    model = timm.create_model('test_resnet').eval()
+    before = {k: v.clone() for k,v in model.state_dict().items()}
+    picture_cost(model, 64)
+    assert not model.training and all(torch.equal(v, before[k]) for k,v in model.state_dict().items()) and all(p.grad is None for p in model.parameters())
+    assert not any(m._forward_hooks for m in model.modules())
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_as_if_nothing_had_happened(drawn, workers, tmp_path):
+    learn = learner(drawn, workers, path=tmp_path, cbs=[CSVLogger(), SaveModelCallback(), EarlyStoppingCallback(), L2SPFisherCallback(alpha=1e-3, l2sp=1e-2)])
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, 0.02)
+    files = {o: o.stat().st_mtime_ns for o in tmp_path.rglob('*') if o.is_file()}
+    weights,moments,values = state(learn),copy.deepcopy(learn.opt.state_dict()['state']),copy.deepcopy(learn.recorder.values)
+    mode,random_state,cbs = learn.model.training,torch.get_rng_state(),list(learn.cbs)
+    estimate = estimate_time(learn, 10, n_batches=2, skip=1)
+    assert {o: o.stat().st_mtime_ns for o in tmp_path.rglob('*') if o.is_file()}==files and len(files)==2
+    assert all(torch.equal(v, weights[k]) for k,v in state(learn).items()) and learn.model.training==mode
+    assert moments and all(torch.equal(learn.opt.state_dict()['state'][i]['momentum_buffer'], o['momentum_buffer']) for i,o in moments.items())
+    assert learn.recorder.values==values and torch.equal(torch.get_rng_state(), random_state) and {type(o) for o in learn.cbs}=={type(o) for o in cbs}
+    assert (estimate.n_train, estimate.n_valid)==(4,4) and 0<=estimate.waiting<=1
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, 0.02)
+
+def test_before_the_first_training(drawn):
+    learn = learner(drawn)
+    weights = state(learn)
+    estimate_time(learn, 1, n_batches=1, skip=0)
+    assert learn.opt is None and all(torch.equal(v, weights[k]) for k,v in state(learn).items())
+
+def test_a_training_goes_as_it_would_have_gone(drawn):
+    from fastai.torch_core import set_seed
+    def train(measure):
+        set_seed(3, reproducible=True)
+        learn = learner(drawn)
+        if measure: estimate_time(learn, 1, n_batches=2, skip=0)
+        with learn.no_bar(), learn.no_logging(): learn.fit(2, 0.02)
+        return state(learn)
+    a,b = train(False),train(True)
+    assert all(torch.equal(v, b[k]) for k,v in a.items())
+
+def test_put_back_after_an_error(drawn):
+    from fastai.callback.core import Callback
+    class Breaks(Callback):
+        def after_batch(self):
+            if self.iter==1: raise RuntimeError('broken')
+    learn = learner(drawn, cbs=Breaks())
+    weights = state(learn)
+    with pytest.raises(RuntimeError, match='broken'): estimate_time(learn, 1)
+    assert all(torch.equal(v, weights[k]) for k,v in state(learn).items()) and not hasattr(learn, 'lr_finder') and len(learn.cbs.filter(lambda o: o.name=='lr_finder'))==0
+
+def test_time_runs_out(drawn):
+    "No further batch is started after `seconds`, but one is timed"
+    learn,seen = learner(drawn),[]
+    learn.model.register_forward_hook(lambda *_: seen.append(1))
+    estimate_time(learn, 1, skip=1, seconds=0)
+    assert len(seen)==2+2
+
+def test_sum():
+    estimate = TimeEstimate(epochs=80, n_train=104, n_valid=105, train=0.39, valid=0.13, start=1., waiting=0.25)
+    assert abs(estimate.epoch-(1+104*0.39+105*0.13))<1e-9 and estimate.total==80*estimate.epoch
+    assert str(estimate)=='80 epochs: 1:13:37 (55.2 s each: 104 training batches of 0.390 s, 105 validation batches of 0.130 s, 1.0 s to start; 25 % of it waiting for data)'

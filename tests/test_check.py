@@ -1,0 +1,333 @@
+"Whatever is wrong with a tree is reported, all of it, and every picture that is there twice"
+import shutil
+import numpy as np, pandas as pd, pytest
+from PIL import Image, ImageOps
+from fgvc_fisher.check import _look, _near, check_aircraft, without_duplicates
+from fgvc_fisher.tables import pick_split, read_aircraft
+
+LEVELS = ('variant','family','manufacturer')
+
+@pytest.fixture(scope='session')
+def clean(drawn, tmp_path_factory):
+    "The drawn tree with other pictures: noise, no two alike"
+    tree,rng = shutil.copytree(drawn, tmp_path_factory.mktemp('clean')/'tree'),np.random.default_rng(0)
+    for o in sorted((tree/'data/images').iterdir()):
+        blots = rng.integers(0, 256, (8,12,3), dtype=np.uint8)
+        Image.fromarray(blots).resize((180,120), Image.Resampling.BICUBIC).save(o, quality=90)
+    return tree
+
+@pytest.fixture
+def tree(clean, tmp_path): return shutil.copytree(clean, tmp_path/'tree')/'data'
+
+@pytest.fixture
+def first(tree): return {o: pick_split(read_aircraft(tree), o).image[0] for o in ('train','val','test')}
+
+def jpg(tree, image): return tree/f'images/{image}.jpg'
+def append(file, text):
+    with file.open('a') as f: f.write(text)
+def edit(file, old, new):
+    text = file.read_text()
+    assert old in text
+    file.write_text(text.replace(old, new))
+def label(tree, image, level='variant'): return dict(read_aircraft(tree, level)[['image','label']].to_numpy())[image]
+def check(tree, **kwargs): return check_aircraft(tree, quiet=True, **kwargs)
+def found(check, severity='error'):
+    rows = check.findings[check.findings.severity==severity]
+    return set(zip(rows.finding, rows.name, rows.detail))
+
+def test_nothing_wrong(tree):
+    c = check(tree)
+    assert c.ok and len(c.findings)==0 and len(c.pairs)==0 and len(c.unreadable)==0
+    labels = {o: len((tree/f'{o}.txt').read_text().splitlines()) for o in ('variants','families','manufacturers')}
+    assert c.counts.loc['trainval'].to_dict()=={'pictures': 32, **labels}
+    assert str(c).startswith(f'{tree}: no errors') and 'remarks' not in str(c) and repr(c)==str(c)
+
+def test_drawn_aircraft_are_no_duplicates(drawn): assert len(check(drawn).pairs)==0
+
+def test_no_tree(tmp_path):
+    with pytest.raises(FileNotFoundError, match='is no FGVC-Aircraft tree'): check(tmp_path)
+
+@pytest.mark.parametrize('below', ['.', '..'])
+def test_any_folder_on_the_way_will_do(tree, below): assert check(tree/below).ok
+
+# the files
+
+def test_missing_picture(tree, first):
+    jpg(tree, first['val']).unlink()
+    c = check(tree)
+    assert found(c)=={('listed but missing', first['val'], '')} and not c.ok and len(c.findings)==1
+
+def test_unlisted_picture_is_a_remark(tree, first):
+    shutil.copy(jpg(tree, first['train']), tree/'images/stray.jpg')
+    (tree/'images/Thumbs.db').touch()
+    c = check(tree)
+    assert c.ok and found(c, 'remark')=={('there but not listed','stray.jpg',''), ('there but not listed','Thumbs.db','')}
+    assert len(c.pairs)==0
+
+@pytest.mark.parametrize('content,reason', [(None, 'image file is truncated'), (b'no picture at all', 'cannot identify image file'),
+                                            (b'', 'cannot identify image file'), (b'\xff\xd8\xff\xe0', 'cannot identify image file')])
+def test_unreadable_picture(tree, first, content, reason):
+    file = jpg(tree, first['test'])
+    file.write_bytes(file.read_bytes()[:-200] if content is None else content)
+    c = check(tree)
+    assert not c.ok and len(c.findings)==1 and list(c.unreadable.image)==[first['test']] and reason in c.unreadable.reason[0]
+    assert str(tree) not in c.unreadable.reason[0] and f"cannot be decoded (1): {first['test']} (" in str(c)
+
+def test_truncation_that_a_draft_does_not_see(tree, first):
+    "The last bytes only: enough is there for the size and the first rows"
+    file = jpg(tree, first['train'])
+    file.write_bytes(file.read_bytes()[:-20])
+    with Image.open(file) as image: assert image.size==(180,120)
+    assert list(check(tree).unreadable.image)==[first['train']]
+
+def test_no_picture_can_be_decoded(tree):
+    for o in (tree/'images').iterdir(): o.write_bytes(b'nothing')
+    c = check(tree)
+    assert len(c.unreadable)==48 and len(c.pairs)==0
+
+@pytest.mark.parametrize('mode', ['L','P','RGBA','1','I;16','CMYK'])
+def test_unusual_pictures_can_be_decoded(tree, first, mode):
+    Image.new(mode, (50,40)).save(jpg(tree, first['train']), format='TIFF')
+    assert check(tree).ok
+
+# the lists
+
+def test_overlapping_splits(tree, first):
+    for level in LEVELS: append(tree/f'images_{level}_test.txt', f"{first['val']} {label(tree, first['val'], level)}\n")
+    c = check(tree)
+    assert found(c)=={('picture in several splits', first['val'], 'val, test')} and len(c.findings)==1
+
+def test_overlap_with_trainval_where_there_is_no_train_and_val(tree, first):
+    for level in LEVELS:
+        for split in ('train','val'): (tree/f'images_{level}_{split}.txt').unlink()
+    assert check(tree).ok
+    for level in LEVELS: append(tree/f'images_{level}_trainval.txt', f"{first['test']} {label(tree, first['test'], level)}\n")
+    assert found(check(tree))=={('picture in several splits', first['test'], 'trainval, test')}
+
+def test_trainval_is_wrong(tree, first):
+    for level in LEVELS:
+        edit(tree/f'images_{level}_trainval.txt', f"{first['val']} {label(tree, first['val'], level)}\n", '')
+        append(tree/f'images_{level}_trainval.txt', f"{first['test']} {label(tree, first['test'], level)}\n")
+    assert found(check(tree))=={('trainval is not train and val', o, f'{how} in images_{level}_trainval.txt')
+                                for level in LEVELS for o,how in ((first['val'],'not'), (first['test'],'only'))}
+
+def test_levels_that_disagree(tree, first):
+    line = f"{first['test']} {label(tree, first['test'], 'family')}\n"
+    edit(tree/'images_family_test.txt', line, '')
+    assert found(check(tree))=={('picture that not every level lists', first['test'], 'not in images_family_test.txt')}
+
+def test_variant_of_two_families(tree, first):
+    family,variant = label(tree, first['test'], 'family'),label(tree, first['test'])
+    other = next(o for o in (tree/'families.txt').read_text().splitlines() if o!=family)
+    edit(tree/'images_family_test.txt', f"{first['test']} {family}\n", f"{first['test']} {other}\n")
+    again = pick_split(read_aircraft(tree), 'test').query('label==@variant').image.iloc[-1]
+    append(tree/'images_family_test.txt', f'{again} {family}\n') # is not counted twice
+    errors = {o[:2]: o[2] for o in found(check(tree))}
+    assert errors['variant of several families',variant]==f'{family} 11, {other} 1'
+
+def test_family_of_two_manufacturers(tree, first):
+    maker,family = label(tree, first['test'], 'manufacturer'),label(tree, first['test'], 'family')
+    append(tree/'manufacturers.txt', '\nConvair\n')
+    edit(tree/'images_manufacturer_test.txt', f"{first['test']} {maker}\n", f"{first['test']} Convair\n")
+    (finding,name,detail), = found(check(tree))
+    assert (finding,name)==('family of several manufacturers',family) and detail.startswith(f'{maker} ') and detail.endswith(', Convair 1')
+
+def test_unknown_label(tree, first):
+    edit(tree/'images_variant_test.txt', f"{first['test']} {label(tree, first['test'])}\n", f"{first['test']} Concorde\n")
+    assert ('unknown label', 'Concorde', f"{first['test']} in images_variant_test.txt") in found(check(tree))
+
+def test_line_without_label(tree, first):
+    edit(tree/'images_variant_test.txt', f"{first['test']} {label(tree, first['test'])}\n", f"{first['test']}\n")
+    assert found(check(tree))=={('line without a label', first['test'], 'images_variant_test.txt')}
+
+def test_label_without_a_picture_and_label_twice(tree):
+    twice = (tree/'families.txt').read_text().splitlines()[0]
+    append(tree/'variants.txt', '\nConcorde\n')
+    append(tree/'families.txt', f'\n{twice}\n')
+    assert found(check(tree))=={('label without a picture','Concorde','variants.txt'), ('label listed twice',twice,'families.txt')}
+
+def test_picture_with_two_labels(tree, first):
+    edit(tree/'images_variant_trainval.txt', f"{first['train']} {label(tree, first['train'])}\n", f"{first['train']} Concorde\n")
+    append(tree/'variants.txt', '\nConcorde\n')
+    assert found(check(tree))=={('picture with several labels', first['train'], f"{label(tree, first['train'])} / Concorde")}
+
+def test_picture_listed_twice(tree, first):
+    append(tree/'images_family_test.txt', f"{first['test']} {label(tree, first['test'], 'family')}\n")
+    assert found(check(tree))=={('picture listed twice', first['test'], 'images_family_test.txt')}
+
+@pytest.mark.parametrize('name', ['images_family_test.txt', 'manufacturers.txt'])
+@pytest.mark.parametrize('how,reason', [('gone','there is no such file'), ('empty','it is empty'), ('binary',"can't decode byte 0xff")])
+def test_list_without_content(tree, name, how, reason):
+    if how=='gone': (tree/name).unlink()
+    else: (tree/name).write_bytes(b'' if how=='empty' else b'\xff\xfe\xff')
+    (finding,file,detail), = found(check(tree))
+    assert (finding,file)==('list without content',name) and reason in detail
+
+def test_absent_level_is_a_remark(tree):
+    for o in [tree/'families.txt', *tree.glob('images_family_*.txt')]: o.unlink()
+    c = check(tree)
+    assert c.ok and found(c, 'remark')=={('level without lists','family','')}
+
+def test_no_lists_at_all(tree):
+    for o in tree.glob('images_*.txt'): o.unlink()
+    c = check(tree)
+    assert ('no list of pictures','images_variant_train.txt','and the like') in found(c) and len(found(c, 'remark'))==48
+    assert 'no list of pictures' in str(c)
+
+def test_numbers(tree):
+    assert check(tree, sizes=dict(train=16, val=16, test=16, trainval=32, variant=4)).ok
+    assert found(check(tree, sizes=dict(train=3334, variant=4, dev=1)))=={('another number than expected','train','16 instead of 3,334'),
+                                                                         ('another number than expected','dev','0 instead of 1')}
+
+def test_numbers_of_the_archive_are_known_by_its_name(tree, tmp_path):
+    (tmp_path/'tree').rename(tmp_path/'fgvc-aircraft-2013b')
+    numbers = {o[1:] for o in found(check(tmp_path)) if o[0]=='another number than expected'}
+    assert numbers=={('train','16 instead of 3,334'), ('val','16 instead of 3,333'), ('trainval','32 instead of 6,667'),
+                     ('test','16 instead of 3,333'), ('variant','4 instead of 100')}
+
+def test_one_damage_does_not_hide_another(tree, first):
+    rows = pick_split(read_aircraft(tree), 'train')
+    maker = label(tree, rows.image[7], 'manufacturer')
+    jpg(tree, rows.image[1]).unlink()
+    jpg(tree, rows.image[2]).write_bytes(b'no picture')
+    shutil.copy(jpg(tree, rows.image[3]), jpg(tree, first['val']))
+    (tree/'images/stray.jpg').touch()
+    append(tree/'images_variant_test.txt', f'{rows.image[4]} {rows.label[4]}\n{rows.image[5]} Concorde\n{rows.image[6]}\n')
+    (tree/'images_family_val.txt').write_bytes(b'\xff')
+    append(tree/'manufacturers.txt', '\nConvair\n')
+    edit(tree/'images_manufacturer_trainval.txt', f'{rows.image[7]} {maker}\n', '')
+    c = check(tree)
+    assert {'listed but missing','cannot be decoded','picture in several splits','unknown label','line without a label','list without content',
+            'label without a picture','trainval is not train and val','picture with several labels'} <= set(c.findings.finding)
+    assert len(c.across)==1 and found(c, 'remark')=={('there but not listed','stray.jpg','')}
+    names = {'pairs of duplicates across splits', rows.image[1], rows.image[2], 'stray.jpg', 'Concorde'}
+    for o in set(c.findings.finding) | names: assert o in str(c)
+
+def test_report_shortens_names(tree):
+    for o in (tree/'images').iterdir(): o.unlink()
+    line, = [o for o in str(check(tree)).splitlines() if 'listed but missing (48)' in o]
+    assert line.endswith('[...]') and len(line)<350
+
+# duplicates
+
+def twin(tree, first, change, **kwargs):
+    with Image.open(jpg(tree, first['train'])) as image: change(image.convert('RGB')).save(jpg(tree, first['test']), **kwargs)
+    return check(tree)
+
+def only_pair(c, first):
+    assert c.ok and len(c.pairs)==len(c.across)==1
+    pair = c.pairs.iloc[0]
+    assert pair.image_1<pair.image_2
+    assert {pair.image_1: pair.split_1, pair.image_2: pair.split_2}=={first['train']: 'train', first['test']: 'test'}
+    return pair
+
+def test_copy_of_the_file(tree, first):
+    shutil.copy(jpg(tree, first['train']), jpg(tree, first['test']))
+    c = check(tree)
+    pair = only_pair(c, first)
+    assert (pair.kind,pair.distance)==('same pixels',0)
+    assert {pair.image_1: pair.label_1, pair.image_2: pair.label_2}=={o: label(tree, o) for o in (first['train'],first['test'])}
+
+def test_same_pixels_in_another_file(tree, first):
+    assert only_pair(twin(tree, first, lambda o: o, format='PNG'), first).kind=='same pixels'
+
+@pytest.mark.parametrize('change', [lambda o: o, lambda o: o.resize((90,60)), lambda o: o.resize((360,200)), lambda o: o.convert('L')])
+def test_encoded_or_scaled_anew(tree, first, change):
+    pair = only_pair(twin(tree, first, change, quality=40), first)
+    assert pair.kind=='near' and pair.distance<=32
+
+def test_mirrored(tree, first): assert only_pair(twin(tree, first, ImageOps.mirror, quality=60), first).kind=='mirrored'
+
+def test_same_pixels_need_the_same_shape(tree, first):
+    "Flat pictures have one hash and, of 40 x 60 and 60 x 40, even the same bytes"
+    Image.new('RGB', (40,60), 'grey').save(jpg(tree, first['train']))
+    Image.new('RGB', (60,40), 'grey').save(jpg(tree, first['test']))
+    assert only_pair(check(tree), first).kind=='near'
+
+def test_part_of_a_picture_is_none(tree, first): assert len(twin(tree, first, lambda o: o.crop((30,20,180,120))).pairs)==0
+
+def test_symmetric_pictures_are_one_pair(tree, first):
+    with Image.open(jpg(tree, first['train'])) as o: half = o.convert('RGB').crop((0,0,90,120))
+    both = Image.new('RGB', (180,120))
+    both.paste(half, (0,0)), both.paste(ImageOps.mirror(half), (90,0))
+    for split in ('train','test'): both.save(jpg(tree, first[split]), format='PNG')
+    assert only_pair(check(tree), first).kind=='same pixels'
+
+def test_within_a_split_is_not_across(tree):
+    (a,b),labels = (pick_split(read_aircraft(tree), 'val')[o][:2] for o in ('image','label'))
+    assert labels.nunique()==1
+    shutil.copy(jpg(tree, a), jpg(tree, b))
+    c = check(tree)
+    assert c.ok and len(c.pairs)==1 and len(c.across)==0 and '1 pairs of duplicates within a split (1 same pixels), 0 of them' in str(c)
+    assert 'across splits' not in str(c)
+
+def test_different_labels_are_counted(tree):
+    train,val = (pick_split(read_aircraft(tree), o) for o in ('train','val'))
+    a,b = train.image[0],val.image[val.label.astype(str)!=str(train.label[0])].iloc[0]
+    shutil.copy(jpg(tree, a), jpg(tree, b))
+    report = str(check(tree))
+    assert '1 pairs of duplicates across splits (1 same pixels), 1 of them with different labels' in report and 'within' not in report
+
+def test_distance_is_heeded(tree, first):
+    c = twin(tree, first, lambda o: o.resize((90,60)), quality=30)
+    d = only_pair(c, first).distance
+    assert d>0 and len(check(tree, distance=d).pairs)==1 and len(check(tree, distance=d-1).pairs)==0
+
+@pytest.mark.parametrize('n', [0, 1, 1024, 1025, 2500])
+def test_near_pairs_against_counting(n):
+    rng = np.random.default_rng(n)
+    a,b = (rng.random((n,16))<0.5 for _ in 'ab')
+    i,j,d = _near(a, b, 1)
+    counted = {(x, y+x+1, (a[x]!=b[x+1:][y]).sum()) for x in range(n) for y in np.flatnonzero((a[x]!=b[x+1:]).sum(1)<=1)}
+    assert len(i)==len(counted) and set(zip(i, j, d))==counted
+
+def test_hash_is_that_of_imagehash(tree, first):
+    import imagehash
+    with Image.open(jpg(tree, first['train'])) as o: image = o.convert('RGB')
+    _,_,plain,mirrored = _look(jpg(tree, first['train']))
+    assert (plain==imagehash.phash(image, 16).hash.ravel()).all()
+    assert (mirrored!=imagehash.phash(ImageOps.mirror(image), 16).hash.ravel()).sum()<=4
+
+def test_show_names_the_pictures(tree, first, capsys):
+    import matplotlib.pyplot as plt
+    plt.switch_backend('agg')
+    check(tree).show()
+    assert 'no such duplicates' in capsys.readouterr().out and not plt.get_fignums()
+    c = twin(tree, first, ImageOps.mirror)
+    c.show()
+    titles = [o.get_title() for o in plt.gcf().axes]
+    plt.close('all')
+    assert {o.split('\n')[0] for o in titles if o}=={f"{first['train']} train", f"{first['test']} test"}
+    c.show(pd.concat([c.pairs]*5), n=3)
+    assert sum(bool(o.images) for o in plt.gcf().axes)==6
+    plt.close('all')
+
+def test_without_duplicates(tree, first):
+    table = read_aircraft(tree)
+    val = pick_split(table, 'val').image
+    shutil.copy(jpg(tree, first['train']), jpg(tree, first['test']))      # train = test
+    shutil.copy(jpg(tree, val[1]), jpg(tree, val[2]))                     # val = val
+    pairs = check(tree).pairs
+    assert len(pairs)==2
+    def left_out(*args): return set(table.image)-set(without_duplicates(table, *args).image)
+    assert left_out(pairs)==left_out(pairs, 'trainval')=={first['train']}
+    assert left_out(pairs, 'test')=={first['test']} and left_out(pairs, 'val')==set()
+    assert len(without_duplicates(pick_split(table, 'trainval'), pairs))==32, "the twin is not in this table"
+    with pytest.raises(ValueError, match="split 'dev'"): without_duplicates(table, pairs, 'dev')
+    less = without_duplicates(table, pairs)
+    assert list(less.index)==list(range(47)) and list(less.label.cat.categories)==list(table.label.cat.categories)
+
+# photographs
+
+@pytest.mark.parametrize('name,n,across,within,noisy,seen', [
+    ('warbirds30', 6361, {'near': 39, 'mirrored': 1}, {'near': 52, 'mirrored': 2}, 10, ('0000194','0005270')), # the one with a watermark
+    ('airliners17', 578, {'same pixels': 3}, {'same pixels': 7, 'near': 1}, 6, ('0100271','0100535'))])
+def test_photographs(photos, name, n, across, within, noisy, seen):
+    c = check(photos/'data'/name)
+    assert c.ok and len(c.findings)==0 and c.counts.pictures['trainval']==n
+    assert c.across.kind.value_counts().to_dict()==across
+    assert c.pairs[c.pairs.split_1==c.pairs.split_2].kind.value_counts().to_dict()==within
+    assert (c.pairs.label_1!=c.pairs.label_2).sum()==noisy and seen in set(zip(c.across.image_1, c.across.image_2))
+    table = read_aircraft(photos/'data'/name)
+    less = without_duplicates(table, c.pairs)
+    assert len(table)-len(less)==sum(across.values()) and (less.split=='val').sum()==(table.split=='val').sum()
