@@ -14,7 +14,7 @@ from fastai.torch_core import set_seed
 from fastcore.script import call_parse
 from fgvc_fisher.data import aircraft_dls
 from fgvc_fisher.learner import aircraft_learner, source_model
-from warbirds import append, machine, mobilenet, rows
+from warbirds import machine, mobilenet
 
 @call_parse
 def main(
@@ -27,10 +27,10 @@ def main(
 ):
     out,tree,copies = Path(out),Path(photos)/'data/warbirds30',tempfile.mkdtemp()
     out.mkdir(parents=True, exist_ok=True)
-    for seed in range(first, first+seeds):
-        for transforms in ('published', 'plain'):
+    for transforms in ('plain', 'published'):
+        for seed in range(first, first+seeds):
             for cached in (False, True):
-                done = rows(out/'runs.csv').reindex(columns=['transforms','cached','seed'])
+                done = pd.read_csv(out/'runs.csv') if (out/'runs.csv').exists() else pd.DataFrame(columns=['transforms','cached','seed'])
                 if ((done.transforms==transforms) & (done.cached==cached) & (done.seed==seed)).any(): continue
                 print(f"{transforms}, {'copies' if cached else 'originals'}, seed {seed}", flush=True)
                 set_seed(seed, reproducible=True)
@@ -38,9 +38,10 @@ def main(
                 source = source_model(mobilenet, Path(photos)/'weights/mobilenetv1_075_imagenet.safetensors')
                 learn,_ = [aircraft_learner(o, source) for o in (loaders[cached], loaders[not cached])]       # both get the normalisation
                 with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(epochs, 0.02)
-                found = {o: float(learn.validate(dl=dls.valid)[1]) for o,dls in (('on_originals', loaders[0]), ('on_copies', loaders[1]))}
-                device = next(learn.model.parameters()).device.type
-                append(pd.DataFrame([dict(transforms=transforms, cached=cached, seed=seed, **found, epochs=epochs, size=size, machine=machine(device))]), out/'runs.csv')
-    table = rows(out/'runs.csv').pivot_table(index=['transforms','cached'], values=['on_originals','on_copies'], aggfunc=['mean','min','max'])
+                with learn.no_bar(): found = {o: float(learn.validate(dl=dls.valid)[1]) for o,dls in zip(('on_originals','on_copies'), loaders)}
+                row = dict(transforms=transforms, cached=cached, seed=seed, **found, epochs=epochs, size=size,
+                           machine=machine(next(learn.model.parameters()).device.type))
+                pd.concat([done, pd.DataFrame([row])]).to_csv(out/'runs.csv', index=False, float_format='%.6g')
+    table = pd.read_csv(out/'runs.csv').pivot_table(index=['transforms','cached'], values=['on_originals','on_copies'], aggfunc=['mean','min','max'])
     table.to_csv(out/'table.csv', float_format='%.4g')
     print(table.to_string(float_format='{:.3f}'.format))

@@ -8,14 +8,15 @@ Docs: https://fgvc-fisher.github.io/fgvc_fisher/data.html.md"""
 __all__ = ['picture_dl', 'aircraft_dls', 'folder_dls', 'table_dls', 'untar_aircraft', 'cache_images', 'class_weights',
            'pick_split', 'read_aircraft', 'read_image_folder', 'read_pictures', 'read_table']
 
-# %% ../nbs/00e_data.ipynb #30b9ce63
+# %% ../nbs/00e_data.ipynb #e6f4e547
+from functools import partial
 from pathlib import Path
 from textwrap import shorten
-import pandas as pd
+import pandas as pd, torch
 from fastcore.meta import delegates
 
-# %% ../nbs/00e_data.ipynb #615be8b5
-from fastai.data.all import DataLoaders, Datasets, TfmdDL, default_device
+# %% ../nbs/00e_data.ipynb #bf0971cd
+from fastai.data.all import DataLoaders, Datasets, Pipeline, TfmdDL, default_device
 from .archive import untar_aircraft
 from .pictures import _cache, _common, cache_images, open_picture, skip_bad
 from .tables import (class_weights, crop_to_boxes, hold_out, pick_split, read_aircraft, read_image_folder, read_pictures,
@@ -25,9 +26,18 @@ from .transforms import Label, named_transforms
 # %% ../nbs/00e_data.ipynb #61d23565
 _all_ = ['untar_aircraft', 'cache_images', 'class_weights', 'pick_split', 'read_aircraft', 'read_image_folder', 'read_pictures', 'read_table']
 
-# %% ../nbs/00e_data.ipynb #0dd413e7
-def _open_row(row): return open_picture(row.path, getattr(row, 'crop', None), getattr(row, 'credit', 0))
+# %% ../nbs/00e_data.ipynb #4504fc9a
+def _see(row, item): return item(open_picture(row.path, getattr(row, 'crop', None), getattr(row, 'credit', 0)))
 def _label(row): return row.label
+
+# %% ../nbs/00e_data.ipynb #66a67a4e
+class _OneThread(Pipeline):
+    "A `Pipeline` that runs in one thread"
+    def __call__(self, o):
+        n = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try: return super().__call__(o)
+        finally: torch.set_num_threads(n)
 
 # %% ../nbs/00e_data.ipynb #6d81ff21
 def picture_dl(
@@ -44,10 +54,12 @@ def picture_dl(
     n = min(bs, len(table))
     if train and transforms=='published' and n%2:
         raise ValueError(f"bs: 'published' mixes the pictures of a batch in pairs, so {n} will not do; choose an even number")
-    rows = list(table.itertuples(index=False))
-    tfms = [[_open_row, *item], [_label, Label(vocab=classes, sort=False)]]
-    return TfmdDL(Datasets(rows, tfms, split_idx=int(not train)), bs=bs, shuffle=train, drop_last=train and len(table)>bs,
-                  num_workers=num_workers, after_batch=batch, device=default_device())
+    split_idx = int(not train)
+    see = partial(_see, item=Pipeline(item, split_idx=split_idx))
+    rows = Datasets(list(table.itertuples(index=False)), [[see], [_label, Label(vocab=classes, sort=False)]], split_idx=split_idx)
+    dl = TfmdDL(rows, bs=bs, shuffle=train, drop_last=train and len(table)>bs, num_workers=num_workers, after_batch=batch, device=default_device())
+    if dl.device.type=='cpu' and dl.fake_l.num_workers: dl.after_batch = _OneThread(dl.after_batch)
+    return dl
 
 # %% ../nbs/00e_data.ipynb #4d2d91ef
 def _check_splits(train, valid):

@@ -69,12 +69,13 @@ class Label(Categorize):
 
 # %% ../nbs/00d_transforms.ipynb #12a1731a
 class _Mixup(Mixup):
-    "timm's `Mixup` of whole batches, with half of the memory"
+    "timm's `Mixup` of whole batches, pair by pair"
     def _mix_batch(self, x):
         share,_ = self._params_per_batch()
-        first,last = x[:len(x)//2], x[len(x)//2:]
-        d = (first-last.flip(0)).mul_(1-share)
-        first.sub_(d); last.add_(d.flip(0))
+        x = x.as_subclass(torch.Tensor)
+        for i in range(len(x)//2):
+            d = (x[i]-x[-1-i]).mul_(1-share)
+            x[i].sub_(d); x[-1-i].add_(d)
         return share
 
 # %% ../nbs/00d_transforms.ipynb #1d0eea94
