@@ -26,8 +26,11 @@ from .transforms import Label, named_transforms
 # %% ../nbs/00e_data.ipynb #61d23565
 _all_ = ['untar_aircraft', 'cache_images', 'class_weights', 'pick_split', 'read_aircraft', 'read_image_folder', 'read_pictures', 'read_table']
 
-# %% ../nbs/00e_data.ipynb #4504fc9a
-def _see(row, item): return item(open_picture(row.path, getattr(row, 'crop', None), getattr(row, 'credit', 0)))
+# %% ../nbs/00e_data.ipynb #88a926c0
+def _part(row): return getattr(row, 'crop', None), int(getattr(row, 'credit', 0))
+def _where(row): return row if any(_part(row)) else Path(row.path) # the row itself only where a part of the picture is meant
+def _open(o): return open_picture(o) if isinstance(o, Path) else open_picture(o.path, *_part(o))
+def _see(img, item): return item(img)
 def _label(row): return row.label
 
 # %% ../nbs/00e_data.ipynb #66a67a4e
@@ -56,7 +59,7 @@ def picture_dl(
         raise ValueError(f"bs: 'published' mixes the pictures of a batch in pairs, so {n} will not do; choose an even number")
     split_idx = int(not train)
     see = partial(_see, item=Pipeline(item, split_idx=split_idx))
-    rows = Datasets(list(table.itertuples(index=False)), [[see], [_label, Label(vocab=classes, sort=False)]], split_idx=split_idx)
+    rows = Datasets(list(table.itertuples(index=False)), [[_where, _open, see], [_label, Label(vocab=classes, sort=False)]], split_idx=split_idx)
     dl = TfmdDL(rows, bs=bs, shuffle=train, drop_last=train and len(table)>bs, num_workers=num_workers, after_batch=batch, device=default_device())
     if dl.device.type=='cpu' and dl.fake_l.num_workers: dl.after_batch = _OneThread(dl.after_batch)
     return dl

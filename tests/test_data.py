@@ -94,3 +94,24 @@ def test_source_pictures(drawn_source, tmp_path):
     with pytest.raises(ValueError, match='labels.csv has no column class_index'): read_pictures(tmp_path)
     pd.DataFrame(dict(path=['a.jpg'], class_index=[1])).to_csv(tmp_path/'labels.csv')
     with pytest.raises(FileNotFoundError, match='1 pictures are listed in .* but missing: .*a.jpg'): read_pictures(tmp_path)
+
+def test_a_learner_takes_files_and_pictures(tree):
+    "From a table with and without a part of each picture; the order of files is kept"
+    from fastai.vision.all import PILImage
+    from fgvc_fisher.learner import aircraft_learner
+    files = sorted((tree/'data/images').glob('*.jpg'))[:5]
+    for credit in (0, 20):
+        learn = aircraft_learner(aircraft_dls(tree, size=32, bs=4, credit=credit, num_workers=0), 'test_resnet', weights=None)
+        with learn.no_bar():
+            label,_,probs = learn.predict(PILImage.create(files[2]))
+            assert label in learn.dls.vocab and abs(float(probs.sum())-1)<1e-5
+            if credit: continue
+            batch,_ = learn.get_preds(dl=learn.dls.test_dl(files))
+            assert torch.allclose(batch[2], probs, atol=1e-5) and torch.allclose(learn.predict(files[2])[2], probs, atol=1e-5)
+
+def test_validation_in_the_tables_order(tree):
+    table = pick_split(read_aircraft(tree), 'val')
+    for workers in (0, 2):
+        dls = aircraft_dls(tree, size=32, bs=3, num_workers=workers)
+        assert [o.image for o in dls.valid.items]==list(table.image)
+        for _ in range(2): assert torch.cat([y for _,y in dls.valid]).tolist()==table.label.cat.codes.tolist()
