@@ -63,6 +63,9 @@ def resize_picture(
     pixels = torch.from_numpy(np.array(img)).permute(2,0,1)
     return PILImage.create(Image.fromarray(resize(pixels, size, interpolation, antialias=True).permute(1,2,0).numpy()))
 
+# %% ../nbs/00c_pictures.ipynb #e399b073
+_QUALITY = 95 # of the copies' JPEG
+
 # %% ../nbs/00c_pictures.ipynb #c2e2e9c9
 def _shrink(source, target, short_side, crop, credit):
     "Write a smaller copy of a picture; returns its size in bytes, or None where the picture itself is small enough"
@@ -71,7 +74,7 @@ def _shrink(source, target, short_side, crop, credit):
     if min(img.size)>short_side: img = resize_picture(img, [short_side])
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(target.name+'.part')
-    img.save(jpeg := BytesIO(), 'JPEG', quality=95)      # not to the file: on a full disk Pillow can write half and say nothing
+    img.save(jpeg := BytesIO(), 'JPEG', quality=_QUALITY)      # not to the file: on a full disk Pillow can write half and say nothing
     part.write_bytes(jpeg.getvalue())
     part.replace(target)
     return len(jpeg.getvalue())
@@ -90,7 +93,7 @@ def _read_manifest(file):
 def _made_from(path, crop, credit):
     "By this a changed picture or setting is noticed"
     stat = os.stat(path)
-    return [stat.st_size, stat.st_mtime_ns, crop and list(crop), credit]
+    return [stat.st_size, stat.st_mtime_ns, crop and list(crop), credit, _QUALITY]
 
 # %% ../nbs/00c_pictures.ipynb #980174f8
 def _is_there(target, entry, made_from):
