@@ -52,6 +52,8 @@ def picture_dl(
     transforms:str='plain', # By name, see `named_transforms`: 'plain', 'published' or 'fastai'
 )->TfmdDL: # Batches of (B, 3, size, size) floats, and (B,) class numbers or (B, classes) mixed targets
     "A fastai `DataLoader` over a table of pictures. Raises `ValueError` for an odd batch where pictures are mixed in pairs."
+    for name,o in dict(size=size, bs=bs).items():
+        if not isinstance(o, int) or o<1: raise ValueError(f"{name}={o!r}: a whole number above 0")
     classes = list(table.label.cat.categories)
     item,batch,_ = named_transforms(transforms, size, train, len(classes))
     n = min(bs, len(table))
@@ -97,6 +99,7 @@ def _split_dls(
     num_workers:int|None=None, # Processes that decode; None: one a core
 ):
     "`DataLoaders` of two splits of a table"
+    if not isinstance(cache, (bool,str,Path)): raise ValueError(f"cache={cache!r}: True, False, or the folder below which smaller copies go")
     tables,common = _splits(table, train, valid, fraction, seed, on_bad),_common(table)
     if cache is not False:
         sides = [named_transforms(transforms, size, o, 1).copy_side for o in (True, False)]

@@ -149,6 +149,7 @@ def _disk_use(known, folder, short_side):
 # %% ../nbs/00c_pictures.ipynb #88f6460a
 def _cache(table, common, short_side, dest=None, n_workers=None, quiet=False):
     "`cache_images` for a part of the pictures below `common`"
+    if not isinstance(short_side, int) or short_side<1: raise ValueError(f"short_side={short_side!r}: a whole number of pixels above 0")
     folder = _copies_folder(common, table, short_side, dest)
     try: folder.mkdir(parents=True, exist_ok=True)
     except OSError as e: raise OSError(f"cannot write smaller copies to {folder} ({e}); name another place with dest= or cache=") from e

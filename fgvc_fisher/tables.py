@@ -175,7 +175,9 @@ def read_table(
     name = 'the table' if isinstance(table, pd.DataFrame) else table
     if not isinstance(table, pd.DataFrame):
         if not Path(table).is_file(): raise FileNotFoundError(f"there is no file {table}")
-        table,root = pd.read_csv(table),root or Path(table).parent
+        root = root or Path(table).parent
+        try: table = pd.read_csv(table)
+        except ValueError as e: raise ValueError(f"{name} cannot be read as a table with commas ({e})") from e
     if missing := {path,label}-set(table.columns):
         raise ValueError(f"{name} has no column {', '.join(sorted(missing))}, only {', '.join(map(str, table.columns))}")
     if (bare := table[[path,label]].isna().any(axis=1)).any():

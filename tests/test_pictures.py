@@ -111,6 +111,10 @@ def test_no_place_for_copies(table, tmp_path):
     with pytest.raises(OSError, match='cannot write smaller copies to .*file.*name another place with dest= or cache='):
         cache(table, 40, dest=tmp_path/'file')
 
+@pytest.mark.parametrize('side', [0, -5, 'big', 0.5])
+def test_wrong_side(table, side):
+    with pytest.raises(ValueError, match=f'short_side={side!r}: a whole number of pixels above 0'): cache(table, side)
+
 def test_says_what_it_takes(table, capsys):
     small = cache_images(table, 40)
     said = capsys.readouterr()
