@@ -31,6 +31,16 @@ def test_published_evaluation_is_timms(picture):
     theirs = create_transform(299, is_training=False, crop_pct=0.875, interpolation='bicubic', normalize=False)
     assert (named_transforms('published', 299, False, 105).item[0](picture).int()-theirs(picture)).abs().max()<=2
 
+@pytest.mark.parametrize('kw', [dict(train=True, interpolation='bilinear'), dict(train=True, interpolation='bicubic'), dict(interpolation='bilinear'),
+                                dict(crop_mode='squash'), dict(crop_mode='border')])
+def test_other_steps_are_timms_too(picture, kw):
+    "What is replaced is the kernel alone, whatever timm is asked for"
+    rest = dict(color_jitter=0.) if kw.get('train') else dict(crop_pct=0.875, interpolation='bicubic')
+    theirs = create_transform(96, is_training=kw.get('train', False), normalize=False, **rest | {k: v for k,v in kw.items() if k!='train'})
+    for seed in range(5):
+        set_seed(seed); a = View(96, **kw)(picture).int()
+        set_seed(seed); assert (a-theirs(picture)).abs().max()<=2
+
 def test_published_batch_is_timms():
     "Mixed, normalised, erased, in timm's order; targets of 105 outputs"
     from fastai.data.all import Pipeline, TensorCategory
