@@ -16,9 +16,8 @@ def counts(tree):
     start = time.perf_counter()
     check = check_aircraft(tree, quiet=True)
     seconds = time.perf_counter()-start
-    within = check.pairs[check.pairs.split_1==check.pairs.split_2]
     row = dict(tree=tree.name, pictures=check.counts.loc[['train','val'], 'pictures'].sum(), errors=(check.findings.severity=='error').sum())
-    for name,pairs in (('across', check.across), ('within', within)):
+    for name,pairs in (('across', check.across), ('within', check.within)):
         row |= {name: len(pairs)} | {f'{name}, {o}': (pairs.kind==o).sum() for o in ('same pixels','near','mirrored')}
         row |= {f'{name}, other label': (pairs.label_1!=pairs.label_2).sum()}
     return row | dict(seconds=seconds, cores=os.cpu_count())

@@ -170,6 +170,9 @@ class AircraftCheck:
     @property
     def across(self)->pd.DataFrame: # The pairs of two splits
         return self.pairs[self.pairs.split_1!=self.pairs.split_2].reset_index(drop=True)
+    @property
+    def within(self)->pd.DataFrame: # The pairs of one split
+        return self.pairs[self.pairs.split_1==self.pairs.split_2].reset_index(drop=True)
 
 # %% ../nbs/00b_check.ipynb #ac122c5b
 def _names(names, details=None):
@@ -193,8 +196,7 @@ def __repr__(self:AircraftCheck):
         rows = self.findings[self.findings.severity==severity]
         lines = [f'- {finding} ({len(o)}): {_names(o.name, o.detail)}' for finding,o in rows.groupby('finding', sort=False)]
         if severity=='remark':
-            within = self.pairs[self.pairs.split_1==self.pairs.split_2]
-            lines += [o for o in (_say_pairs(self.across, 'across splits'), _say_pairs(within, 'within a split')) if o]
+            lines += [o for o in (_say_pairs(self.across, 'across splits'), _say_pairs(self.within, 'within a split')) if o]
         if lines: say += [f'{severity}s:', *lines]
     return '\n'.join(say)
 

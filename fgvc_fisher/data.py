@@ -100,8 +100,9 @@ def _split_dls(
 ):
     "`DataLoaders` of two splits of a table"
     if not isinstance(cache, (bool,str,Path)): raise ValueError(f"cache={cache!r}: True, False, or the folder below which smaller copies go")
-    tables,common = _splits(table, train, valid, fraction, seed, on_bad),_common(table)
+    tables = _splits(table, train, valid, fraction, seed, on_bad)
     if cache is not False:
+        common = _common(table)
         sides = [named_transforms(transforms, size, o, 1).copy_side for o in (True, False)]
         tables = [_cache(o, common, side, None if cache is True else cache) for o,side in zip(tables, sides)]
     dls = [picture_dl(o, size, bs, t, num_workers, transforms) for o,t in zip(tables, (True, False))]
