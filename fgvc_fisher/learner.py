@@ -8,8 +8,8 @@ Docs: https://fgvc-fisher.github.io/fgvc_fisher/learner.html.md"""
 __all__ = ['nesterov', 'load_weights', 'source_model', 'picture_stats', 'normalise', 'source_dl', 'head_name', 'remake_head',
            'aircraft_splitter', 'aircraft_learner']
 
-# %% ../nbs/02_learner.ipynb #3ff73133
-import copy, difflib, re
+# %% ../nbs/02_learner.ipynb #e5beb75e
+import copy, difflib, pkgutil, re
 from collections.abc import Callable
 from pathlib import Path
 from textwrap import shorten
@@ -55,23 +55,37 @@ def load_weights(
     model.load_state_dict(state, strict=False)
     return model
 
-# %% ../nbs/02_learner.ipynb #e9a7a34f
-def _timm_model(name, pretrained):
-    "timm's model of that name; `ValueError` with the nearest names if there is none"
+# %% ../nbs/02_learner.ipynb #0f3f0773
+def _found(name):
+    "What `package.module:function` names"
+    try: return pkgutil.resolve_name(name)
+    except (ImportError, AttributeError) as e: raise ValueError(f"arch {name!r}: {e}") from e
+
+# %% ../nbs/02_learner.ipynb #638a12b3
+def _named_model(name, pretrained):
+    "timm's model of that name, or what `package.module:function` makes; `ValueError` with the nearest names if there is none"
+    if re.fullmatch(r'\w+(\.\w+)*:\w+', name): return _found(name)()
     if ':' not in name and not timm.is_model(name):
         near = difflib.get_close_matches(name.split('.')[0], timm.list_models(), n=3)
         raise ValueError(f"arch {name!r}: timm has no such model" + (f"; did you mean {' or '.join(near)}?" if near else ''))
     return timm.create_model(name, pretrained=pretrained)
 
+# %% ../nbs/02_learner.ipynb #87a518fa
+def _head_of(model, file):
+    "The model with as many outputs as the file's head has"
+    own = f'{head_name(model)}.weight'
+    there = _read_weights(file).get(own)
+    return model if there is None or len(there)==len(model.state_dict()[own]) else remake_head(model, len(there))
+
 # %% ../nbs/02_learner.ipynb #ea42f96e
 def source_model(
-    arch:str|nn.Module|Callable='inception_v4', # A timm name, a module (copied), or a function that makes one
+    arch:str|nn.Module|Callable='inception_v4', # A timm name, 'package.module:function', a module (copied), or a function that makes one
     weights:bool|str|Path|None=True, # True: timm's own (a module or a function keeps its); a file; None: for a name, random ones
 )->nn.Module: # In evaluation mode
     "The pretrained model with the head that it was pretrained with."
-    if isinstance(arch, str): model = _timm_model(arch, pretrained=weights is True)
+    if isinstance(arch, str): model = _named_model(arch, pretrained=weights is True)
     else: model = copy.deepcopy(arch) if isinstance(arch, nn.Module) else arch()
-    if isinstance(weights, (str,Path)): load_weights(model, weights)
+    if isinstance(weights, (str,Path)): load_weights(_head_of(model, weights), weights)
     return model.eval()
 
 # %% ../nbs/02_learner.ipynb #97b4c6fb
@@ -103,10 +117,11 @@ def source_dl(
     size:int|None=None, # Side of the pictures in pixels; None: as in pretraining
     bs:int=32, # Pictures a batch
     num_workers:int|None=None, # Processes that decode; None: one a core
+    transforms:str='plain', # By name, as the tuned model's; 'published' brings its own normalisation
 )->TfmdDL: # Batches `(x, y)` in the table's order, normalised
     "Source pictures as the source model expects them."
     table = read_pictures(pictures) if isinstance(pictures, (str,Path)) else pictures
-    return normalise(picture_dl(table, size or picture_stats(model)['size'], bs, num_workers=num_workers), model)
+    return normalise(picture_dl(table, size or picture_stats(model)['size'], bs, num_workers=num_workers, transforms=transforms), model)
 
 # %% ../nbs/02_learner.ipynb #cd8a6bab
 def head_name(

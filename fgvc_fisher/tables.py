@@ -12,6 +12,7 @@ __all__ = ['LEVELS', 'aircraft_root', 'read_aircraft', 'crop_to_boxes', 'pick_sp
 from pathlib import Path
 from textwrap import shorten
 import numpy as np, pandas as pd, torch
+from timm.data import ImageNetInfo
 from torchvision.datasets import ImageFolder
 
 # %% ../nbs/00a_tables.ipynb #334b391f
@@ -188,12 +189,21 @@ def read_table(
         raise FileNotFoundError(f"{len(missing)} pictures are listed in {name} but missing: {shorten(', '.join(missing), 400)}")
     return table.reset_index(drop=True)
 
+# %% ../nbs/00a_tables.ipynb #8ad53cfb
+def _imagenet_folders(path):
+    "Pictures in folders named by WordNet ids, with the class numbers of ImageNet-1k"
+    table,number = read_image_folder(path),{o: i for i,o in enumerate(ImageNetInfo('imagenet-1k').label_names())}
+    if other := sorted(set(table.label)-set(number)):
+        raise ValueError(f"{path}: {len(other)} folders are no classes of ImageNet-1k: {shorten(', '.join(other), 400)}")
+    return table.assign(class_index=[number[o] for o in table.label])
+
 # %% ../nbs/00a_tables.ipynb #8cd50201
 def read_pictures(
-    path:str|Path, # A folder of pictures with a `labels.csv`: columns `path` and `class_index`
+    path:str|Path, # A folder of pictures with a `labels.csv`: columns `path` and `class_index`; or ImageNet's own folders
 )->pd.DataFrame: # A row a picture; `path` absolute, `label` a categorical over 0, 1, ... up to the greatest class number
     "Read a folder of labelled source pictures. Raises `FileNotFoundError` or `ValueError` that name what is missing."
     file = Path(path)/'labels.csv'
-    if not file.is_file(): raise FileNotFoundError(f"{path} has no labels.csv: a table of pictures with columns path,class_index")
-    table = read_table(file, label='class_index')
+    if file.is_file(): table = read_table(file, label='class_index')
+    elif any(Path(path).glob('n[01]*')) or any(Path(path).glob('*/n[01]*')): table = _imagenet_folders(path)
+    else: raise FileNotFoundError(f"{path} has no labels.csv (a table of pictures with columns path,class_index) and no folders like ImageNet's n01440764")
     return table.assign(label=pd.Categorical(table.class_index, categories=range(table.class_index.max()+1)))
