@@ -15,7 +15,6 @@ from fastai.torch_core import set_seed
 from fastcore.script import call_parse
 from fgvc_fisher.callback import L2SPFisherCallback
 from fgvc_fisher.data import aircraft_dls
-from fgvc_fisher.experiment import STYLES
 from fgvc_fisher.learner import aircraft_learner, head_name
 from warbirds import report, rows, run_arms
 
@@ -64,7 +63,6 @@ def distil(run, source, fisher, **kwargs):
 ARMS = {'last layer only': dict(tune=last_layer), 'linear probe first': dict(tune=probe_first),
         'LwF, 1': dict(tune=partial(distil, weight=1.)),
         'LwF, 1, own statistics': dict(tune=partial(distil, weight=1., own_bn=True)), 'LwF, 10, own statistics': dict(tune=partial(distil, weight=10., own_bn=True))}
-STYLES |= {'last layer only': ('#8c564b','P'), 'linear probe first': ('#c2185b','X'), 'LwF': ('#00838f','v')}
 
 @call_parse
 def main(

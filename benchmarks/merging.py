@@ -11,7 +11,7 @@ import pandas as pd
 from fastcore.script import call_parse
 from torch.optim.swa_utils import update_bn
 from fgvc_fisher.data import picture_dl, pick_split, read_aircraft
-from fgvc_fisher.experiment import Run, fine_tune, plot_frontier
+from fgvc_fisher.experiment import Run, fine_tune, frontier
 from fgvc_fisher.fisher import estimate_fisher
 from fgvc_fisher.learner import normalise
 from fgvc_fisher.merging import interpolate, merge
@@ -28,12 +28,12 @@ def points(source, tuned, fishers):
 
 def plot(table, others, before):
     "Both curves, and the arms that were fine-tuned one by one"
-    ax = plot_frontier(others[others.target.notna()], before)
+    ax = plt.subplots(figsize=(9,5), layout='constrained')[1]
     for (method,t),color in zip(table.groupby('method', sort=False), ('#7a3b8f','#d2691e')):
         for column,ls in (('retention_target_bn','-'), ('retention_source_bn',':')):
-            ax.plot(t[column], t.target, ls=ls, marker='.', ms=5, color=color, label=f'{method} ({column[10:16]} statistics)')
+            ax.plot(t[column], t['last'], ls=ls, marker='.', ms=5, color=color, label=f'{method} ({column[10:16]} statistics)')
+    frontier(others, before=before, ax=ax)
     ax.set_title("One training, merged with its source, beside trainings of their own\n(hollow and dotted: source's BatchNorm statistics put back)")
-    ax.legend(frameon=False, fontsize=8, loc='lower left')
     return ax.figure
 
 @call_parse
@@ -57,7 +57,7 @@ def main(
     for method,strength,model in points(source, tuned, fishers):
         update_bn(train, model, device=device)
         kept = retention(model, source, for_retention)
-        rows.append(dict(method=method, strength=strength, target=accuracy_on(model, val),
+        rows.append(dict(method=method, strength=strength, last=accuracy_on(model, val),
                          retention_target_bn=kept['target'], retention_source_bn=kept['source']))
         print(rows[-1], flush=True)
     table = pd.DataFrame(rows).assign(before=accuracy_on(source, for_retention), machine=machine(device))

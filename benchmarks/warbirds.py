@@ -13,7 +13,7 @@ import pandas as pd, torch
 from fastcore.script import call_parse
 from timm.models.efficientnet import _gen_mobilenet_v1
 from fgvc_fisher.data import read_pictures
-from fgvc_fisher.experiment import Run, fine_tune, plot_curves, plot_frontier, result_table, run_arm
+from fgvc_fisher.experiment import Run, curves, fine_tune, frontier, run_arm, show_table, table
 from fgvc_fisher.fisher import estimate_fisher
 from fgvc_fisher.learner import source_dl, source_model
 from fgvc_fisher.retention import accuracy_on, halves
@@ -30,14 +30,14 @@ def machine(device):
 
 def rows(file): return pd.read_csv(file) if file.exists() else pd.DataFrame(columns=['arm','seed'])
 
-def append(table, file): pd.concat([rows(file), table]).to_csv(file, index=False, float_format='%.6g')
+def append(new, file): pd.concat([rows(file), new]).to_csv(file, index=False, float_format='%.6g')
 
 def report(runs, out):
     "The table and the picture, from the rows"
-    table = result_table(runs)
-    table.to_csv(Path(out)/'table.csv', float_format='%.4g')
-    plot_frontier(runs, runs.before.iloc[0]).figure.savefig(Path(out)/'frontier.png', dpi=100)
-    print(table.to_string(float_format='{:.3f}'.format))
+    shown = show_table(table(runs))
+    shown.to_csv(Path(out)/'table.csv')
+    frontier(runs).figure.savefig(Path(out)/'frontier.png', dpi=100)
+    print(shown.to_string())
 
 def task(photos, size):
     "The aircraft's tree, the source model, and loaders of ImageNet pictures: for the Fisher, for the retention"
@@ -59,7 +59,7 @@ def run_arms(arms, photos, out, size, epochs, seeds):
             print(f'\n{arm}, seed {seed}', flush=True)
             tune = kw.pop('tune', fine_tune)
             row,curve,_ = run_arm(Run(str(tree), arm, size=size, seed=seed, **dict(epochs=epochs) | kw), source, for_retention, fisher, tune)
-            append(curve.reset_index(), out/'curves.csv')
+            append(curve, out/'curves.csv')
             append(pd.DataFrame([row | dict(data=tree.name, before=before, machine=machine(device))]), out/'runs.csv')
     return fisher
 
@@ -75,5 +75,4 @@ def main(
     fisher = run_arms(ARMS, photos, out, size, epochs, range(first, first+seeds))
     fisher.summary().to_csv(Path(out)/'fisher.csv', index=False, float_format='%.6g')
     report(rows(Path(out)/'runs.csv').sort_values(['seed','beta'], kind='stable'), out)
-    curves = rows(Path(out)/'curves.csv')
-    plot_curves(curves[curves.seed==42]).savefig(Path(out)/'curves.png', dpi=100)
+    curves(rows(Path(out)/'curves.csv')).savefig(Path(out)/'curves.png', dpi=100)

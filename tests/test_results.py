@@ -1,0 +1,370 @@
+"What the tables and figures make of experiments that are unfinished, failed, diverged or half measured"
+import json, math
+import numpy as np, pandas as pd, pytest
+from scipy import integrate, stats
+import matplotlib
+matplotlib.use('Agg')
+import matplotlib.pyplot as plt
+from fgvc_fisher.results import (ACCURACIES, MEASURES, STYLES, curves, differences, frontier, read_curves, read_errors, read_runs, show_table,
+                                 style, table)
+from fgvc_fisher.seeds import interval, paired, seeds_needed
+
+@pytest.fixture(autouse=True)
+def closed():
+    yield
+    plt.close('all')
+
+def write(out, id, run, curve=None, result=None, error=None):
+    folder = out/'runs'/id
+    folder.mkdir(parents=True)
+    (folder/'run.json').write_text(json.dumps(run))
+    if curve is not None: pd.DataFrame(curve).to_csv(folder/'curve.csv', index=False)
+    if result is not None: (folder/'result.json').write_text(json.dumps(run | result | dict(id=id)))
+    if error is not None: (folder/'error.txt').write_text(error)
+
+def curve(n, top=0.7, shift=0.):
+    t = np.arange(n)
+    return dict(epoch=t, train_loss=2*0.6**t, valid_loss=2*0.7**t+shift, accuracy=top*(1-0.5**(t+1)), seconds=1.)
+
+def measured(last, kept=0.2, **kwargs): return dict(best=last, last=last, retention_target_bn=kept, retention_source_bn=kept/2, seconds=9.) | kwargs
+
+@pytest.fixture
+def out(tmp_path):
+    "Two arms of three seeds, written in another order than they are read"
+    for seed in (2,0,1):
+        write(tmp_path, f'b{seed}', dict(arm='L2-SP-Fisher, beta = 10', beta=10., seed=seed), curve(3, 0.6, seed/10), measured(0.6+seed/100, 0.4))
+        write(tmp_path, f'z{seed}', dict(arm='plain', beta=0., seed=seed), curve(3, 0.7, seed/10), measured(0.7+seed/50, 0.1))
+    return tmp_path
+
+def rows(arm='plain', seeds=(0,), last=0.7, **kwargs): return [dict(arm=arm, seed=o, last=last+o/100) | kwargs for o in seeds]
+
+class TestRead:
+    def test_order(self, out):
+        runs = read_runs(out)
+        assert list(zip(runs.arm, runs.seed)) == [(a,s) for a in ('plain','L2-SP-Fisher, beta = 10') for s in range(3)]
+        assert list(runs.columns[:3]) == ['id','arm','beta'] and list(runs.id[:3]) == ['z0','z1','z2']
+
+    def test_sorts_by_strength(self, tmp_path):
+        runs = dict(a=dict(beta=10), b=dict(beta=1, step='prox'), c=dict(alpha=5e-4), d=dict(l2sp=0.01), e={}, f=dict(beta=1, step='grad'))
+        for id,run in runs.items():
+            write(tmp_path, id, dict(arm=id, seed=0) | run, result=dict(last=0.5))
+        assert list(read_runs(tmp_path).id) == list('efbadc')
+
+    def test_path_as_text(self, out): assert read_runs(str(out)).equals(read_runs(out))
+
+    def test_unfinished(self, out):
+        write(out, 'u', dict(arm='plain', seed=3, beta=0.), curve(2))
+        write(out, 'v', dict(arm='plain', seed=4, beta=0.))
+        write(out, 'w', dict(arm='plain', seed=5, beta=0.), pd.DataFrame(curve(2))[:0])
+        assert len(read_runs(out))==6
+        c = read_curves(out)
+        assert list(c.columns) == ['id','arm','seed','epoch','train_loss','valid_loss','accuracy','seconds']
+        assert list(c[c.seed==3].epoch) == [0,1] and set(c.seed) == {0,1,2,3}
+
+    def test_curve_with_columns_of_its_own(self, tmp_path):
+        write(tmp_path, 'a', dict(arm='plain', seed=7), curve(2) | dict(seed=0, distance=1.))
+        c = read_curves(tmp_path)
+        assert set(c.seed)=={7} and 'distance' in c
+
+    def test_a_folder_without_settings_is_none_of_ours(self, out):
+        (out/'runs/just-made').mkdir()
+        assert len(read_runs(out))==6
+
+    def test_errors(self, out):
+        write(out, 'f', dict(arm='L2', seed=0), error='Traceback\n  File\nOutOfMemoryError: made up\n\n')
+        write(out, 'g', dict(arm='L2', seed=1), error='')
+        write(out, 'h', dict(arm='L2', seed=2), result=measured(0.5), error='from before')
+        assert read_errors(out).values.tolist() == [['L2',0,'OutOfMemoryError: made up','f'], ['L2',1,'','g']]
+        assert list(read_runs(out).query("arm=='L2'").seed) == [2]
+
+    def test_no_errors(self, out): assert read_errors(out).empty and 'error' in read_errors(out)
+
+    def test_no_folder(self, tmp_path):
+        for f in (read_runs, read_curves, read_errors, table, differences, curves, frontier):
+            with pytest.raises(FileNotFoundError, match='give the folder'): f(tmp_path/'none')
+            with pytest.raises(FileNotFoundError, match='runs'): f(tmp_path)
+
+    def test_nothing_finished(self, tmp_path):
+        (tmp_path/'runs').mkdir()
+        assert read_runs(tmp_path).empty and read_curves(tmp_path).empty
+        for f in (table, differences, frontier):
+            with pytest.raises(ValueError, match='no finished run'): f(tmp_path)
+        with pytest.raises(ValueError, match='no column train_loss'): curves(tmp_path)
+
+    @pytest.mark.parametrize('name', ['run.json','result.json','curve.csv'])
+    @pytest.mark.parametrize('content', [b'', b'\xff\xfe\x00', b'[1,2'])
+    def test_broken(self, out, name, content):
+        if name=='curve.csv' and content==b'[1,2': content = b'epoch,accuracy\n0,1,2,3\n0,1,2,3,4\n'
+        (out/'runs/z1'/name).write_bytes(content)
+        with pytest.raises(ValueError, match=f'(?s)z1.{name}.*run it again'): (read_curves if name=='curve.csv' else read_runs)(out)
+
+    @pytest.mark.parametrize('content', ['[]', '{"arm": "plain"}', '{"seed": 1}'])
+    def test_other_json(self, out, content):
+        (out/'runs/z1/run.json').write_text(content)
+        with pytest.raises(ValueError, match='z1.run.json'): read_errors(out)
+
+class TestTable:
+    def test_means(self, out):
+        t = table(out)
+        assert list(t.index) == ['plain','L2-SP-Fisher, beta = 10']
+        assert t.loc['plain','last'].tolist() == pytest.approx(interval([0.7,0.72,0.74]))
+        assert list(t.columns.get_level_values(0).unique()) == ['best','last','retention_target_bn','retention_source_bn','seconds','runs','diverged']
+        assert t['runs',''].tolist()==[3,3] and t['diverged',''].tolist()==[0,0]
+
+    def test_the_same_from_folder_table_and_dicts(self, out):
+        runs = read_runs(out)
+        pd.testing.assert_frame_equal(table(out), table(runs))
+        pd.testing.assert_frame_equal(table(out), table(runs.to_dict('records')))
+        assert 'diverged' not in runs
+
+    def test_order_of_appearance(self):
+        assert list(table(rows('b')+rows('a')+rows('b', [1])).index) == ['b','a']
+
+    def test_measures(self, out):
+        assert list(table(out, 'last')) == list(table(out, ['last'])) == [('last','mean'),('last','±'),('runs',''),('diverged','')]
+        assert list(table(out, ['last','beta'])['beta','mean']) == [0,10]
+        assert 'test' not in table(out, ['test','last'])
+
+    def test_missing(self, tmp_path):
+        write(tmp_path, 'a', dict(arm='plain', seed=0), result=dict(last=0.7, test=None, retention_target_bn=float('nan'), seconds=3))
+        t = table(tmp_path)
+        assert list(t.columns.get_level_values(0).unique()) == ['last','seconds','runs','diverged']
+        assert show_table(t).values.tolist() == [['70.0','3.0','1']]
+
+    def test_measured_in_some_runs_only(self):
+        t = show_table(table(rows('a', [0,1], test=0.5) + rows('b', [0], test=0.5) + rows('b', [1])))
+        assert t['test, epoch chosen on val'].tolist() == ['50.0 ± 0.0','–']
+
+    def test_diverged(self):
+        t = table(rows('a', [0,1]) + rows('b', [0]) + [dict(arm='b', seed=1, last=None, best=0.6, test=0.6, retention_target_bn=0, seconds=4)])
+        assert t.loc['b','diverged'].item()==1 and t.loc['b','runs'].item()==2
+        assert t.loc['b','last'].isna().all() and 'best' not in t and 'test' not in t and 'retention_target_bn' not in t
+        assert show_table(t).loc['b'].tolist() == ['–','–','2','1']
+
+    def test_all_diverged(self):
+        t = table([dict(arm='a', seed=o, last=None, retention_target_bn=0, seconds=4.) for o in (0,1)])
+        assert show_table(t).values.tolist() == [['4.0 ± 0.0','2','2']]
+
+    def test_whole_numbers(self):
+        t = table([dict(arm='a', seed=0, last=1, retention_source_bn=0), dict(arm='b', seed=0, last=math.nan, retention_source_bn=0)])
+        assert show_table(t).values.tolist() == [['100.0','0.0','1','0'], ['–','–','1','1']]
+
+    def test_without_seeds(self):
+        assert show_table(table([dict(arm='a', last=0.5), dict(arm='a', last=0.5)])).values.tolist() == [['50.0 ± 0.0','2']]
+
+    def test_two_experiments_in_one(self):
+        with pytest.raises(ValueError, match="arm 'plain', seed 1 is there 2 times, with different arch, epochs;"):
+            table(rows(seeds=[0,1], arch='a', epochs=4) + rows(seeds=[1], arch='b', epochs=8))
+        with pytest.raises(ValueError, match='different results'): table(rows() + rows(last=0.9))
+
+    def test_no_arm(self):
+        with pytest.raises(ValueError, match='no `arm`, only seed, last'): table([dict(seed=0, last=0.7)])
+
+    def test_nothing(self):
+        for none in ([], pd.DataFrame()):
+            with pytest.raises(ValueError, match='no finished run'): table(none)
+
+    def test_shown_in_html(self, out):
+        assert '72.0 ± 5.0' in show_table(table(out)).to_html() and '72.0 ± 5.0' in show_table(table(out)).to_string()
+
+class TestDifferences:
+    def test_paired(self, out):
+        d = differences(out)
+        assert list(d.index) == [('L2-SP-Fisher, beta = 10',o) for o in ('best','last','retention_target_bn','retention_source_bn')]
+        row = d.loc[('L2-SP-Fisher, beta = 10','last')]
+        assert row[['difference','low','high']].tolist() == pytest.approx(paired([0.6,0.61,0.62], [0.7,0.72,0.74]))
+        assert row.seeds==3 and row.seeds_for_1==seeds_needed(0.01)
+
+    def test_seeds_in_any_order(self):
+        d = differences(rows('plain', [2,0,1]) + rows('b', [0,1,2], last=0.71)).loc[('b','last')]
+        assert d.tolist() == pytest.approx([0.01,0.01,0.01,3,2])
+
+    def test_seeds_that_one_lacks(self):
+        d = differences(rows('plain', [0,1,2]) + rows('b', [1,2,3], last=0.6) + rows('c', [2]) + rows('d', [9]))
+        assert d.loc['b'].seeds.item()==2 and d.loc['b'].difference.item()==pytest.approx(-0.1)
+        assert d.loc['c'].seeds.item()==1 and d.loc['c'].difference.item()==0 and d.loc['c'][['low','high','seeds_for_1']].isna().all(axis=None)
+        assert d.loc['d'].seeds.item()==0 and d.loc['d'].drop(columns='seeds').isna().all(axis=None)
+
+    def test_diverged(self):
+        d = differences(rows('plain', [0,1]) + rows('b', [0]) + [dict(arm='b', seed=1, last=None)]).loc[('b','last')]
+        assert d.seeds==2 and d.drop('seeds').isna().all()
+
+    def test_control(self, out):
+        d = differences(out, 'L2-SP-Fisher, beta = 10', 'last')
+        assert d.loc[('plain','last')].difference == pytest.approx(0.11)
+        with pytest.raises(ValueError, match="no arm 'L3'; there are plain, L2-SP-Fisher, beta = 10"): differences(out, 'L3')
+
+    def test_only_the_control(self):
+        d = differences(rows())
+        assert d.empty and list(d)==['difference','low','high','seeds','seeds_for_1'] and d.index.names==['arm','measure']
+
+    def test_no_seeds(self):
+        with pytest.raises(ValueError, match='no `seed`'): differences([dict(arm='plain', last=0.5)])
+
+def lines(fig, panel=1): return {o.get_label(): o for o in fig.axes[panel].lines}
+
+class TestCurves:
+    def test_mean_and_range(self, out):
+        fig = curves(out)
+        assert [o.get_text() for o in fig.legends[0].get_texts()] == ['plain','L2-SP-Fisher, beta = 10']
+        loss = lines(fig, 0)['plain']
+        assert loss.get_xdata().tolist()==[1,2,3] and loss.get_ydata() == pytest.approx(2*0.7**np.arange(3)+0.1)
+        band = fig.axes[0].collections[0].get_paths()[0].get_extents()
+        assert (band.y0,band.y1) == pytest.approx((2*0.7**2, 2.2))
+        assert all(o.get_xlabel() and o.get_ylabel() and o.get_title() for o in fig.axes)
+
+    def test_from_a_table(self, out): assert len(lines(curves(read_curves(out))))==2
+
+    def test_without_seeds(self): assert lines(curves(pd.DataFrame(curve(4)).assign(arm='plain')))['plain'].get_xdata()[-1]==4
+
+    def test_unfinished_and_failed(self, out):
+        write(out, 'u', dict(arm='plain', seed=3), curve(2))
+        write(out, 'f', dict(arm='L2', seed=0), curve(1), error='Error: made up')
+        drawn = lines(curves(out))
+        assert len(drawn['plain'].get_xdata())==3 and len(drawn['L2'].get_xdata())==1
+
+    def test_diverged(self, out):
+        write(out, 'n', dict(arm='L2', seed=0), curve(2) | dict(train_loss=[1,math.nan], valid_loss=[1,math.nan], accuracy=[0.5,math.nan]))
+        assert math.isnan(lines(curves(out))['L2'].get_ydata()[1])
+
+    def test_published_behind(self, out):
+        published = pd.concat([pd.DataFrame(curve(5)).rename(columns=dict(valid_loss='val_loss')).assign(run=o) for o in ('x','y')])
+        fig = curves(out, published)
+        drawn = lines(fig)
+        assert {'published: x','published: y','plain'} <= set(drawn)
+        assert drawn['published: x'].get_zorder() < drawn['plain'].get_zorder()
+        assert drawn['published: x'].get_linestyle() != drawn['published: y'].get_linestyle()
+        assert drawn['published: x'].get_xdata().tolist() == [1,2,3,4,5]
+        with pytest.raises(ValueError, match='published: has no column val_loss'): curves(out, published.drop(columns='val_loss'))
+
+    def test_arms_of_a_family_are_told_apart(self):
+        t = pd.concat([pd.DataFrame(curve(3)).assign(arm=f'L2, {o}') for o in range(4)])
+        assert len({str(o._dash_pattern) for o in lines(curves(t)).values() if o.get_marker()=='s'})==4
+
+    def test_two_experiments_in_one(self, out):
+        write(out, 'twice', dict(arm='plain', seed=1, arch='other'), curve(3))
+        with pytest.raises(ValueError, match="arm 'plain', seed 1 is there 2 times, with different id"): curves(out)
+
+    def test_missing_column(self, out):
+        with pytest.raises(ValueError, match='has no column accuracy'): curves(read_curves(out).drop(columns='accuracy'))
+
+def texts(ax): return {o.get_text(): o for o in ax.texts}
+
+class TestFrontier:
+    def test_marks(self, out):
+        ax = frontier(out)
+        assert [o.get_text() for o in ax.get_legend().get_texts()] == ['plain','L2-SP-Fisher']
+        assert list(texts(ax)) == ['beta = 10']
+        marks = [o.get_offsets()[0].tolist() for o in ax.collections if len(o.get_offsets())==1 and hasattr(o, 'get_sizes')]
+        assert marks == [pytest.approx(o) for o in ([0.1,0.72],[0.05,0.72],[0.4,0.61],[0.2,0.61])]
+        assert 'last epoch on val' in ax.get_ylabel()
+
+    def test_target(self, out):
+        runs = read_runs(out).assign(test_last=0.3)
+        assert ACCURACIES['test_last'] in frontier(runs).get_ylabel()
+        assert ACCURACIES['best'] in frontier(runs, 'best').get_ylabel()
+        with pytest.raises(ValueError, match="no run has 'test'; there are best, last, test_last"): frontier(runs, 'test')
+
+    def test_before(self, out):
+        at = lambda ax: [o.get_xdata()[0] for o in ax.lines if o.get_label()=='before fine-tuning']
+        runs = read_runs(out)
+        assert at(frontier(runs))==[] and at(frontier(runs, before=0.5))==[0.5]
+        assert at(frontier(runs.assign(before=0.6))) == pytest.approx([0.6])
+        assert at(frontier(runs.assign(before=0.6), before=0.5))==[0.5]
+        assert at(frontier(runs.assign(before=None)))==[]
+
+    def test_where(self, out):
+        fig,ax = plt.subplots()
+        ax.plot([0,0.9], [0.2,0.9], label='mine')
+        assert frontier(out, ax=ax) is ax
+        assert 'mine' in [o.get_text() for o in ax.get_legend().get_texts()] and ax.get_xlim()[1]>=0.9 and ax.get_ylim()[0]<=0.2
+
+    def test_one_seed_without_the_sources_statistics(self):
+        ax = frontier(rows(retention_target_bn=0.1) + rows('L2, 5e-4', retention_target_bn=0.2))
+        assert list(texts(ax)) == ['5e-4']
+
+    def test_diverged(self, out):
+        runs = read_runs(out).to_dict('records') + [dict(arm='L2-SP-Fisher, beta = 1, explicit', seed=0, last=None)]
+        ax = frontier(runs)
+        assert 'not shown, diverged: L2-SP-Fisher, beta = 1, explicit' in ax.get_xlabel()
+        assert list(texts(ax)) == ['beta = 10']
+        with pytest.raises(ValueError, match='every arm has a run that diverged'): frontier(runs[-1:])
+        with pytest.raises(ValueError, match='every arm has a run that diverged'):
+            frontier([runs[0], dict(arm='plain', seed=7, last=None)])
+
+    def test_no_retention(self):
+        with pytest.raises(ValueError, match='no retention'): frontier(rows())
+
+    def test_some_without_retention(self, out):
+        assert list(texts(frontier(read_runs(out).to_dict('records') + rows('L2, 5e-4')))) == ['beta = 10']
+        assert list(texts(frontier(read_runs(out).to_dict('records') + rows('L2, 5e-4', retention_target_bn=0.3)))) == ['beta = 10','5e-4']
+        with pytest.raises(ValueError, match="no arm has both 'last' and"): frontier(rows(retention_target_bn=0.1) + rows(seeds=[1]))
+
+    @pytest.mark.parametrize('near', [1e-6, 0.003])
+    def test_texts_do_not_cover_each_other(self, near):
+        spread = [dict(arm='plain', seed=0, last=0.2, retention_target_bn=0.9)]
+        ax = frontier(spread + [dict(arm=f'L2-SP-Fisher, beta = {o}', seed=0, last=0.7+near*o, retention_target_bn=0.1+near*o) for o in range(6)])
+        ax.figure.draw_without_rendering()
+        boxes = [o.get_window_extent() for o in ax.texts]
+        assert len(boxes)==6
+        for i,a in enumerate(boxes):
+            assert ax.bbox.x0<=a.x0 and a.x1<=ax.bbox.x1 and ax.bbox.y0<=a.y0 and a.y1<=ax.bbox.y1
+            for b in boxes[:i]: assert not a.padded(-1).overlaps(b.padded(-1))
+
+    def test_long_intervals_do_not_stretch_the_axes(self, out):
+        runs = read_runs(out).query('seed<2')
+        assert frontier(runs).get_ylim()[0] > 0.55
+
+    def test_joined_by_strength(self, out):
+        at = [dict(arm=f'L2-SP-Fisher, beta = {o}', beta=o, seed=0, last=0.7-o/100, retention_target_bn=o/100) for o in (10,1,5)]
+        joined = [o for o in frontier(at).lines if len(o.get_xdata())==3]
+        assert len(joined)==1 and joined[0].get_xdata() == pytest.approx([0.01,0.05,0.1])
+        same = frontier([o | dict(beta=1) for o in at])
+        assert not [o for o in same.lines if len(o.get_xdata())==3]
+
+def test_styles():
+    assert {'plain','L2','L2-SP','L2-SP-Fisher','as published','last layer only','linear probe first','LwF','linear probe'} == set(STYLES)
+    assert style('of my own, 3')['marker'] not in {o for _,o in STYLES.values()}
+    assert set(MEASURES) == {*ACCURACIES,'seconds'}
+
+class TestSeeds:
+    def test_interval_as_scipy(self):
+        rng = np.random.default_rng()
+        for n in (2,3,10):
+            for level in (0.5,0.95,0.99):
+                v = rng.normal(0.8, 0.01, n)
+                mean,half = interval(v, level)
+                low,high = stats.ttest_1samp(v, 0).confidence_interval(level)
+                assert (mean-half,mean+half) == pytest.approx((low,high), abs=1e-12)
+
+    def test_forms(self):
+        assert interval(pd.Series([1,2,3], index=[7,8,9])) == interval((1,2,3)) == interval([1,2,3])
+        assert interval([0.5,0.5]) == (0.5,0.)
+        assert all(isinstance(o, float) for o in (*interval([1,2]), *paired([1,2], [2,4])))
+        for bad in ([], 0.5, [[1,2]]):
+            with pytest.raises(ValueError, match='values: a list'): interval(bad)
+        for level in (0, 1, 95, math.nan):
+            with pytest.raises(ValueError, match=f'not {level}'): interval([1,2], level)
+
+    def test_paired_ignores_an_index(self):
+        a,b = pd.Series([1.,2.], index=[5,6]),pd.Series([0.,3.], index=[6,5])
+        assert paired(a, b)[0]==0
+
+    @pytest.mark.parametrize('sd', [0.003,0.008,0.02,0.1])
+    @pytest.mark.parametrize('power', [0.5,0.8,0.95])
+    @pytest.mark.parametrize('level', [0.9,0.95,0.99])
+    def test_power_by_integration(self, sd, power, level):
+        "The t statistic is normal over the root of chi squared: integrated, without the non-central t distribution"
+        def of(n):
+            t,centre,chi = stats.t.ppf((1+level)/2, n-1),0.01/sd*math.sqrt(n),stats.chi(n-1)
+            def tails(c): return stats.norm.sf(t*c/math.sqrt(n-1)-centre) + stats.norm.cdf(-t*c/math.sqrt(n-1)-centre)
+            return integrate.quad(lambda c: chi.pdf(c)*tails(c), *chi.ppf([1e-13,1-1e-13]), limit=200)[0]
+        n = seeds_needed(sd, 0.01, power, level)
+        assert of(n) >= power-1e-7 and (n==2 or of(n-1) < power+1e-7)
+
+    def test_units(self): assert seeds_needed(0.8, 1) == seeds_needed(0.008, 0.01)
+
+    def test_extremes(self):
+        assert seeds_needed(1e-12)==2 and seeds_needed(0.5, 1e-3)==pytest.approx((1.959964+0.841621)**2*250000, rel=1e-4)
+        for sd in (-1, math.nan, math.inf):
+            with pytest.raises(ValueError, match=f'sd: .*{sd}'): seeds_needed(sd)

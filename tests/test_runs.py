@@ -1,0 +1,215 @@
+"A run that is killed, goes on, and ends as if nothing had happened"
+import json, math, os, random, signal, subprocess, sys, time
+from dataclasses import asdict, replace
+from pathlib import Path
+import pandas as pd, pytest, timm, torch
+from fastai.callback import fp16
+from fastai.callback.core import Callback
+from safetensors.torch import load_file, save_file
+from fgvc_fisher.experiment import Run, do_run, fine_tune, grid, run_arm, sweep
+from fgvc_fisher.learner import source_model
+from fgvc_fisher.runs import KeepEpochs, make_learner, run_source
+from fgvc_fisher.sweep import read_grid
+
+@pytest.fixture(scope='module')
+def weights(tmp_path_factory):
+    file = tmp_path_factory.mktemp('weights')/'w.safetensors'
+    torch.manual_seed(0)
+    save_file(timm.create_model('test_resnet', num_classes=4).state_dict(), file)
+    return file
+
+@pytest.fixture
+def run(drawn, drawn_source, weights):
+    return Run(drawn, 'L2-SP-Fisher, beta = 10', beta=10, arch='test_resnet', weights=str(weights), source=drawn_source, test='test', size=32, bs=4, epochs=3,
+               num_workers=0)
+
+def bits(folder):
+    "What a run leaves, without what depends on the clock"
+    row = json.loads((folder/'result.json').read_text())
+    curve = pd.read_csv(folder/'curve.csv').drop(columns='seconds')
+    return {k: v for k,v in row.items() if k!='seconds'}, curve, (folder/'model.safetensors').read_bytes()
+
+def same(a, b):
+    a,b = bits(a),bits(b)
+    assert a[0]==b[0]
+    pd.testing.assert_frame_equal(a[1], b[1], check_exact=True)
+    assert a[2]==b[2]
+
+DO = "import json,sys; from fgvc_fisher.experiment import Run, do_run; do_run(Run(**json.loads(sys.argv[1])), sys.argv[2])"
+def start(run, folder):
+    return subprocess.Popen([sys.executable, '-c', DO, json.dumps(asdict(run)), str(folder)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                            env=os.environ|{'OMP_NUM_THREADS': str(torch.get_num_threads())})
+
+@pytest.mark.parametrize('num_workers', [0, 2])
+def test_killed_at_any_moment_it_goes_on(run, tmp_path, num_workers):
+    run,stopped = replace(run, num_workers=num_workers, epochs=6),tmp_path/'stopped'
+    assert start(run, tmp_path/'whole').wait()==0
+    moments,left = random.Random(),[]
+    for _ in range(3):
+        process = start(run, stopped)
+        while not (stopped/'checkpoint.pt').exists() and process.poll() is None: time.sleep(0.01)
+        time.sleep(moments.uniform(0, 0.5) if not left else 3+moments.uniform(0, 2))
+        process.kill(); process.wait()
+        left.append(sorted(o.name for o in stopped.iterdir()))
+    assert start(run, stopped).wait()==0, left
+    same(tmp_path/'whole', stopped)
+    assert not (stopped/'checkpoint.pt').exists() and not list(stopped.glob('*.part')) and not list(stopped.glob('epoch-*'))
+
+class Stop(Callback):
+    "Stop a training in the middle of a run, at a moment of our choice"
+    order = KeepEpochs.order+1
+    def __init__(self, event, epoch): self.event,self.at = event,epoch
+    def before_epoch(self): self.stop('before_epoch')
+    def after_epoch(self): self.stop('after_epoch')
+    def after_train(self): self.stop('after_train')
+    def stop(self, event):
+        if event==self.event and self.epoch==self.at: raise KeyboardInterrupt
+
+@pytest.mark.parametrize('how', [dict(step='prox'), dict(step='grad', beta=0.1), dict(step='published', alpha=5e-4, beta=4e-5), dict(recipe='published', transforms='published'),
+                                 dict(recipe='strong', normalize=True), dict(freeze_bn=True), dict(train='trainval', valid='', test='test')])
+def test_stopped_between_any_two_epochs_it_goes_on(run, tmp_path, how):
+    run = replace(run, **how)
+    do_run(run, tmp_path/'whole', tmp_path/'sources', quiet=True)
+    for i,(event,epoch) in enumerate([('after_train',0), ('after_epoch',0), ('before_epoch',2), ('after_epoch',2)]):
+        folder = tmp_path/str(i)
+        with pytest.raises(KeyboardInterrupt): do_run(run, folder, tmp_path/'sources', [Stop(event, epoch)], quiet=True)
+        do_run(run, folder, tmp_path/'sources', quiet=True)
+        same(tmp_path/'whole', folder)
+
+def test_half_written_files_do_no_harm(run, tmp_path, monkeypatch):
+    do_run(run, tmp_path/'whole', quiet=True)
+    def dies(state, file): Path(file).write_bytes(b'half'); raise KeyboardInterrupt
+    monkeypatch.setattr(torch, 'save', dies)
+    with pytest.raises(KeyboardInterrupt): do_run(run, tmp_path/'stopped', quiet=True)
+    monkeypatch.undo()
+    assert (tmp_path/'stopped/checkpoint.pt.part').exists()
+    do_run(run, tmp_path/'stopped', quiet=True)
+    same(tmp_path/'whole', tmp_path/'stopped')
+
+def test_a_broken_checkpoint_is_named(run, tmp_path):
+    (tmp_path/'run').mkdir()
+    (tmp_path/'run/checkpoint.pt').write_bytes(b'not a checkpoint')
+    with pytest.raises(ValueError, match='checkpoint.pt cannot be read .*delete it'): do_run(run, tmp_path/'run', quiet=True)
+
+def test_the_tested_epoch_is_the_one_that_validation_chose(run, tmp_path, monkeypatch):
+    "Every epoch's weights are kept aside, and the test accuracy is measured on those of the best"
+    kept = {}
+    class Aside(Callback):
+        order = KeepEpochs.order+1
+        def after_epoch(self): kept[self.epoch] = {k: v.clone() for k,v in self.learn.model.state_dict().items()}
+    row = do_run(replace(run, epochs=6, lr=0.3), tmp_path/'run', cbs=[Aside()], quiet=True)
+    curve = pd.read_csv(tmp_path/'run/curve.csv')
+    assert row['best_epoch']==curve.accuracy.idxmax() and row['best']==curve.accuracy.max() and row['last']==curve.accuracy.iloc[-1]
+    learn = make_learner(replace(run, valid='test', epochs=6), source_model('test_resnet', run.weights), {n: p*0 for n,p in source_model('test_resnet', run.weights).named_parameters()})
+    for name,epoch in (('test', row['best_epoch']), ('test_last', 5)):
+        learn.model.load_state_dict(kept[epoch])
+        with learn.no_bar(): assert float(learn.validate()[1])==pytest.approx(row[name], abs=1e-7)
+
+def test_each_statistics_see_their_own_normalisation(run, tmp_path):
+    "Published transforms normalise otherwise than the source does"
+    source = run_source(replace(run, transforms='published'), tmp_path/'sources', progress=False)
+    a,b = [next(iter(o))[0] for o in (source.pictures, source.tuned_pictures)]
+    from fgvc_fisher.transforms import MEAN, STD
+    mean,std = [torch.tensor(o).view(3,1,1) for o in (source.model.pretrained_cfg['mean'], source.model.pretrained_cfg['std'])]
+    picture = a*std+mean
+    assert torch.allclose(b.as_subclass(torch.Tensor), ((picture-torch.tensor(MEAN).view(3,1,1))/torch.tensor(STD).view(3,1,1)).as_subclass(torch.Tensor), atol=1e-5)
+
+def test_one_half_estimates_and_the_other_measures(run, tmp_path):
+    assert run_source(run, tmp_path, progress=False).fisher.n_images==16==len(run_source(run, tmp_path).pictures.dataset)
+
+def test_the_same_values_make_the_same_run():
+    assert Run('tree', beta=10).id==Run('tree', beta=10.).id
+    code = "from fgvc_fisher.runs import Run; print(Run('tree', 'L2', alpha=5e-4, seed=3).id)"
+    ids = {subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=os.environ|{'PYTHONHASHSEED': str(i)}).stdout.strip() for i in (1,2)}
+    assert ids=={Run('tree', 'L2', alpha=5e-4, seed=3).id}
+
+def test_no_validation_is_no_divergence(run, tmp_path):
+    row = do_run(replace(run, train='trainval', valid=''), tmp_path/'run', quiet=True)
+    assert math.isnan(row['best']) and row['test']==row['test_last']
+
+def test_a_missing_split_is_named(run, tmp_path):
+    with pytest.raises(ValueError, match="split 'exam'"): do_run(replace(run, test='exam'), tmp_path/'run')
+
+# Many runs
+
+@pytest.fixture
+def runs(run):
+    common = {k: v for k,v in asdict(run).items() if k not in ('arm','beta','seed')} | dict(epochs=2)
+    return grid([dict(arm='plain'), dict(arm='L2-SP-Fisher', beta=[1,10])], seeds=[1,2], **common)
+
+SWEEP = "import json,sys; from fgvc_fisher.experiment import Run, sweep; sweep([Run(**o) for o in json.loads(sys.argv[1])], sys.argv[2], quiet=True)"
+def start_sweep(runs, out):
+    return subprocess.Popen([sys.executable, '-c', SWEEP, json.dumps([asdict(o) for o in runs]), str(out)], stdout=subprocess.PIPE, text=True, env=os.environ|{'OMP_NUM_THREADS': '1'})
+
+def test_two_processes_share_the_work(runs, tmp_path):
+    processes = [start_sweep(runs, tmp_path/'both') for _ in range(2)]
+    said = [o.communicate()[0] for o in processes]
+    assert [o.returncode for o in processes]==[0,0]
+    did = [l.split(':')[0] for o in said for l in o.splitlines()[1:]]
+    assert sorted(did)==sorted(f'{o.arm}, seed {o.seed}' for o in runs)                      # each once, by one of the two
+
+def test_a_killed_one_is_taken_over(runs, tmp_path):
+    first = start_sweep(runs, tmp_path/'out')
+    while not list((tmp_path/'out').glob('runs/*/checkpoint.pt')) and first.poll() is None: time.sleep(0.01)
+    second = start_sweep(runs, tmp_path/'out')
+    first.kill()
+    assert second.wait()==0
+    assert len(list((tmp_path/'out').glob('runs/*/result.json')))==len(runs)
+
+def test_what_fails_is_recorded_and_the_rest_goes_on(run, runs, tmp_path, capsys):
+    bad = replace(run, arm='bad', weights=str(tmp_path/'missing.safetensors'))
+    rows = sweep([bad, *runs[:1]], tmp_path/'out', quiet=True)
+    assert rows.arm.tolist()==['plain'] and 'there is no file' in (tmp_path/'out/runs'/bad.id/'error.txt').read_text()
+    assert '1 of 2 runs failed' in capsys.readouterr().out
+    sweep([bad], tmp_path/'out', quiet=True)
+    assert '1 of them done before' in capsys.readouterr().out                                # not tried again by itself
+    save_file(load_file(run.weights), bad.weights)
+    assert len(sweep([bad], tmp_path/'out', retry=True, quiet=True))==1 and not (tmp_path/'out/runs'/bad.id/'error.txt').exists()
+
+def test_jobs_do_what_one_process_does(runs, tmp_path):
+    rows = sweep(runs, tmp_path/'out', jobs=2)
+    assert rows.id.tolist()==[o.id for o in runs] and rows['last'].notna().all()
+    with pytest.raises(ValueError, match='jobs=0'): sweep(runs, tmp_path/'out', jobs=0)
+    with pytest.raises(ValueError, match='no runs'): sweep([], tmp_path/'out')
+
+@pytest.mark.parametrize('track', ['tensorboard', 'wandb'])
+def test_trackers(track, runs, tmp_path, monkeypatch):
+    pytest.importorskip(track)
+    monkeypatch.setenv('WANDB_MODE', 'offline')
+    monkeypatch.setenv('WANDB_SILENT', 'true')
+    sweep(runs[:1], tmp_path, track=track, quiet=True)
+    assert not list(tmp_path.glob('runs/*/error.txt'))
+    assert [o for o in (tmp_path/track).rglob('*') if o.is_file() and o.stat().st_size>100]
+
+def test_an_unknown_tracker_is_refused(runs, tmp_path):
+    with pytest.raises(ValueError, match="track 'excel': choose"): sweep(runs, tmp_path, track='excel')
+
+@pytest.mark.parametrize('text,sentence', [('data = "a"', r'it has no \[\[arm\]\]'), ('[[arm]]\narm="a"', 'does not say `data`'), ('data = "a"\nfoo = 1\n[[arm]]\narm="a"', "'foo' is nothing"),
+    ('data = "a"\n[[arm]]\nbeta=1', 'no name'), ('data = "a"\nseeds = 3\n[[arm]]\narm="a"', 'grid.toml'), ('data = "a"\n[[arm]]\narm="a"\nbeta="strong"', 'grid.toml')])
+def test_a_bad_grid_is_named(text, sentence, tmp_path):
+    (tmp_path/'grid.toml').write_text(text)
+    with pytest.raises(ValueError, match=sentence): read_grid(tmp_path/'grid.toml')
+
+# Mixed precision, as on the T4, with the processor's own float16
+
+def test_half_precision_and_channels_last(run, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(fp16, 'autocast', lambda device, dtype: torch.autocast('cpu', dtype=dtype))
+    monkeypatch.setattr(fp16, 'GradScaler', lambda device, **kw: torch.amp.GradScaler('cpu', init_scale=1024., **kw))
+    class Look(Callback):
+        order = 5
+        def after_pred(self):
+            if self.training: seen.append((self.pred.dtype, self.scaler.get_scale(), self.model.conv1[0].weight.is_contiguous(memory_format=torch.channels_last)))
+    run = replace(run, amp=True, recipe='published', transforms='published')
+    row = do_run(run, tmp_path/'run', cbs=[Look()], quiet=True)
+    assert math.isfinite(row['last']) and {o[0] for o in seen}=={torch.float16} and all(o[2] for o in seen)
+
+def test_the_scale_is_taken_up_again(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(fp16, 'autocast', lambda device, dtype: torch.autocast('cpu', dtype=dtype))
+    monkeypatch.setattr(fp16, 'GradScaler', lambda device, **kw: torch.amp.GradScaler('cpu', init_scale=64., growth_interval=2, **kw))
+    run = replace(run, amp=True)
+    do_run(run, tmp_path/'whole', tmp_path/'sources', quiet=True)
+    with pytest.raises(KeyboardInterrupt): do_run(run, tmp_path/'stopped', tmp_path/'sources', [Stop('after_epoch', 1)], quiet=True)
+    assert torch.load(tmp_path/'stopped/checkpoint.pt', weights_only=True)['scaler']['scale']>64
+    do_run(run, tmp_path/'stopped', tmp_path/'sources', quiet=True)
+    same(tmp_path/'whole', tmp_path/'stopped')
