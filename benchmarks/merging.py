@@ -7,7 +7,7 @@ retention on ImageNet pictures. In between BatchNorm's running statistics belong
 pictures that the target's Fisher comes from; for retention also with the source's put back.
 """
 from pathlib import Path
-import pandas as pd
+import matplotlib.pyplot as plt, pandas as pd
 from fastcore.script import call_parse
 from torch.optim.swa_utils import update_bn
 from fgvc_fisher.data import picture_dl, pick_split, read_aircraft
