@@ -7,11 +7,10 @@ Docs: https://fgvc-fisher.github.io/fgvc_fisher/experiment.html.md"""
 # %% auto #0
 __all__ = ['ARMS', 'REPORT', 'pretrain', 'draw_task', 'write_report', 'demo', 'fgvc_demo', 'fgvc_finetune', 'fgvc_sweep', 'Run',
            'do_run', 'fine_tune', 'run_arm', 'grid', 'read_grid', 'sweep', 'table', 'show_table', 'differences',
-           'curves', 'frontier', 'read_runs', 'read_curves']
+           'conclusions', 'curves', 'frontier', 'read_runs', 'read_curves']
 
 # %% ../nbs/07c_experiment.ipynb #033096d2
 import html, sys
-from dataclasses import replace
 from pathlib import Path
 import pandas as pd, matplotlib.pyplot as plt
 from torch import nn
@@ -25,13 +24,13 @@ from fastcore.script import call_parse
 # %% ../nbs/07c_experiment.ipynb #113c0709
 from .data import aircraft_dls, picture_dl, pick_split, read_pictures
 from .learner import aircraft_learner, picture_stats, source_model
-from .results import curves, differences, frontier, read_curves, read_runs, show_table, table
+from .results import conclusions, curves, differences, frontier, read_curves, read_runs, show_table, table
 from .runs import Run, do_run, fine_tune, run_arm, _save_weights, _write
 from .sweep import grid, read_grid, sweep
 from .synthetic import draw_aircraft, draw_source
 
-# %% ../nbs/07c_experiment.ipynb #eef37886
-_all_ = ['Run', 'do_run', 'fine_tune', 'run_arm', 'grid', 'read_grid', 'sweep', 'table', 'show_table', 'differences', 'curves', 'frontier', 'read_runs', 'read_curves']
+# %% ../nbs/07c_experiment.ipynb #17f1c6e3
+_all_ = ['Run', 'do_run', 'fine_tune', 'run_arm', 'grid', 'read_grid', 'sweep', 'table', 'show_table', 'differences', 'conclusions', 'curves', 'frontier', 'read_runs', 'read_curves']
 
 # %% ../nbs/07c_experiment.ipynb #bce0992b
 def pretrain(
@@ -144,8 +143,8 @@ def fgvc_demo(
 def _finetune(run, out):
     "What `fgvc_finetune` does, with errors instead of sentences; returns the row of results"
     if not run.data: raise ValueError("give --data PATH: FGVC-Aircraft, or a tree of that form; `fgvc-demo` draws one")
-    if run.beta and not run.source: raise ValueError(f"--beta {run.beta:g} needs a Fisher, and that needs pictures: give --source PATH, or --beta 0")
-    return do_run(replace(run, size=run.size or picture_stats(source_model(run.arch, weights=None))['size']), out, out/'sources')
+    if run.beta>0 and not run.source: raise ValueError(f"--beta {run.beta:g} needs a Fisher, and that needs pictures: give --source PATH, or --beta 0")
+    return do_run(run, out, out/'sources')
 
 # %% ../nbs/07c_experiment.ipynb #e8fc7307
 @call_parse
@@ -166,8 +165,10 @@ def fgvc_finetune(
     out:str='finetuned', # Folder for model.safetensors, curve.csv, result.json and, in sources/, the Fisher
 ):
     "Fine-tune a pretrained network on FGVC-Aircraft so that it remembers, and measure both."
-    run = Run(data, 'fine-tuned', alpha, beta, l2sp, arch=arch, weights=weights or True, source=source, level=level, size=size, bs=bs, epochs=epochs, lr=lr, seed=seed)
+    if not size: size = picture_stats(_said(source_model, arch, weights=None))['size']
+    run = _said(Run, data, 'fine-tuned', alpha, beta, l2sp, arch=arch, weights=weights or True, source=source, level=level, size=size, bs=bs, epochs=epochs, lr=lr, seed=seed)
     row = _said(_finetune, run, Path(out))
+    if row['last']!=row['last']: sys.exit('fgvc-finetune: the training diverged; try a smaller --lr')
     names = [o for o in row if o in ('best','last','before') or o.startswith('retention')]
     print('\n' + '\n'.join(f'{o:22} {row[o]:.3f}' for o in names if row[o]==row[o]) + f'\n\nWritten to {out}')
 
@@ -182,6 +183,7 @@ def fgvc_sweep(
 ):
     "Do the runs of a grid that are not done yet, and show the table."
     if not grid: sys.exit('fgvc-sweep: give --grid FILE, a TOML file with `data` and a table [[arm]] for each arm')
-    rows = _said(sweep, _said(read_grid, grid), out, jobs, retry, track or None)
+    runs = _said(read_grid, grid)
+    rows = _said(sweep, runs, out, jobs, retry, track or None)
     if len(rows): print(f'\n{show_table(table(rows)).to_string()}')
-    sys.exit(int(any(Path(out).glob('runs/*/error.txt'))))
+    sys.exit(int(len(rows)<len(runs)))

@@ -32,8 +32,8 @@ from .transforms import InPlaceNormalize, Mix, OwnNormalize
 def _read_weights(file):
     "The tensors of a safetensors file or of a PyTorch state dict, as float32"
     if not Path(file).is_file(): raise FileNotFoundError(f"weights: there is no file {file}")
-    if Path(file).suffix=='.safetensors': state = load_file(file)
-    else: state = torch.load(file, map_location='cpu', weights_only=True)
+    try: state = load_file(file) if Path(file).suffix=='.safetensors' else torch.load(file, map_location='cpu', weights_only=True)
+    except Exception as e: raise ValueError(f"weights: {file} cannot be read as a safetensors file or a PyTorch state dict ({type(e).__name__})") from e
     state = state.get('state_dict', state)
     return {k: v.float() if v.is_floating_point() else v for k,v in state.items()}
 
@@ -68,7 +68,8 @@ def _named_model(name, pretrained):
     if ':' not in name and not timm.is_model(name):
         near = difflib.get_close_matches(name.split('.')[0], timm.list_models(), n=3)
         raise ValueError(f"arch {name!r}: timm has no such model" + (f"; did you mean {' or '.join(near)}?" if near else ''))
-    return timm.create_model(name, pretrained=pretrained)
+    try: return timm.create_model(name, pretrained=pretrained)
+    except RuntimeError as e: raise ValueError(f"arch {name!r}: {e}") from e
 
 # %% ../nbs/02_learner.ipynb #87a518fa
 def _head_of(model, file):
@@ -85,6 +86,7 @@ def source_model(
     "The pretrained model with the head that it was pretrained with."
     if isinstance(arch, str): model = _named_model(arch, pretrained=weights is True)
     else: model = copy.deepcopy(arch) if isinstance(arch, nn.Module) else arch()
+    if not isinstance(model, nn.Module): raise ValueError(f"arch {arch!r} makes {type(model).__name__}, which is no network")
     if isinstance(weights, (str,Path)): load_weights(_head_of(model, weights), weights)
     return model.eval()
 

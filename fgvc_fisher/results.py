@@ -6,7 +6,7 @@ Docs: https://fgvc-fisher.github.io/fgvc_fisher/results.html.md"""
 
 # %% auto #0
 __all__ = ['ACCURACIES', 'MEASURES', 'STYLES', 'read_runs', 'read_curves', 'read_errors', 'table', 'show_table', 'differences',
-           'style', 'curves', 'frontier']
+           'conclusions', 'style', 'curves', 'frontier']
 
 # %% ../nbs/07b_results.ipynb #3b9af843
 import json, math, os, textwrap
@@ -16,15 +16,8 @@ import matplotlib.pyplot as plt, numpy as np, pandas as pd
 # %% ../nbs/07b_results.ipynb #33089b82
 from fastcore.basics import listify
 from matplotlib.transforms import Bbox
+from .runs import _load
 from .seeds import interval, paired, seeds_needed
-
-# %% ../nbs/07b_results.ipynb #38926254
-def _load(file):
-    "A JSON object"
-    try: found = json.loads(file.read_text(encoding='utf-8'))
-    except ValueError as e: raise ValueError(f"{file}: is not JSON ({e}); delete the run's folder and run it again") from None
-    if not isinstance(found, dict): raise ValueError(f"{file}: is not an object of names and values; delete the run's folder and run it again")
-    return found
 
 # %% ../nbs/07b_results.ipynb #6e446a2c
 def _strength(run):
@@ -159,6 +152,25 @@ def differences(
     index = pd.MultiIndex.from_tuples(found, names=['arm','measure']) if found else pd.MultiIndex.from_arrays([[],[]], names=['arm','measure'])
     return pd.DataFrame(list(found.values()), index, columns).astype(dict(seeds=int, seeds_for_1=float))
 
+# %% ../nbs/07b_results.ipynb #d9b935e3
+def _sentence(arm, measure, d, control):
+    "What one row of `differences` says"
+    about = f"{arm}, {ACCURACIES.get(measure, measure)}: "
+    if not d.seeds: return about + f"no seed in common with {control}, or an arm diverged."
+    about += f"{100*d.difference:+.1f} points against {control}"
+    if d.seeds<2 or math.isnan(d.low): return about + ' (one seed: nothing can be said about chance).'
+    verdict = 'not told apart from no difference' if d.low<=0<=d.high else 'higher' if d.low>0 else 'lower'
+    return about + f" (95 % interval {100*d.low:+.1f} to {100*d.high:+.1f}, {d.seeds:.0f} seeds): {verdict}. About {d.seeds_for_1:.0f} seeds would show one point."
+
+# %% ../nbs/07b_results.ipynb #dff29a7d
+def conclusions(
+    out, # Folder of the experiment, or its runs as a table or a list of dicts
+    control:str='plain', # The arm to compare with
+    measures:str|list=tuple(ACCURACIES), # As in `differences`
+)->list: # Sentences
+    "What the differences from the control say, each arm and measure by itself: among twenty such intervals one is expected to miss."
+    return [_sentence(*index, d, control) for index,d in differences(out, control, measures).iterrows()]
+
 # %% ../nbs/07b_results.ipynb #d6fc0dd3
 STYLES = { # Family, the name of an arm up to its comma -> colour and mark
     'plain': ('#555555','o'), 'L2': ('#b97f00','s'), 'L2-SP': ('#009e73','^'), 'L2-SP-Fisher': ('#0072b2','D'), 'as published': ('#d55e00','v'),
@@ -191,6 +203,7 @@ def _behind(axs, run, c, dashes):
 def _need(t, names, what):
     "Raise `ValueError` if a table lacks a column or has no rows"
     missing = [o for o in names if o not in t]
+    if missing==['valid_loss','accuracy']: raise ValueError(f"{what}: these runs had no validation split, there is nothing to draw by epoch")
     if missing: raise ValueError(f"{what}: has no column {', '.join(missing)}, only {', '.join(map(str, t))}")
     if t.empty: raise ValueError(f"{what}: no epoch has ended yet, there is nothing to draw")
 

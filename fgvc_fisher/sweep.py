@@ -7,10 +7,10 @@ Docs: https://fgvc-fisher.github.io/fgvc_fisher/sweep.html.md"""
 # %% auto #0
 __all__ = ['grid', 'read_grid', 'sweep']
 
-# %% ../nbs/07a_sweep.ipynb #3e76d1c1
-import difflib, json, os, subprocess, sys, time, traceback
+# %% ../nbs/07a_sweep.ipynb #19760f43
+import difflib, errno, json, os, subprocess, sys, threading, time, traceback
 from collections.abc import Iterable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields
 from importlib.util import find_spec
 from itertools import product
@@ -18,8 +18,8 @@ from pathlib import Path
 import pandas as pd, torch
 from filelock import FileLock, Timeout
 
-# %% ../nbs/07a_sweep.ipynb #ac55c61d
-from .runs import Run, do_run, _tidy, _write
+# %% ../nbs/07a_sweep.ipynb #0cf370b5
+from .runs import Run, _do, _result, _tidy, _write
 if sys.version_info >= (3,11): import tomllib
 else: import tomli as tomllib
 
@@ -31,13 +31,24 @@ def _known(name):
     near = difflib.get_close_matches(name, _FIELDS, n=1)
     raise ValueError(f"{name!r} is nothing that a run has" + (f"; did you mean {near[0]!r}?" if near else f": choose from {', '.join(_FIELDS)}"))
 
+# %% ../nbs/07a_sweep.ipynb #49fd1774
+def _check_arm(arm, common):
+    "`ValueError` for an arm without a name, with a field that there is not, an empty list, or a seed of its own"
+    if not isinstance(arm, dict) or not isinstance(arm.get('arm'), str) or not arm['arm']:
+        raise ValueError(f"an arm is a dict with its name, such as arm='plain': {arm!r}")
+    for k,v in (common|arm).items():
+        _known(k)
+        if isinstance(v, (list,tuple)) and not v: raise ValueError(f"{arm['arm']}: the list of {k} is empty")
+    if 'seed' in common|arm: raise ValueError("a seed belongs to all arms: name it in `seeds`")
+    if 'data' not in common|arm: raise ValueError(f"{arm['arm']}: `data` is missing, the tree of pictures")
+
 # %% ../nbs/07a_sweep.ipynb #fd21359c
 def _strengths(arm):
     "An arm for each combination of the values in its lists"
     lists = {k: v for k,v in arm.items() if isinstance(v, (list,tuple))}
     for values in product(*lists.values()):
         chosen = dict(zip(lists, values))
-        said = [f'{k} = {v:g}' if isinstance(v, (int,float)) else f'{k} = {v}' for k,v in chosen.items()]
+        said = [f'{k} = {int(v) if isinstance(v, float) and v.is_integer() else v}' for k,v in chosen.items()]
         yield arm | chosen | dict(arm=', '.join([arm['arm'], *said]))
 
 # %% ../nbs/07a_sweep.ipynb #6a2e91f9
@@ -47,12 +58,18 @@ def grid(
     **common # Fields of all runs, among them `data`
 )->list: # Of `Run`s, seed by seed, so that a sweep that is cut off has whole comparisons
     "The runs of a comparison. Raises `ValueError` for a field that there is not, an arm without a name and a run that is there twice."
-    arms = [dict(o) for o in arms]
-    for name in {k for o in (common, *arms) for k in o}: _known(name)
-    if unnamed := [o for o in arms if not o.get('arm')]: raise ValueError(f"an arm has no name; give it one, arm='plain': {unnamed[0]}")
+    arms = list(arms)
+    for o in arms: _check_arm(o, common)
     runs = [Run(**common | arm | dict(seed=seed)) for seed in seeds for o in arms for arm in _strengths(o)]
-    if twice := [o.id for o in runs if runs.count(o)>1]: raise ValueError(f"{twice[0]} is in the grid twice")
+    names = [(o.arm, o.seed) for o in runs]
+    if twice := [o for o in names if names.count(o)>1]: raise ValueError(f"{twice[0][0]!r} with seed {twice[0][1]} is in the grid twice; arms need names of their own")
     return runs
+
+# %% ../nbs/07a_sweep.ipynb #19620709
+def _from(folder, v):
+    "A path, or each of a list of them, from a folder; what is no path as it is"
+    if isinstance(v, list): return [_from(folder, o) for o in v]
+    return str(folder/Path(v).expanduser()) if isinstance(v, str) and v else v
 
 # %% ../nbs/07a_sweep.ipynb #c4453649
 def read_grid(
@@ -65,8 +82,8 @@ def read_grid(
         table = tomllib.loads(file.read_text(encoding='utf-8'))
         arms,seeds = table.pop('arm', []),table.pop('seeds', [42])
         if not isinstance(arms, list) or not arms: raise ValueError("it has no [[arm]]")
-        if 'data' not in table: raise ValueError("it does not say `data`, the tree of pictures")
-        for part in (table, *arms): part |= {o: str(file.parent/part[o]) for o in ('data','source','weights') if isinstance(part.get(o), str)}
+        if not isinstance(seeds, list): raise ValueError(f"seeds = {seeds!r}: give a list, [42, 43]")
+        for part in (table, *arms): part |= {o: _from(file.parent, part[o]) for o in ('data','source','weights') if o in part}
         return grid(arms, seeds, **table)
     except (ValueError, TypeError) as e: raise ValueError(f"{file}: {e}") from e
 
@@ -81,7 +98,9 @@ def _claimed(folder):
     lock = FileLock(folder/'lock')
     try: lock.acquire(timeout=0)
     except Timeout: yield False; return
-    try: yield not _finished(folder)
+    try:
+        if (folder/'result.json').exists(): _tidy(folder)               # a process may have died just before it did
+        yield not _finished(folder)
     finally: lock.release()
 
 # %% ../nbs/07a_sweep.ipynb #ae364b85
@@ -89,6 +108,7 @@ def _tensorboard(run, out):
     from fastai.callback.tensorboard import TensorBoardCallback
     class Board(TensorBoardCallback):
         def after_batch(self):
+            if not self.training: return
             self.writer.add_scalar('train_loss', self.smooth_loss, self.train_iter)
             for i,o in enumerate(self.opt.hypers): self.writer.add_scalar(f'lr_{i}', o['lr'], self.train_iter)
     return Board(log_dir=out/'tensorboard'/run.id, trace_model=False, log_preds=False)
@@ -119,8 +139,9 @@ def _check_tracker(track):
 def _attempt(run, out, track, quiet):
     "Do a run, or write down why it failed; a sentence about it"
     folder = out/'runs'/run.id
-    try: row = do_run(run, folder, out/'sources', [_TRACKERS[track](run, out)] if track else [], quiet)
+    try: row = _do(run, folder, out/'sources', [_TRACKERS[track](run, out)] if track else [], quiet)
     except Exception as e:
+        if getattr(e, 'errno', None)==errno.ENOSPC: raise
         _write(folder/'error.txt', traceback.format_exc())
         return f'failed: {type(e).__name__}: {e}'
     said = ', '.join(f'{k} {100*row[k]:.1f} %' for k in ('best','last','test','retention_target_bn') if row.get(k)==row.get(k) and k in row)
@@ -140,7 +161,11 @@ def _work(runs, out, track, quiet):
 # %% ../nbs/07a_sweep.ipynb #1c389cbe
 def _helper():
     "A further process of a sweep; what to do comes through its standard input"
-    told = json.load(sys.stdin)
+    told = json.loads(sys.stdin.readline())
+    def watch():
+        os.read(sys.stdin.fileno(), 1)                                # nothing more is ever sent: it returns at the end of the pipe
+        os._exit(1)
+    threading.Thread(target=watch, daemon=True).start()
     _work([Run(**o) for o in told['runs']], Path(told['out']), told['track'], True)
 
 # %% ../nbs/07a_sweep.ipynb #47d6d7f9
@@ -155,13 +180,16 @@ def _helpers(n, runs, out, track):
     mine = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
+        told = json.dumps(dict(runs=[asdict(r) for r in runs], out=str(out), track=track))
         for o in there:
-            with o.stdin: json.dump(dict(runs=[asdict(r) for r in runs], out=str(out), track=track), o.stdin)
+            with suppress(BrokenPipeError): print(told, file=o.stdin, flush=True)  # one that is dead already is told of below
         yield
         if any([o.wait() for o in there]): print('a helper process ended with an error, see above; its runs were done here', flush=True)
     finally:
         torch.set_num_threads(mine)
-        for o in there: o.terminate()
+        for o in there:
+            o.terminate()
+            o.communicate()
 
 # %% ../nbs/07a_sweep.ipynb #8420133f
 def sweep(
@@ -182,6 +210,6 @@ def sweep(
         if retry: (o/'error.txt').unlink(missing_ok=True)
     print(f"{len(runs)} runs, {sum(map(_finished, folders))} of them done before, in {out}", flush=True)
     with _helpers(jobs-1, runs, out, track): _work(runs, out, track, quiet or jobs>1)
-    if failed := [o for o in folders if (o/'error.txt').exists()]:
+    if failed := [o for o in folders if not (o/'result.json').exists()]:
         print(f"{len(failed)} of {len(runs)} runs failed, see {failed[0]/'error.txt'}; retry=True tries them again", flush=True)
-    return pd.DataFrame([json.loads((o/'result.json').read_text()) for o in folders if (o/'result.json').exists()])
+    return pd.DataFrame([_result(o) for o in folders if (o/'result.json').exists()])
