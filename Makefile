@@ -11,7 +11,7 @@ demo: $(READY)    ## The whole method on drawn aircraft, offline: a table, pictu
 test: notebooks pytest    ## Every notebook top to bottom, then the test suite
 
 notebooks: $(READY)
-	$(BIN)/nbdev-test --n-workers 2 --do-print
+	OMP_NUM_THREADS=1 $(BIN)/nbdev-test --n-workers 2 --do-print
 
 pytest: $(READY)
 	$(BIN)/python -m pytest

@@ -105,12 +105,12 @@ def estimate_time(
     skip:int=8, # Batches before those, to get into stride
     seconds:float=60., # After that time no further batch is started, once the first has been timed
 )->TimeEstimate: # Its `str` says it in a line
-    "Time a few batches of training and of validation on the machine at hand. Raises `ValueError` if there are none."
+    "Time a few batches of training and, where there is one, of validation on the machine at hand. Raises `ValueError` without a training batch."
     watch = _Stopwatch(n_batches, skip, seconds)
     with _as_it_was(learn): learn.fit(1, lr=0., cbs=watch)
-    if not all(watch.times.values()): raise ValueError("estimate_time: the Learner has no training batch or no validation batch")
-    train,valid = [torch.tensor(o[skip:] or o[1:] or o) for o in watch.times.values()]
-    n = [len(o) for o in learn.dls.loaders[:2]]
+    if not watch.times[True]: raise ValueError("estimate_time: the Learner has no training batch")
+    train,valid = [torch.tensor(o[skip:] or o[1:] or o or [(0.,0.)]) for o in watch.times.values()]
+    n = [len(dl) if times else 0 for dl,times in zip(learn.dls.loaders, watch.times.values())]
     waited,worked = sum(k*o.mean(0) for k,o in zip(n, (train, valid))).tolist()
-    start = sum(o[0][0] for o in watch.times.values())
+    start = sum(o[0][0] for o in watch.times.values() if o)
     return TimeEstimate(epochs, *n, float(train.sum(1).mean()), float(valid.sum(1).mean()), start, waited/(waited+worked))

@@ -244,12 +244,16 @@ def fine_tune(
     fisher:DiagFisher|None=None, # Of the source model; needed where `run.beta` is not 0
     folder:str|Path|None=None, # Where to keep what it takes to go on, and to go on from; None: nothing is written
     cbs:Iterable=(), # Further callbacks
+    quiet:bool=False, # Show neither bars nor tables?
 )->Learner: # After the training, or where it broke off because the loss was no number any more; `learn.keep_epochs` has the curve
     "Fine-tune the source model on the training split, as `run` says."
     learn = make_learner(run, source, fisher)
     keep = KeepEpochs(run.seed, folder)
     learn.add_cb(keep)
-    RECIPES[run.recipe].fit(learn, run, start_epoch=keep.resume(), cbs=list(cbs))
+    with ExitStack() as quietly:
+        if quiet:
+            for o in (learn.no_bar(), learn.no_logging(), redirect_stdout(io.StringIO())): quietly.enter_context(o)
+        RECIPES[run.recipe].fit(learn, run, start_epoch=keep.resume(), cbs=list(cbs))
     return learn
 
 # %% ../nbs/07_runs.ipynb #cda11aa7
@@ -380,12 +384,10 @@ def _do(run, folder, shared, cbs, quiet):
     if not (folder/'result.json').exists(): _check_data(run)
     _claim(run, folder)
     if not (folder/'result.json').exists():
-        with ExitStack() as quietly:
-            if quiet: quietly.enter_context(redirect_stdout(io.StringIO()))
-            source = run_source(run, shared, not quiet)
-            def tune(run, model, fisher): return fine_tune(run, model, fisher, folder, cbs)
-            row,curve,learn = run_arm(run, source.model, source.pictures, source.fisher, tune, source.tuned_pictures)
-            row |= _test(run, learn) | dict(before=source.before, machine=_machine())
+        source = run_source(run, shared, not quiet)
+        def tune(run, model, fisher): return fine_tune(run, model, fisher, folder, cbs, quiet)
+        row,curve,learn = run_arm(run, source.model, source.pictures, source.fisher, tune, source.tuned_pictures)
+        row |= _test(run, learn) | dict(before=source.before, machine=_machine())
         _save_weights(learn.model, folder/'model.safetensors', classes='\n'.join(map(str, learn.dls.vocab)))
         _write(folder/'result.json', _json(row))
     _tidy(folder)

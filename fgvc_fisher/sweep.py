@@ -208,7 +208,7 @@ def sweep(
     folders = [out/'runs'/o.id for o in runs]
     for o in folders:
         if retry: (o/'error.txt').unlink(missing_ok=True)
-    print(f"{len(runs)} runs, {sum(map(_finished, folders))} of them done before, in {out}", flush=True)
+    print(f"{len(runs)} runs, {sum(map(_finished, folders))} of them done before", flush=True)
     with _helpers(jobs-1, runs, out, track): _work(runs, out, track, quiet or jobs>1)
     if failed := [o for o in folders if not (o/'result.json').exists()]:
         print(f"{len(failed)} of {len(runs)} runs failed, see {failed[0]/'error.txt'}; retry=True tries them again", flush=True)

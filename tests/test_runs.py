@@ -1,5 +1,5 @@
 "A run that is killed, goes on, and ends as if nothing had happened"
-import json, math, os, random, signal, subprocess, sys, time
+import json, math, os, random, re, subprocess, sys, time
 from dataclasses import asdict, replace
 from pathlib import Path
 import pandas as pd, pytest, timm, torch
@@ -82,7 +82,7 @@ def test_half_written_files_do_no_harm(run, tmp_path, monkeypatch):
     monkeypatch.setattr(torch, 'save', dies)
     with pytest.raises(KeyboardInterrupt): do_run(run, tmp_path/'stopped', quiet=True)
     monkeypatch.undo()
-    assert (tmp_path/'stopped/checkpoint.pt.part').exists()
+    (tmp_path/'stopped/checkpoint.pt.part').write_bytes(b'half')                           # what a kill would have left
     do_run(run, tmp_path/'stopped', quiet=True)
     same(tmp_path/'whole', tmp_path/'stopped')
 
@@ -184,8 +184,8 @@ def test_trackers(track, runs, tmp_path, monkeypatch):
 def test_an_unknown_tracker_is_refused(runs, tmp_path):
     with pytest.raises(ValueError, match="track 'excel': choose"): sweep(runs, tmp_path, track='excel')
 
-@pytest.mark.parametrize('text,sentence', [('data = "a"', r'it has no \[\[arm\]\]'), ('[[arm]]\narm="a"', 'does not say `data`'), ('data = "a"\nfoo = 1\n[[arm]]\narm="a"', "'foo' is nothing"),
-    ('data = "a"\n[[arm]]\nbeta=1', 'no name'), ('data = "a"\nseeds = 3\n[[arm]]\narm="a"', 'grid.toml'), ('data = "a"\n[[arm]]\narm="a"\nbeta="strong"', 'grid.toml')])
+@pytest.mark.parametrize('text,sentence', [('data = "a"', r'it has no \[\[arm\]\]'), ('[[arm]]\narm="a"', '`data` is missing'), ('data = "a"\nfoo = 1\n[[arm]]\narm="a"', "'foo' is nothing"),
+    ('data = "a"\n[[arm]]\nbeta=1', 'an arm is a dict with its name'), ('data = "a"\nseeds = 3\n[[arm]]\narm="a"', 'grid.toml'), ('data = "a"\n[[arm]]\narm="a"\nbeta="strong"', 'grid.toml')])
 def test_a_bad_grid_is_named(text, sentence, tmp_path):
     (tmp_path/'grid.toml').write_text(text)
     with pytest.raises(ValueError, match=sentence): read_grid(tmp_path/'grid.toml')
@@ -213,3 +213,100 @@ def test_the_scale_is_taken_up_again(run, tmp_path, monkeypatch):
     assert torch.load(tmp_path/'stopped/checkpoint.pt', weights_only=True)['scaler']['scale']>64
     do_run(run, tmp_path/'stopped', tmp_path/'sources', quiet=True)
     same(tmp_path/'whole', tmp_path/'stopped')
+
+# What a reviewer found
+
+def test_a_run_that_diverges_at_once_does_not_end_the_sweep(run, runs, tmp_path, capsys):
+    wild = replace(run, arm='wild', lr=1e20)
+    rows = sweep([wild, runs[0]], tmp_path, quiet=True)
+    assert rows.arm.tolist()==['wild','plain'] and math.isnan(rows['last'][0]) and rows['last'][1]>=0
+    assert 'wild, seed 42: diverged' in capsys.readouterr().out
+
+def test_what_a_dying_process_left_is_tidied_up(run, tmp_path):
+    sweep([run], tmp_path, quiet=True)
+    folder = tmp_path/'runs'/run.id
+    for o in ('checkpoint.pt','epoch-0.safetensors'): (folder/o).write_bytes(b'left')
+    sweep([run], tmp_path, quiet=True)
+    assert {o.name for o in folder.iterdir()}=={'lock','run.json','curve.csv','model.safetensors','result.json'}
+
+def test_the_curve_is_whole_where_the_checkpoint_is(run, tmp_path, monkeypatch):
+    "Killed right after the last checkpoint"
+    do_run(run, tmp_path/'whole', tmp_path/'sources', quiet=True)
+    real = os.replace
+    def dies(a, b):
+        real(a, b)
+        if Path(b).name=='checkpoint.pt' and len(pd.read_csv(Path(b).parent/'curve.csv'))==3: raise KeyboardInterrupt
+    monkeypatch.setattr(os, 'replace', dies)
+    with pytest.raises(KeyboardInterrupt): do_run(run, tmp_path/'stopped', tmp_path/'sources', quiet=True)
+    monkeypatch.undo()
+    do_run(run, tmp_path/'stopped', tmp_path/'sources', quiet=True)
+    same(tmp_path/'whole', tmp_path/'stopped')
+
+@pytest.mark.parametrize('wrong,sentence', [(dict(size='32'), "size='32': has to be int"), (dict(epochs=4.0), 'epochs=4.0: has to be int'), (dict(freeze_bn='false'), 'has to be bool'),
+    (dict(lr=float('nan')), 'lr=nan'), (dict(lr=-1), 'lr=-1.0: take a number above 0'), (dict(epochs=0), 'epochs=0'), (dict(kind='nope'), "kind='nope': choose"), (dict(beta=-1), 'beta=-1.0'),
+    (dict(weights=1), 'weights=1'), (dict(valid='', test=''), 'both empty'), (dict(recipe='strong', transforms='published'), 'smooths labels'),
+    (dict(step='published', freeze_bn=True), 'no freeze_bn'), (dict(num_workers=1.5), 'num_workers=1.5'), (dict(data=['a','b']), 'data=')])
+def test_nonsense_is_refused_at_once(wrong, sentence):
+    with pytest.raises(ValueError, match=re.escape(sentence) if '=' in sentence else sentence): Run(**dict(data='tree') | wrong)
+
+def test_numbers_of_numpy_are_numbers():
+    import numpy as np
+    a,b = Run('tree', seed=np.int64(3), beta=np.float32(10), size=np.int32(64), freeze_bn=np.bool_(True)),Run('tree', seed=3, beta=10, size=64, freeze_bn=True)
+    assert a==b and a.id==b.id and Run(Path('tree'), beta=-0.).id==Run('tree').id
+
+@pytest.mark.parametrize('arms,common,sentence', [([dict(arm='a', seed=5)], {}, 'seed belongs to all'), ([dict(arm='a')], dict(seed=7), 'seed belongs to all'),
+    ([dict(arm='a', beta=[])], {}, 'list of beta is empty'), ([dict(arm=['a','b'])], {}, 'an arm is a dict'), (['a'], {}, 'an arm is a dict'),
+    ([dict(arm='a'), dict(arm='a', beta=1)], {}, 'in the grid twice'), ([dict(arm='a')], dict(size=[32,64]), r'size=\[32, 64\]: has to be int')])
+def test_a_grid_that_cannot_be_meant(arms, common, sentence):
+    with pytest.raises(ValueError, match=sentence): grid(arms, [1], data='tree', **common)
+
+def test_strengths_have_names_of_their_own():
+    names = [o.arm for o in grid([dict(arm='a', beta=[1.0000001, 1.0000002, 10], freeze_bn=[True,False])], [1], data='tree')]
+    assert len(set(names))==6 and 'a, beta = 10, freeze_bn = True' in names
+
+def test_a_wrong_first_call_leaves_the_folder_free(run, tmp_path):
+    with pytest.raises(FileNotFoundError): do_run(replace(run, data='nowhere'), tmp_path/'run')
+    with pytest.raises(ValueError, match='in the training and in the validation split'): do_run(replace(run, test='train'), tmp_path/'run')
+    do_run(run, tmp_path/'run', quiet=True)
+
+def test_one_process_at_a_folder(run, tmp_path):
+    from filelock import FileLock
+    (tmp_path/'run').mkdir()
+    code = f"import time; from filelock import FileLock; l = FileLock(r'{tmp_path}/run/lock'); l.acquire(); print('has it', flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, text=True) as other:
+        other.stdout.readline()
+        with pytest.raises(ValueError, match='another process is at this run'): do_run(run, tmp_path/'run')
+        other.kill()
+
+@pytest.mark.parametrize('name', ['result.json', 'run.json'])
+def test_a_broken_file_is_named(run, tmp_path, name):
+    do_run(run, tmp_path/'run', quiet=True)
+    (tmp_path/'run'/name).write_text('{"half')
+    with pytest.raises(ValueError, match=f'{name}: is not JSON'): do_run(run, tmp_path/'run')
+
+def test_other_weights_in_the_same_file_have_another_fisher(run, tmp_path):
+    file = tmp_path/'w.safetensors'
+    there = []
+    for seed in (0,1):
+        torch.manual_seed(seed)
+        save_file(timm.create_model('test_resnet', num_classes=4).state_dict(), file)
+        there.append(run_source(replace(run, weights=str(file)), tmp_path/'sources', progress=False).fisher)
+    assert not torch.equal(there[0]['fc.weight'], there[1]['fc.weight'])
+
+def test_helpers_end_with_their_parent(runs, tmp_path):
+    code = SWEEP.replace('quiet=True', 'jobs=2')
+    parent = subprocess.Popen([sys.executable, '-c', code, json.dumps([asdict(replace(o, epochs=200)) for o in runs]), str(tmp_path/'out')], stdout=subprocess.DEVNULL)
+    deadline = time.time()+120
+    while len(list((tmp_path/'out').glob('runs/*/checkpoint.pt')))<2 and time.time()<deadline: time.sleep(0.1)
+    parent.kill(); parent.wait()
+    time.sleep(2)
+    before = {o: o.stat().st_mtime_ns for o in (tmp_path/'out').glob('runs/*/curve.csv')}
+    time.sleep(2)
+    assert len(before)>=2 and before=={o: o.stat().st_mtime_ns for o in (tmp_path/'out').glob('runs/*/curve.csv')}
+
+def test_a_full_disk_ends_the_sweep_in_a_sentence(runs, tmp_path, monkeypatch):
+    import errno
+    def full(state, file): Path(file).write_bytes(b'half'); raise OSError(errno.ENOSPC, 'No space left on device')
+    monkeypatch.setattr(torch, 'save', full)
+    with pytest.raises(OSError, match='No space left'): sweep(runs, tmp_path, quiet=True)
+    assert not list(tmp_path.glob('runs/*/*.part')) and not list(tmp_path.glob('runs/*/error.txt'))
