@@ -30,7 +30,7 @@ def test_finetune(drawn, drawn_source, weights, tmp_path):
                '--alpha', 0, '--beta', 10, '--epochs', 2, '--size', 32, '--bs', 8, '--out', out)
     assert said.returncode==0, said.stderr
     assert re.search(r'last +\d\.\d{3}', said.stdout) and re.search(r'before +\d\.\d{3}', said.stdout)
-    assert {o.name for o in out.iterdir()}=={'model.safetensors', 'run.json', 'curve.csv', 'result.json', 'sources'}
+    assert {o.name for o in out.iterdir()}=={'model.safetensors', 'run.json', 'curve.csv', 'result.json', 'sources', 'lock'}
     with safe_open(out/'model.safetensors', 'pt') as f: classes = f.metadata()['classes'].split('\n')
     assert classes==(drawn/'data/families.txt').read_text().splitlines()
     timm.create_model('test_resnet', num_classes=len(classes)).load_state_dict(load_file(out/'model.safetensors'))

@@ -1,6 +1,6 @@
 "Weights, heads and groups of real architectures"
 import pytest, timm, torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torchvision.models import squeezenet1_1
 from fgvc_fisher.learner import aircraft_learner, aircraft_splitter, load_weights, remake_head, source_model
@@ -12,7 +12,18 @@ def test_weights_of_another_architecture(tmp_path):
     with pytest.raises(ValueError, match=r'e.safetensors holds the weights of another architecture than ResNet; missing: .*; unknown: blocks.0.0'):
         source_model('test_resnet', tmp_path/'e.safetensors')
     save_file(timm.create_model('test_resnet', num_classes=7).state_dict(), tmp_path/'r.safetensors')
-    with pytest.raises(ValueError, match=r'shape: fc.bias \(7,\) instead of \(1000,\)'): source_model('test_resnet', tmp_path/'r.safetensors')
+    with pytest.raises(ValueError, match=r'shape: fc.bias \(7,\) instead of \(1000,\)'): load_weights(timm.create_model('test_resnet'), tmp_path/'r.safetensors')
+    model = source_model('test_resnet', tmp_path/'r.safetensors')                           # a file brings its number of classes
+    assert model.num_classes==7 and torch.equal(model.fc.weight, load_file(tmp_path/'r.safetensors')['fc.weight'])
+
+@pytest.mark.parametrize('name', ['junk.safetensors', 'junk.pth'])
+def test_a_file_that_is_none(name, tmp_path):
+    (tmp_path/name).write_bytes(b'this is a page that says 404')
+    with pytest.raises(ValueError, match=f'{name} cannot be read as a safetensors file or a PyTorch state dict'): source_model('test_resnet', tmp_path/name)
+
+@pytest.mark.parametrize('arch,said', [('os:getcwd', 'makes str, which is no network'), ('os:nothing', "arch 'os:nothing'"), ('nowhere.at.all:f', "arch 'nowhere.at.all:f'")])
+def test_a_function_that_makes_no_network(arch, said):
+    with pytest.raises(ValueError, match=said): source_model(arch, weights=None)
 
 def test_weights_that_are_not_there(tmp_path):
     with pytest.raises(FileNotFoundError, match='weights: there is no file .*none.safetensors'): source_model('test_resnet', tmp_path/'none.safetensors')

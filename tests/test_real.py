@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest, torch
 from torchvision.models import squeezenet1_1
 from fgvc_fisher.data import aircraft_dls, read_aircraft, read_pictures
+from fgvc_fisher.experiment import grid, read_curves, sweep
 from fgvc_fisher.fisher import estimate_fisher
 from fgvc_fisher.learner import aircraft_learner, normalise, source_dl, source_model
 from fgvc_fisher.merging import interpolate, merge
@@ -95,3 +96,14 @@ def test_merging_ends_at_both_models(photos, mobilenet_075):
     assert all(torch.equal(p, q) for p,q in zip(tuned_end.parameters(), learn.model.parameters()))
     for a,b in ((interpolate(mobilenet_075, learn.model, 0.), source_end), (interpolate(mobilenet_075, learn.model, 1.), tuned_end)):
         assert retention(a, mobilenet_075, dl)==retention(b, mobilenet_075, dl)
+
+def test_the_published_arm_beside_its_control(photos, tmp_path):
+    "The paper's recipe and penalty on photographs from FGVC-Aircraft, with retention on ImageNet's; an arm as published is close to its control after an epoch, and not the same"
+    runs = grid([dict(arm='plain'), dict(arm='as published', step='published', alpha=5e-4, beta=4e-4, l2sp=0.004)], [1], data=photos/'data/airliners17', arch='conftest:mobilenet',
+                weights=str(photos/'weights/mobilenetv1_075_imagenet.safetensors'), source=photos/'data/imagenet_sample', recipe='published', transforms='published',
+                size=64, epochs=1, num_workers=0)
+    plain,published = sweep(runs, tmp_path, quiet=True).to_dict('records')
+    curves = read_curves(tmp_path).set_index('arm')
+    assert plain['before']==published['before']>0.1 and curves.penalty['as published']>0.001
+    assert 0<abs(curves.train_loss['plain']-curves.train_loss['as published'])<0.1
+    assert all(0<=o[k]<=1 for o in (plain,published) for k in ('best','last','retention_target_bn','retention_source_bn'))
