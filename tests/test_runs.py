@@ -120,8 +120,8 @@ def test_one_half_estimates_and_the_other_measures(run, tmp_path):
 def test_the_same_values_make_the_same_run():
     assert Run('tree', beta=10).id==Run('tree', beta=10.).id
     code = "from fgvc_fisher.runs import Run; print(Run('tree', 'L2', alpha=5e-4, seed=3).id)"
-    ids = {subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=os.environ|{'PYTHONHASHSEED': str(i)}).stdout.strip() for i in (1,2)}
-    assert ids=={Run('tree', 'L2', alpha=5e-4, seed=3).id}
+    said = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=os.environ|{'PYTHONHASHSEED': '7'}).stdout
+    assert said.strip()==Run('tree', 'L2', alpha=5e-4, seed=3).id
 
 def test_no_validation_is_no_divergence(run, tmp_path):
     row = do_run(replace(run, train='trainval', valid=''), tmp_path/'run', quiet=True)
