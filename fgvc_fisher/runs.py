@@ -61,6 +61,19 @@ def _plain(field, v):
         raise ValueError(f"{field.name}={v!r}: has to be {getattr(field.type, '__name__', field.type)}")
     return v+0. if isinstance(v, float) else v                       # and so are 0. and -0.
 
+# %% ../nbs/07_runs.ipynb #3ac8f338
+def _check(run):
+    "`ValueError` for fields that cannot be meant, alone or together"
+    for o in ('alpha','beta','l2sp'):
+        if getattr(run, o)<0: raise ValueError(f"{o}={getattr(run, o)}: a coefficient of the penalty is a number from 0 on")
+    for o in ('size','bs','epochs','lr'):
+        if getattr(run, o)<=0: raise ValueError(f"{o}={getattr(run, o)}: take a number above 0")
+    for o,known in dict(step=('prox','grad','published'), kind=('sampled','empirical','exact'), recipe=RECIPES).items():
+        if getattr(run, o) not in known: raise ValueError(f"{o}={getattr(run, o)!r}: choose from {', '.join(known)}")
+    if not (run.valid or run.test): raise ValueError("valid and test are both empty: name a split to measure on")
+    if run.recipe=='strong' and run.transforms=='published': raise ValueError("recipe='strong' smooths labels that transforms='published' has mixed: choose 'plain'")
+    if run.step=='published' and (run.freeze_bn or run.normalize): raise ValueError("step='published' has no freeze_bn and no normalize")
+
 # %% ../nbs/07_runs.ipynb #ab72966f
 @dataclass(frozen=True)
 class Run:
@@ -93,15 +106,7 @@ class Run:
     num_workers:int|None=None # Processes that decode; None: one a core
     def __post_init__(self):
         for o in fields(self): object.__setattr__(self, o.name, _plain(o, getattr(self, o.name)))
-        for o in ('alpha','beta','l2sp'):
-            if getattr(self, o)<0: raise ValueError(f"{o}={getattr(self, o)}: a coefficient of the penalty is a number from 0 on")
-        for o in ('size','bs','epochs','lr'):
-            if getattr(self, o)<=0: raise ValueError(f"{o}={getattr(self, o)}: take a number above 0")
-        for o,known in dict(step=('prox','grad','published'), kind=('sampled','empirical','exact'), recipe=RECIPES).items():
-            if getattr(self, o) not in known: raise ValueError(f"{o}={getattr(self, o)!r}: choose from {', '.join(known)}")
-        if not (self.valid or self.test): raise ValueError("valid and test are both empty: name a split to measure on")
-        if self.recipe=='strong' and self.transforms=='published': raise ValueError("recipe='strong' smooths labels that transforms='published' has mixed: choose 'plain'")
-        if self.step=='published' and (self.freeze_bn or self.normalize): raise ValueError("step='published' has no freeze_bn and no normalize")
+        _check(self)
     @property
     def id(self): # Such as 'l2-sp-fisher-beta-10-42-1f3c9a2b'
         digest = hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
@@ -120,6 +125,12 @@ def _penalty(run, learn, source, fisher):
     return L2SPFisherCallback(run.alpha, run.beta, fisher if run.beta else None, run.l2sp, run.step,
                               anchor=dict(source.named_parameters()), freeze_bn=run.freeze_bn, normalize=run.normalize and run.beta>0)
 
+# %% ../nbs/07_runs.ipynb #40f5c7d8
+def _dls(run, valid):
+    "The run's training split, and another to measure on"
+    return aircraft_dls(run.data, run.level, train=run.train, valid=valid, size=run.size, bs=run.bs, transforms=run.transforms, cache=run.cache,
+                        num_workers=run.num_workers)
+
 # %% ../nbs/07_runs.ipynb #f81cd111
 def make_learner(
     run:Run, # What to do
@@ -128,9 +139,7 @@ def make_learner(
 )->Learner: # With its penalty, ready to be fitted, or to be asked how long that takes: `estimate_time`
     "The `Learner` of a run."
     set_seed(run.seed, reproducible=True)
-    dls = aircraft_dls(run.data, run.level, train=run.train, valid=run.valid or run.test, size=run.size, bs=run.bs, transforms=run.transforms,
-                       cache=run.cache, num_workers=run.num_workers)
-    learn = RECIPES[run.recipe].learner(dls, source)
+    learn = RECIPES[run.recipe].learner(_dls(run, run.valid or run.test), source)
     if run.amp: learn.to_channelslast()
     learn.add_cbs([_penalty(run, learn, source, fisher), TerminateOnNaNCallback()] + ([] if run.valid else [_NoValidation()]))
     return learn
@@ -279,12 +288,13 @@ def run_arm(
     tuned_pictures=None, # The same batches as the tuned model expects them, see `retention`
 )->tuple: # `row`, a dict for a table; `curve`, a row an epoch; the `Learner`
     "Fine-tune and measure on the validation split and on the source. A training that diverged has NaN, not the accuracies of a broken model."
+    start = time.perf_counter()
     learn = tune(run, source, fisher)
-    curve = _curve(learn)
+    took,curve = time.perf_counter()-start,_curve(learn)
     row = asdict(run) | dict(id=run.id) | _accuracies(run, curve)
     kept = retention(learn.model, source, source_pictures, tuned_pictures) if source_pictures is not None else {}
     row |= {f'retention_{k}_bn': v if len(curve)==run.epochs else math.nan for k,v in kept.items()}
-    row['seconds'] = float(curve.seconds.sum()) if 'seconds' in curve else math.nan
+    row['seconds'] = float(curve.seconds.sum()) if 'seconds' in curve else took                 # of a run that went on, of all its parts
     return row, curve.assign(arm=run.arm, seed=run.seed), learn
 
 # %% ../nbs/07_runs.ipynb #3aab6016
@@ -334,9 +344,7 @@ def _test(run, learn):
     "Test accuracies; NaN where there is no test split or the training diverged"
     keep = learn.keep_epochs
     if not run.test or len(keep.rows)<run.epochs: return dict(test=math.nan, test_last=math.nan)
-    dls = aircraft_dls(run.data, run.level, train=run.train, valid=run.test, size=run.size, bs=run.bs, transforms=run.transforms, cache=run.cache,
-                       num_workers=run.num_workers)
-    dl = normalise(dls.valid, learn.model)
+    dl = normalise(_dls(run, run.test).valid, learn.model)
     last = accuracy_on(learn.model, dl)
     if keep.best in (None, run.epochs-1): return dict(test=last, test_last=last)
     chosen = copy.deepcopy(learn.model)

@@ -3,6 +3,8 @@ import os
 from functools import partial
 from pathlib import Path
 import pytest, torch
+from fastai.callback.fp16 import MixedPrecision
+from torch.amp import GradScaler, autocast
 
 # A folder with data/ and weights/; CI sets it, elsewhere the tests that need photographs are skipped.
 PHOTOS = os.environ.get('FGVC_FISHER_PHOTOS', '')
@@ -32,3 +34,10 @@ def mobilenet(**kw):
 def mobilenet_075(photos):
     from fgvc_fisher.learner import source_model
     return source_model(mobilenet, photos/'weights/mobilenetv1_075_imagenet.safetensors')
+
+class OnCpu(MixedPrecision):
+    "fastai's mixed precision, which knows CUDA alone, on a CPU"
+    def before_fit(self):
+        super().before_fit()
+        dtype = dict(fp16=torch.float16, bf16=torch.bfloat16)[self.amp_mode.value]
+        self.autocast,self.learn.scaler = autocast('cpu', dtype=dtype),GradScaler('cpu', **self.kwargs)

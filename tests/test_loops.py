@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest, torch, torch.nn.functional as F
 from torch import nn
 from fastai.basics import CrossEntropyLossFlat, DataLoaders, Learner, OptimWrapper, params, trainable_params
-from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.schedule import ParamScheduler
 from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.data.load import DataLoader
 from fastai.optimizer import SGD
-from torch.amp import GradScaler, autocast
+from torch.amp import autocast
 from fgvc_fisher.callback import L2SPFisherCallback
 from fgvc_fisher.penalty import QuadraticPenalty
+from conftest import OnCpu
 
 COEFS = dict(alpha=0.02, beta=3., l2sp=0.1)
 BODY,HEAD = ('0.weight','0.bias','1.weight','1.bias'),('3.weight','3.bias')
@@ -82,13 +82,6 @@ def written_out(steps, optimizer, lr, step='prox', dtype=None, scale=1., clip=No
     return theta,skipped
 
 # fastai
-
-class OnCpu(MixedPrecision):
-    "fastai's mixed precision, which knows CUDA alone, on a CPU"
-    def before_fit(self):
-        super().before_fit()
-        dtype = dict(fp16=torch.float16, bf16=torch.bfloat16)[self.amp_mode.value]
-        self.autocast,self.learn.scaler = autocast('cpu', dtype=dtype),GradScaler('cpu', **self.kwargs)
 
 groups = lambda m: [params(m[:3]), params(m[3])]
 torch_opt = lambda opt, **kw: partial(OptimWrapper, opt=partial(opt, **kw))

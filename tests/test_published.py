@@ -5,15 +5,15 @@ from collections import OrderedDict
 import numpy as np, pandas as pd, pytest, torch, torch.nn.functional as F
 from torch import nn
 from fastai.basics import Callback, DataLoaders, Learner, params
-from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.training import GradientAccumulation
 from fastai.data.load import DataLoader
 from fastai.optimizer import SGD
-from torch.amp import GradScaler, autocast
+from torch.amp import autocast
 from fgvc_fisher.data import aircraft_dls
 from fgvc_fisher.learner import nesterov
 from fgvc_fisher.published import (RATES, AsPublished, PublishedSchedule, as_published_penalty, fit_published, published_learner, published_logs,
                                    published_scalars, published_summary)
+from conftest import OnCpu
 
 # run, epochs, best, its epoch, last, mean of the last five: in per cent, from the project's record of the logs
 TABLE = [('new-0-0', 80, 80.198, 78, 79.868, 79.616), ('new-0.0004-0', 80, 80.018, 65, 79.238, 79.202),
@@ -233,13 +233,6 @@ def test_accumulated_batches():
     quietly(learn, learn.fit, 1, 0.01, cbs=[AsPublished(copy.deepcopy(model), **COEFS), GradientAccumulation(12)])
     written_out(alone, [batches[:3], batches[3:]], 0.01, **COEFS)
     same(learn, alone, 1e-6)                                       # fastai divides the loss in float32
-
-class OnCpu(MixedPrecision):
-    "fastai's mixed precision, which knows CUDA alone, on a CPU"
-    def before_fit(self):
-        super().before_fit()
-        dtype = dict(fp16=torch.float16, bf16=torch.bfloat16)[self.amp_mode.value]
-        self.autocast,self.learn.scaler = autocast('cpu', dtype=dtype),GradScaler('cpu', **self.kwargs)
 
 def test_inside_autocast():
     "The source runs in 16 bits, as the model does, and the training is the loop written out; outside it would not be"
