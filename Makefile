@@ -2,8 +2,11 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+BROWSER_READY := .venv/.browser-ready
+IPYWIDGETS7 := .venv/ipywidgets7
+PANEL_TESTS := tests/test_panels.py tests/test_explore.py
 
-.PHONY: demo test notebooks pytest sync clean
+.PHONY: demo test notebooks pytest test-browser test-ipywidgets7 sync clean
 
 demo: $(READY)    ## The whole method on drawn aircraft, offline: a table, pictures and demo/report.html
 	$(BIN)/fgvc-demo --out demo
@@ -16,6 +19,13 @@ notebooks: $(READY)
 pytest: $(READY)
 	$(BIN)/python -m pytest
 
+test-browser: $(BROWSER_READY)    ## The panels in a headless Chromium, under Voila and in JupyterLab
+	$(BIN)/python tools/browser.py
+	$(BIN)/python -m pytest tests/browser -m browser
+
+test-ipywidgets7: $(IPYWIDGETS7)    ## The panels' tests with the ipywidgets that Colab has
+	PYTHONPATH=$(CURDIR)/$(IPYWIDGETS7) $(BIN)/python -m pytest $(PANEL_TESTS)
+
 sync: $(READY)    ## After a change of a notebook: export, clean, README.md
 	$(BIN)/nbdev-export && $(BIN)/nbdev-clean && $(BIN)/python tools/readme.py
 
@@ -24,6 +34,14 @@ $(READY): settings.ini pyproject.toml setup.py
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet --editable '.[dev]'
 	touch $@
+
+$(BROWSER_READY): $(READY)
+	$(BIN)/pip list --format=freeze --exclude-editable > .venv/installed.txt
+	$(BIN)/pip install --quiet --constraint .venv/installed.txt voila jupyterlab playwright
+	touch $@
+
+$(IPYWIDGETS7): $(READY)
+	$(BIN)/pip install --quiet --upgrade --no-deps --target $@ ipywidgets==7.7.1 ipython-genutils==0.2.0
 
 clean:
 	rm -rf .venv demo build dist *.egg-info

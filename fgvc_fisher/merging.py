@@ -36,6 +36,14 @@ def _blend(source, tuned, part):
     for n in _shared(source, tuned): params[n].lerp_(theta0[n].to(params[n]), part(n, params[n]))
     return merged
 
+# %% ../nbs/04a_merging.ipynb #ddf87b80
+@torch.no_grad()
+def _shrink(merged, fisher_source, fisher_target, beta, alpha, shared):
+    "Draw every parameter to zero, against what holds it"
+    for n,p in merged.named_parameters():
+        held = fisher_target[n].to(p) + (beta*fisher_source[n].to(p) if n in shared else 0.)
+        p.mul_(held/(held+alpha))
+
 # %% ../nbs/04a_merging.ipynb #6e83588f
 def merge(
     source:nn.Module, # The source model
@@ -43,14 +51,18 @@ def merge(
     fisher_source:Mapping, # Fisher of `source` on source pictures, parameter name -> tensor
     fisher_target:Mapping, # Fisher of `tuned` on target pictures
     beta:float=1., # Weight of the source: 0 is `tuned`, a very large one the source
+    alpha:float=0., # Weight of zero, for every parameter, the head's too
 )->nn.Module: # A new model with `tuned`'s head
     "Fisher-weighted average of two models. Raises `ValueError` for a Fisher of another model."
-    if not (math.isfinite(beta) and beta>=0): raise ValueError(f"beta={beta}: the source's weight is a number from 0 on")
+    for name,v in dict(beta=beta, alpha=alpha).items():
+        if not (math.isfinite(v) and v>=0): raise ValueError(f"{name}={v}: a weight is a number from 0 on")
     _check_of(fisher_source, source, 'source'); _check_of(fisher_target, tuned, 'target')
     def part(name, p):
         mine,other = fisher_target[name].to(p),beta*fisher_source[name].to(p)
         return torch.where(other>0, other/(mine+other), 0.)
-    return _blend(source, tuned, part)
+    merged = _blend(source, tuned, part)
+    if alpha: _shrink(merged, fisher_source, fisher_target, beta, alpha, _shared(source, tuned))
+    return merged
 
 # %% ../nbs/04a_merging.ipynb #b3d30a77
 def interpolate(

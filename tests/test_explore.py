@@ -1,0 +1,258 @@
+"The five panels, driven without a browser; `make test-ipywidgets7` runs this with Colab's ipywidgets, too"
+import io, time
+from dataclasses import replace
+from datetime import datetime, timezone
+import numpy as np, pytest, torch
+from PIL import Image
+from fgvc_fisher import explore
+from fgvc_fisher.compromise import read_compromise
+from fgvc_fisher.experiment import Run, draw_task
+from fgvc_fisher.explore import explore_fisher, explore_penalty, explore_published, explore_training, try_classifier, try_run
+from fgvc_fisher.fisher import DiagFisher
+from fgvc_fisher.published import published_summary
+from fgvc_fisher.results import read_runs, style
+
+@pytest.fixture(scope='module')
+def home(tmp_path_factory): return tmp_path_factory.mktemp('explored')
+
+@pytest.fixture(scope='module')
+def task(home): return draw_task(home, n_variants=4, n_per_split=6, n_source=6, size=32, num_workers=0)
+
+@pytest.fixture(scope='module')
+def run(task): return Run(arm='plain', epochs=2, **task)
+
+@pytest.fixture(scope='module')
+def compromise(run, home): return read_compromise(run, home, n_pictures=24, n_fisher=24, progress=False).measure_grid([0.,1e-3,1e-2], [0.,0.1,1.,100.], progress=False)
+
+@pytest.fixture(scope='module')
+def fisher(home, compromise): return DiagFisher.load(next((home/'sources').glob('*.safetensors')))
+
+# The penalty
+
+def test_penalty_moves(compromise):
+    p = explore_penalty(compromise)
+    sent = [bytes(o.widget.value) for o in p.pictures]
+    p.controls['beta'].value = compromise.betas[-1]
+    p.wait()
+    assert all(bytes(o.widget.value)!=a for o,a in zip(p.pictures, sent))
+
+def test_penalty_is_estimated_then_measured(compromise):
+    said = []
+    p = explore_penalty(compromise)
+    say = p._say
+    p._say = lambda text: said.append(text) or say(text)
+    p.controls['alpha'].value = p.controls['alpha'].options[7][1]
+    text = p.wait()
+    assert 'about' in said[0] and said[-1]==text and 'about' not in text
+    exact = compromise.measure(**p.values)
+    assert f"{exact['last']:.1%} right on the target" in text and f"{exact['retention_source_bn']:.1%} with its BatchNorm" in text
+
+def test_the_point_is_where_the_numbers_are(compromise):
+    view = explore._PenaltyView(compromise)
+    view.draw(alpha=1e-3, beta=3.)
+    found = compromise.estimate(1e-3, 3.)
+    for point,name in zip(view.points, ('retention_target_bn','retention_source_bn')):
+        assert (point.get_xdata()[0], point.get_ydata()[0])==(found[name], found['last'])
+    moved = [o.get_width() for o in view.moved]
+    assert np.allclose(moved, found['layers'].moved.fillna(0))
+    assert np.isclose(sum(o.get_width() for o in (*view.alpha, *view.beta)), 1)
+
+def test_layers_agree_with_the_penalty_of_the_callback(compromise, home, run):
+    "What the layers pay adds up to Omega, as `QuadraticPenalty` computes it"
+    from fgvc_fisher.penalty import QuadraticPenalty
+    merged = compromise.model(1e-3, 2.)
+    theta0 = dict(compromise.source.named_parameters())
+    omega = QuadraticPenalty(merged, theta0, compromise.fishers[0], alpha=1e-3, beta=2., new=['fc']).value().item()
+    assert compromise.layers(1e-3, 2.)[['alpha','beta']].to_numpy().sum()==pytest.approx(omega, rel=1e-5)
+
+def test_ends_of_the_compromise(compromise):
+    tuned,far = compromise.model(0., 0.),compromise.model(0., 1e12)
+    theta0 = dict(compromise.source.named_parameters())
+    for n,p in tuned.named_parameters(): assert torch.equal(p, dict(compromise.tuned.named_parameters())[n])
+    for n,p in far.named_parameters():
+        if not n.startswith('fc.'): assert torch.allclose(p[compromise.fishers[0][n]>1e-6], theta0[n][compromise.fishers[0][n]>1e-6], atol=1e-4)
+
+def test_retention_with_the_source_put_back_is_the_source(compromise):
+    assert compromise.measure(0., 1e15)['retention_source_bn']==pytest.approx(compromise.before, abs=0.05)
+
+def test_models_are_left_alone(compromise):
+    before = {n: p.clone() for n,p in compromise.tuned.state_dict().items()}
+    compromise.measure(1e-2, 1.)
+    assert all(torch.equal(p, before[n]) for n,p in compromise.tuned.state_dict().items())
+
+def test_measuring_gives_up(compromise):
+    asked = []
+    assert compromise.measure(0., 1., newer=lambda: asked.append(1) or len(asked)>1) is None and len(asked)==2
+
+def test_no_source_no_penalty_panel(run, home):
+    with pytest.raises(ValueError, match='give the run `source`'): explore_penalty(replace(run, source=''), home)
+
+def test_a_grid_begins_with_zero(compromise):
+    for bad in ([1.,2.], [], [0.,2.,1.]):
+        with pytest.raises(ValueError, match='begin with 0'): compromise.measure_grid([0.], bad)
+
+# The Fisher
+
+def test_fisher_every_choice(fisher):
+    p = explore_fisher(fisher)
+    for name in p.controls['parameter'].options[1::12]:
+        p.controls['parameter'].value = name
+        for axis in ('log','linear'):
+            for measure in ('mean','share'):
+                p.controls['axis'].value,p.controls['measure'].value = axis,measure
+                assert p.wait()
+        assert name in p.text
+
+@pytest.mark.parametrize('axis', ['log','linear'])
+def test_histogram_counts_every_value(fisher, axis):
+    view = explore._FisherView(fisher)
+    for name,v in [*fisher.items(), (explore._ALL, torch.cat([o.flatten() for o in fisher.values()]))]:
+        counts,edges,zeros = view._histogram(name, axis)
+        assert zeros==(v==0).sum() and counts.sum()==(v.numel() if axis=='linear' else v.numel()-zeros)
+
+def test_fisher_with_a_dead_parameter(fisher):
+    dead = list(fisher)[3]
+    zeroed = DiagFisher({k: v*(k!=dead) for k,v in fisher.sums.items()}, fisher.n_images, fisher.kind, fisher.provenance)
+    p = explore_fisher(zeroed)
+    for axis in ('log','linear'):
+        p.controls['parameter'].value,p.controls['axis'].value = dead,axis
+        assert '0.00% of the Fisher' in p.wait()
+
+# The published runs
+
+@pytest.mark.parametrize('epoch', ['best','last','last5'])
+def test_published_says_what_the_summary_says(epoch):
+    p = explore_published()
+    p.controls['epoch'].value = epoch
+    control,claim = published_summary()[epoch][['new-0-0','new-0.0004-0']]
+    text = p.wait()
+    assert f'{control:.2%}' in text and f'{claim:.2%}' in text and f"{'the control' if control>claim else 'the claim'} is" in text
+
+def test_published_without_runs_and_smoothed():
+    p = explore_published()
+    p.controls['runs'].value = ()
+    p.controls['smooth'].value = 15
+    p.wait()
+    p.controls['runs'].value = tuple(o for _,o in p.controls['runs'].options)
+    p.wait()
+
+def test_published_colours_are_those_of_the_arms():
+    view = explore._PublishedView()
+    assert view.lines['new-0-0'].get_color()==style('plain')['color'] and view.lines['new-0.0004-0'].get_color()==style('as published')['color']
+    assert view.lines['new-0-0.0005'].get_color()==style('L2')['color']
+
+# Training
+
+@pytest.fixture
+def training(task, tmp_path):
+    p = explore_training(task, tmp_path, epochs=2)
+    yield p
+    p.training.close()
+
+def finish(p):
+    p.training.wait(120); p.refresh()
+    return p.wait()
+
+def test_train_to_the_end(training, tmp_path):
+    training.controls['arm'].value = 'L2-SP-Fisher'
+    training.train()
+    assert finish(training).startswith('Done')
+    rows = read_runs(tmp_path)
+    assert rows.arm.tolist()==['L2-SP-Fisher, beta = 10'] and rows.beta.tolist()==[10.] and rows.retention_target_bn.notna().all()
+    assert not training.buttons['train'].disabled and training.buttons['stop'].disabled
+    assert 'L2-SP-Fisher, beta = 10, seed 42' in training.view.legend.value and '2 of 2' in training.view.legend.value
+    training.train()                                   # the same again is read, not trained
+    assert training.training.run is None and finish(training).startswith('Done') and len(training.view.runs)==1
+    reopened = explore_training(training.task, tmp_path, epochs=2)
+    assert list(reopened.view.runs)==list(training.view.runs)
+    reopened.training.close()
+    training.chosen.value = (rows.id[0],)
+    training.remove()
+    training.wait()
+    assert not training.view.runs and training.chosen.options==() and (tmp_path/'runs'/rows.id[0]/'result.json').exists()
+
+def test_stop_and_go_on(training, tmp_path):
+    training.epochs = 40
+    training.train()
+    assert training.training.run is not None
+    while 'batch' not in training.training.stage: time.sleep(0.02)
+    training.wait()
+    training.train()                                   # a second press of the button
+    assert 'is going on' in training.wait()
+    training.stop()
+    assert training.training.run is None and 'topped' in training.wait() and not list(tmp_path.glob('runs/*/result.json'))
+
+def test_arm_sets_the_sliders(training):
+    training.controls['arm'].value = 'as published'
+    training.wait()
+    assert (training.values['alpha'], training.values['beta'], training.values['l2sp'])==(0., 4e-4, 4e-3)
+    assert not any(training.controls[o].disabled for o in ('alpha','beta','l2sp'))
+    training.controls['arm'].value = 'L2'
+    training.wait()
+    assert (training.values['alpha'], training.values['beta'], training.values['l2sp'])==(5e-4, 0., 0.)
+    assert [training.controls[o].disabled for o in ('alpha','beta','l2sp')]==[False,True,True]
+
+@pytest.mark.parametrize('arm', explore._ARMS)
+def test_every_arm_is_a_run(task, arm):
+    run = explore._run_of(task, 3, arm, 1e-3, 1., 1e-2, task['lr'], 7)
+    assert {k: getattr(run, k)>0 for k in ('alpha','beta','l2sp')}=={k: k in explore._ARMS[arm] for k in ('alpha','beta','l2sp')}
+    assert run.arm.split(',')[0]==arm and run.seed==7 and style(run.arm)==style(arm)
+
+def test_what_fails_is_said(task, tmp_path):
+    p = explore_training(task | dict(data=str(tmp_path/'none')), tmp_path, epochs=1)
+    p.train()
+    assert 'ailed' in finish(p) and 'none' in p.text
+    p.training.close()
+
+# The classifier
+
+def content(mode='RGB', size=(60,40), format='JPEG', **kw):
+    Image.new(mode, size, 128 if mode!='RGB' else (200,30,30)).save(f := io.BytesIO(), format, **kw)
+    return f.getvalue()
+
+def give(upload, name, data):
+    "As a browser would, in either version of ipywidgets"
+    if explore.widgets.__version__[0]=='7': upload.set_trait('value', {name: dict(metadata=dict(name=name), content=data)})
+    else: upload.value = (dict(name=name, type='', size=len(data), content=memoryview(data), last_modified=datetime.now(timezone.utc)),)
+
+@pytest.fixture(scope='module')
+def classifier(compromise, run, home): return try_run(home/'runs'/run.id)
+
+def test_classifier_example_and_upload(classifier):
+    p = classifier
+    first,options = p.text,p.controls['example'].options
+    assert first.startswith('The fine-tuned model says') and 'Its source would have said' in first
+    give(p.controls['upload'], 'red.jpg', content())
+    uploaded = p.wait()
+    sent = bytes(p.pictures[0].widget.value)
+    p.controls['example'].value = options[-1][1]
+    p.wait()
+    assert bytes(p.pictures[0].widget.value)!=sent and uploaded.startswith('The fine-tuned')
+    give(p.controls['upload'], 'red.jpg', content(size=(61,40)))      # an upload again counts before the example
+    p.wait()
+    assert bytes(p.pictures[0].widget.value)!=b''
+
+@pytest.mark.parametrize('name,data,said', [
+    ('empty.jpg', b'', 'empty'), ('paper.pdf', b'%PDF-1.7 ...', 'PDF'), ('phone.heic', b'\0\0\0\x18ftypheic\0\0\0\0mif1heic', 'HEIC'), ('cut.jpg', content(size=(400,400))[:900], 'cut.jpg'),
+    ('bomb.png', content('1', (10_000,10_000), 'PNG'), 'pixels'), ('<img src=x onerror=alert(1)>.jpg', b'nonsense', 'img')])
+def test_classifier_nonsense(classifier, name, data, said):
+    give(classifier.controls['upload'], name, data)
+    text = classifier.wait()
+    assert said in text and 'This did not work' not in text and 'Error' not in text
+    assert '<img' not in classifier.said.value.replace('<p role', '')
+
+def test_classifier_transparent(classifier):
+    give(classifier.controls['upload'], 'clear.png', content('RGBA', format='PNG'))
+    text = classifier.wait()
+    assert 'white' in text and 'The fine-tuned model says' in text
+
+def test_classifier_without_source(compromise, run, home):
+    from fgvc_fisher.runs import load_run
+    p = try_classifier(load_run(run, home/'runs'/run.id, compromise.source))
+    assert len(p.pictures)==2 and 'source' not in p.text
+
+def test_try_run_names_what_is_missing(tmp_path):
+    with pytest.raises(FileNotFoundError, match='no finished run'): try_run(tmp_path)
+
+def test_a_long_label_does_not_break_the_bars():
+    assert len(explore._short('x'*500))==44 and explore._short('short')=='short'
