@@ -41,10 +41,11 @@ def layer_of(
 # %% ../nbs/08a_compromise.ipynb #8cb41138
 MEASURED = 'last','retention_target_bn','retention_source_bn'
 
-# %% ../nbs/08a_compromise.ipynb #a1361bcc
-def _laid(batches):
-    "Batches with their channels last in memory, which a CPU convolves twice as fast"
-    return [(x.contiguous(memory_format=torch.channels_last), y) for x,y in batches]
+# %% ../nbs/08a_compromise.ipynb #9720d0b5
+def _laid(batches, n=64):
+    "Batches of `n` with their channels last in memory, which a CPU convolves twice as fast"
+    x,y = [torch.cat(o) for o in zip(*batches)]
+    return list(zip(x.contiguous(memory_format=torch.channels_last).split(n), y.split(n)))
 
 # %% ../nbs/08a_compromise.ipynb #d74017be
 class Compromise:
@@ -94,7 +95,13 @@ def measure(self:Compromise,
     newer:Callable=lambda: False, # Is there something newer to do?
 )->dict|None: # `MEASURED`, from 0 to 1; None: gave up for something newer
     "Accuracies of the model at this compromise."
-    model,found = self.model(alpha, beta),{}
+    return self._measured(self.model(alpha, beta), newer)
+
+# %% ../nbs/08a_compromise.ipynb #47ef2c41
+@patch
+def _measured(self:Compromise, model, newer=lambda: False):
+    "`measure` of a model that is made already"
+    found = {}
     heads = {f'retention_{o}_bn': (with_source_head, o) for o in ('target','source')}
     for name in MEASURED:
         whole = with_source_head(model, self.source, heads[name][1]) if name in heads else model
@@ -104,18 +111,24 @@ def measure(self:Compromise,
 
 # %% ../nbs/08a_compromise.ipynb #b6d34924
 @patch
-@torch.no_grad()
 def layers(self:Compromise,
     alpha:float, # As in equation (1)
     beta:float, # As in equation (1)
 )->pd.DataFrame: # By layer: `moved` (NaN for new ones, and where fine-tuning moved nothing), `alpha` and `beta`, its parts of Omega
     "How far each layer is from the source at this compromise, and what it pays."
-    at,tuned,theta0 = [dict(o.named_parameters()) for o in (merge(self.source, self.tuned, *self.fishers, beta=2*beta, alpha=2*alpha), self.tuned, self.source)]
+    return self._layers(merge(self.source, self.tuned, *self.fishers, beta=2*beta, alpha=2*alpha), alpha, beta)
+
+# %% ../nbs/08a_compromise.ipynb #beabe875
+@patch
+@torch.no_grad()
+def _layers(self:Compromise, model, alpha, beta):
+    "`layers` of a model that is made already"
+    at,tuned,theta0 = [dict(o.named_parameters()) for o in (model, self.tuned, self.source)]
     rows = {n: self._pays(n, p, tuned[n], theta0.get(n), alpha, beta) for n,p in at.items()}
     sums = pd.DataFrame(rows, index=['way','whole','alpha','beta']).T.groupby(layer_of(at), sort=False).sum(min_count=1)
     return sums.assign(moved=(sums.way/sums.whole.where(sums.whole>0))**0.5)[['moved','alpha','beta']]
 
-# %% ../nbs/08a_compromise.ipynb #47ef2c41
+# %% ../nbs/08a_compromise.ipynb #19efe669
 @patch
 def _pays(self:Compromise, name, p, tuned, theta0, alpha, beta):
     "Squared distance from the source, now and as tuned, and both terms of the penalty, of one parameter"
@@ -124,12 +137,24 @@ def _pays(self:Compromise, name, p, tuned, theta0, alpha, beta):
     d = (p-theta0).square()
     return d.sum().item(), (tuned-theta0).square().sum().item(), pays, beta*(self.fishers[0][name].to(d)*d).sum().item()
 
+# %% ../nbs/08a_compromise.ipynb #1acdaddf
+@patch
+def at(self:Compromise,
+    alpha:float, # As in equation (1)
+    beta:float, # As in equation (1)
+    newer:Callable=lambda: False, # Is there something newer to do?
+)->dict|None: # As `estimate`; None: gave up for something newer
+    "Accuracies and layers of one and the same model."
+    model = self.model(alpha, beta)
+    found = self._measured(model, newer)
+    return found and found | dict(layers=self._layers(model, alpha, beta))
+
 # %% ../nbs/08a_compromise.ipynb #49770e9f
 def _position(v, axis):
     "Where a strength is along an axis, counted in steps"
     return 0. if v<=0 or len(axis)<2 else float(np.interp(math.log10(v), np.log10(axis[1:]), np.arange(1, len(axis))))
 
-# %% ../nbs/08a_compromise.ipynb #1acdaddf
+# %% ../nbs/08a_compromise.ipynb #b82e51c4
 @patch
 def measure_grid(self:Compromise,
     alphas:list=(0., 1e-5, 1e-4, 1e-3, 1e-2), # From 0 on, ascending
@@ -139,14 +164,14 @@ def measure_grid(self:Compromise,
     "Measure all combinations of two lists of strengths."
     for name,o in dict(alphas=alphas, betas=betas).items():
         if list(o)!=sorted(set(o)) or not len(o) or o[0]!=0: raise ValueError(f"{name}={o}: begin with 0 and ascend")
-    points = [(self.measure(*o),self.layers(*o)) for o in tqdm(list(product(alphas, betas)), desc='measuring merged models', disable=not progress)]
-    shape,self.layer_names = (len(alphas),len(betas)),list(points[0][1].index)
+    points = [self.at(*o) for o in tqdm(list(product(alphas, betas)), desc='measuring merged models', disable=not progress)]
+    shape,self.layer_names = (len(alphas),len(betas)),list(points[0]['layers'].index)
     self.alphas,self.betas = list(alphas),list(betas)
-    self.grid = {o: np.array([m[o] for m,_ in points]).reshape(shape) for o in MEASURED}
-    self.grid['layers'] = np.array([l.to_numpy() for _,l in points]).reshape(*shape, -1, 3)
+    self.grid = {o: np.array([p[o] for p in points]).reshape(shape) for o in MEASURED}
+    self.grid['layers'] = np.array([p['layers'].to_numpy() for p in points]).reshape(*shape, -1, 3)
     return self
 
-# %% ../nbs/08a_compromise.ipynb #b82e51c4
+# %% ../nbs/08a_compromise.ipynb #75cdf9ba
 @patch
 def estimate(self:Compromise,
     alpha:float, # As in equation (1); beyond the grid its end is taken
@@ -175,7 +200,7 @@ def _some(table, n):
 def read_compromise(
     run:Run, # With `source`; is done now if it is not done yet
     out:str|Path, # Folder of the experiment, as for `sweep`
-    n_pictures:int=120, # Of each kind, to measure on; all of them take a moment at every rest of a slider
+    n_pictures:int=80, # Of each kind, to measure on: at every rest of a slider, so few
     n_fisher:int=320, # Training pictures for the target's Fisher
     progress:bool=True, # Show bars?
 )->Compromise: # `measure_grid` is still to be called
@@ -191,4 +216,4 @@ def read_compromise(
     kept = _some(source_parts(read_pictures(run.source))[1], n_pictures)
     pictures,tuned = [list(source_dl(kept, source.model, run.size, run.bs, run.num_workers, o)) for o in ('plain', run.transforms)]
     fisher = estimate_fisher(learn.model, target(run.train, n_fisher), progress=progress)
-    return Compromise(source.model, learn.model, source.fisher, fisher, list(target(run.train, n_pictures)), list(target(run.valid or run.test, n_pictures)), pictures, tuned)
+    return Compromise(source.model, learn.model, source.fisher, fisher, list(target(run.train, n_pictures//2)), list(target(run.valid or run.test, n_pictures)), pictures, tuned)

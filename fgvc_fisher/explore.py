@@ -120,9 +120,8 @@ def draw(self:_PenaltyView, alpha, beta):
     return self._say(alpha, beta, found, 'about ')
 @patch
 def settle(self:_PenaltyView, newer, alpha, beta):
-    found = self.compromise.measure(alpha, beta, newer)
+    found = self.compromise.at(alpha, beta, newer)
     if found is None: return
-    found['layers'] = self.compromise.layers(alpha, beta)
     self._move(found, alpha)
     return self._say(alpha, beta, found, '')
 
@@ -355,15 +354,23 @@ def _entry(self:_TrainingView, run, epochs):
     mark = f'<td style="color:{look["color"]}" aria-hidden="true">{_MARKS[look["marker"]]}</td>'
     return '<tr>' + mark + ''.join(f'<td style="padding:0 .8em 0 .3em">{html.escape(o)}</td>' for o in cells) + '</tr>'
 
+# %% ../nbs/08d_explore.ipynb #c7fe131f
+def _finding(drawn):
+    "Which run learnt most, and which knows most of the source; of whole runs, if there are two"
+    ends = {f'{run.arm}, seed {run.seed}': epochs.iloc[-1] for run,epochs in drawn if len(epochs)==run.epochs}
+    found = {said: {k: o[name] for k,o in ends.items() if o.get(name)==o.get(name, math.nan)} for said,name in (('Most learnt','accuracy'), ('Most still known','retention_target_bn'))}
+    return ' '.join(f'{said}: {max(o, key=o.get)} ({max(o.values()):.1%}).' for said,o in found.items() if len(o)>1)
+
 # %% ../nbs/08d_explore.ipynb #55f366ae
 @patch
 def draw(self:_TrainingView, **values):
     "All runs on the chart, and how it goes"
     self._axes(max([o.epochs for o in self.runs.values()], default=1))
-    lines = [self._entry(o, self._draw_run(o)) for o in list(self.runs.values())]
+    drawn = [(o,self._draw_run(o)) for o in list(self.runs.values())]
+    lines = [self._entry(*o) for o in drawn]
     head = ''.join(f'<th style="text-align:left;padding:0 .8em 0 .3em">{o}</th>' for o in ('', 'run', 'epochs', 'target', 'still known'))
     self.legend.value = f'<table style="line-height:1.5">{"<tr>"+head+"</tr>" if lines else ""}{"".join(lines)}</table>'
-    return ' '.join(o for o in (self.note, self.training.stage[:1].upper()+self.training.stage[1:]+'.', *self.training.problems) if o)
+    return ' '.join(o for o in (self.note, self.training.stage[:1].upper()+self.training.stage[1:]+'.', _finding(drawn), *self.training.problems) if o)
 
 # %% ../nbs/08d_explore.ipynb #f8d073bb
 @patch
@@ -421,7 +428,9 @@ def _drawn(self:TrainingPanel, **values):
     for k in ('alpha','beta','l2sp'): self.controls[k].disabled = k not in _ARMS[values['arm']]
     self.buttons['train'].disabled,self.buttons['stop'].disabled = going,not going
     options = [(f'{o.arm}, seed {o.seed}', k) for k,o in list(self.view.runs.items())]
-    if list(self.chosen.options)!=options: self.chosen.options = options
+    if list(self.chosen.options)!=options:
+        self.chosen.value = ()                         # else a browser would look for a choice among fewer options
+        self.chosen.options = options
     self.buttons['remove'].disabled = not options
     return text
 
@@ -533,7 +542,8 @@ def try_classifier(
         except (ValueError, OSError) as e:
             view.clear()
             return str(e)
-    return Panel('classifier', 'Which aircraft is it?', controls, view.pictures, draw)
+    limit = widgets.HTML('<small>Photographs up to 10 MB: Jupyter drops what is larger.</small>')
+    return Panel('classifier', 'Which aircraft is it?', controls, view.pictures, draw, extra=[limit])
 
 # %% ../nbs/08d_explore.ipynb #04e01812
 def _source_names(run, n):

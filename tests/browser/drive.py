@@ -114,7 +114,7 @@ def drag(page, label, to, steps=10):
     page.mouse.move(t['x']+to*t['width'], t['y']+t['height']/2, steps=steps)
     page.mouse.up()
 
-def readout(page, label): return control(page, label).locator('.widget-readout').inner_text()
+def readout(page, label): return control(page, label).locator('.widget-readout').text_content().strip()
 
 def upload(page, label, path):
     "Give the file at `path` to the FileUpload with the text `label`"

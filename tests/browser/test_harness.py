@@ -59,10 +59,8 @@ def notebook(tmp_path_factory):
     nbformat.write(new_notebook(cells=[new_markdown_cell('# Waves'), new_code_cell(PANEL)], metadata=KERNEL), path)
     return path
 
-@pytest.fixture(params=['voila', 'lab'])
-def panel(request, notebook, page):
-    if request.param=='voila': return open_panel(page, request.getfixturevalue('voila')(notebook))
-    return run_cells(open_notebook(page, request.getfixturevalue('lab')(notebook.parent), notebook.name))
+@pytest.fixture
+def panel(notebook, voila, page): return open_panel(page, voila(notebook))
 
 def test_every_move_changes_the_picture(panel):
     first = picture(panel)
@@ -75,7 +73,9 @@ def test_every_move_changes_the_picture(panel):
     with new_picture(panel): panel.get_by_role('button', name='one wave').click()
     assert settled(panel)==first
 
-def test_the_last_of_many_moves_stays(panel):
+    the_last_of_many_moves_stays(panel)
+
+def the_last_of_many_moves_stays(panel):
     with new_picture(panel): slide(panel, 'waves', 10)
     last = settled(panel)
     with new_picture(panel): slide(panel, 'waves', -10)

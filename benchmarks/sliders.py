@@ -1,0 +1,92 @@
+"""How fast the panels follow a hand: milliseconds from a move in a real browser to the new picture on its screen.
+
+    make test-browser    # once, for what it installs
+    python benchmarks/sliders.py
+
+Voila, its kernel and a headless Chromium on one machine. The drawn task of `make demo`, a ResNet of 0.5 M parameters at 64 pixels. A *move* is one arrow key, timed until the picture
+of the new value has been decoded. *At rest*: from the last move to the measured value, which replaces the estimate. *Forty moves*: as fast as the keys go, from the last of them until the
+picture stays; the published runs' slider has fifteen values only, so most of forty moves change nothing there.
+"""
+import os, statistics, sys
+from pathlib import Path
+import nbformat, pandas as pd
+from fastcore.script import call_parse
+from nbformat.v4 import new_code_cell, new_notebook
+from playwright.sync_api import sync_playwright
+from fgvc_fisher.compromise import read_compromise
+from fgvc_fisher.experiment import Run, draw_task
+from fgvc_fisher.runs import _machine
+HERE = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(HERE), str(HERE/'tools')]
+from browser import find
+from tests.browser.conftest import serve
+from tests.browser.drive import METER, burst, control, open_panel, settled, since_move, slide, steady
+
+PANELS = '''
+import warnings; warnings.simplefilter('ignore')
+from pathlib import Path
+from fgvc_fisher.compromise import read_compromise
+from fgvc_fisher.experiment import Run, draw_task
+from fgvc_fisher.explore import explore_fisher, explore_penalty, explore_published
+from fgvc_fisher.fisher import DiagFisher
+home = Path({home!r})
+between = read_compromise(Run(arm='plain', epochs=6, **draw_task(home)), home, progress=False).measure_grid([0., 1e-3], [0., 1e-3, 1e-2, 0.1, 1., 10., 100., 1e3], progress=False)
+explore_penalty(between)
+---
+explore_fisher(DiagFisher.load(next((home/'sources').glob('*.safetensors'))))
+---
+explore_published()
+'''
+
+# When the sentence says a measured value: then the picture is on its way, too
+MEASURED = """() => document.querySelector('.fgvc-penalty [role=status]').textContent.includes('about') ? null : performance.now()-meter.moves.at(-1)"""
+
+def moves(page, label, i, n, move):
+    "Milliseconds from each of `n` single moves to the new picture, and to the measured value"
+    first,measured = [],[]
+    for k in range(n):
+        settled(page, i, 1.)
+        move(page, label, k)
+        if label=='beta, to the source':
+            page.wait_for_function("() => document.querySelector('.fgvc-penalty [role=status]').textContent.includes('about')", polling='raf')
+            measured.append(page.wait_for_function(MEASURED, polling='raf').json_value())
+        steady(page, lambda: since_move(page, i), 0.1, ok=bool)
+        first.append(since_move(page, i)['first'])
+    return first, measured
+
+def by_slider(page, label, k): slide(page, label, -1 if k%2 else 1)
+def by_list(page, label, k):
+    control(page, label).locator('select').focus()
+    page.keyboard.press('ArrowUp' if k%2 else 'ArrowDown')
+
+@call_parse
+def main(
+    out:str='results/sliders', # Folder for the table
+    home:str='demo', # Folder for the drawn pictures and the run
+    n:int=30, # Moves of each slider
+):
+    home = Path(home).resolve()
+    read_compromise(Run(arm='plain', epochs=6, **draw_task(home)), home, progress=False)
+    notebook = home/'sliders.ipynb'
+    kernel = dict(kernelspec=dict(name='python3', display_name='Python 3', language='python'))
+    nbformat.write(new_notebook(cells=[new_code_cell(o.strip()) for o in PANELS.format(home=str(home)).split('---')], metadata=kernel), notebook)
+    rows = []
+    def note(panel, what, values): rows.append(dict(panel=panel, what=what, median=statistics.median(values), least=min(values), greatest=max(values), n=len(values)))
+    with serve('voila', [notebook.name, '--no-browser', '--Voila.ip=127.0.0.1'], home, os.environ | dict(MPLBACKEND='agg')) as url, sync_playwright() as p:
+        page = p.chromium.launch(executable_path=find(), args=['--no-sandbox','--disable-dev-shm-usage']).new_page(viewport=dict(width=1200, height=900))
+        page.add_init_script(METER)
+        page.set_default_timeout(120_000)
+        open_panel(page, url)
+        for o in ('penalty','fisher','published'): page.locator(f'.fgvc-{o} img').first.wait_for()
+        for panel,label,i,move in (('penalty','beta, to the source',0,by_slider), ('fisher','parameter',3,by_list), ('published','mean of epochs',4,by_slider)):
+            first,measured = moves(page, label, i, n, move)
+            note(panel, 'a move', first)
+            if measured: note(panel, 'at rest', measured)
+            if move is by_slider:
+                after = []
+                for k in range(5): after.append(burst(page, label, 40 if k%2==0 else -40, i, quiet=1.)['after'])
+                note(panel, 'forty moves', after)
+    table = pd.DataFrame(rows).assign(unit='ms', machine=_machine())
+    Path(out).mkdir(parents=True, exist_ok=True)
+    table.to_csv(Path(out)/'voila.csv', index=False, float_format='%.0f')
+    print(table.drop(columns='machine').round(0).to_string())
