@@ -11,7 +11,7 @@ PANEL_TESTS := tests/test_panels.py tests/test_explore.py
 demo: $(READY)    ## The whole method on drawn aircraft, offline: a table, pictures and demo/report.html
 	$(BIN)/fgvc-demo --out demo
 
-app: demo/report.html $(BROWSER_READY)    ## The classifier that `make demo` has trained as a web page; FGVC_FISHER_RUN=FOLDER takes another run
+app: $(if $(FGVC_FISHER_RUN),,demo/report.html) $(BROWSER_READY)    ## The classifier that `make demo` has trained as a web page; FGVC_FISHER_RUN=FOLDER takes another run
 	$(BIN)/voila nbs/app.ipynb
 
 demo/report.html: $(READY)

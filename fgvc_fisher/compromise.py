@@ -41,10 +41,11 @@ def layer_of(
 # %% ../nbs/08a_compromise.ipynb #8cb41138
 MEASURED = 'last','retention_target_bn','retention_source_bn'
 
-# %% ../nbs/08a_compromise.ipynb #9720d0b5
-def _laid(batches, n=64):
-    "Batches of `n` with their channels last in memory, which a CPU convolves twice as fast"
+# %% ../nbs/08a_compromise.ipynb #d03d9101
+def _batches(batches, pixels=400_000):
+    "Batches of about so many pixels, so that none takes long, with their channels last in memory, which a CPU convolves twice as fast"
     x,y = [torch.cat(o) for o in zip(*batches)]
+    n = max(1, pixels//x[0,0].numel())
     return list(zip(x.contiguous(memory_format=torch.channels_last).split(n), y.split(n)))
 
 # %% ../nbs/08a_compromise.ipynb #d74017be
@@ -61,9 +62,9 @@ class Compromise:
         tuned_pictures:list|None=None, # The same, as the tuned model expects them; None: the same
     ):
         self.source,self.tuned = [copy.deepcopy(o).to(memory_format=torch.channels_last) for o in (source, tuned)]
-        self.training,self.target,self.fishers = _laid(training),_laid(target),(fisher_source,fisher_target)
-        self.pictures = dict(target=_laid(pictures if tuned_pictures is None else tuned_pictures), source=_laid(pictures))
-        self.before = accuracy_on(self.source, self.pictures['source'])
+        self.training,self.target,self.fishers = _batches(training),_batches(target),(fisher_source,fisher_target)
+        self.pictures = dict(target=_batches(pictures if tuned_pictures is None else tuned_pictures), source=_batches(pictures))
+        self.before,self.tuned_is = accuracy_on(self.source, self.pictures['source']),self._measured(self.tuned.eval())
         self.alphas,self.betas,self.grid = [],[],{}
 
 # %% ../nbs/08a_compromise.ipynb #4cf74ea1
@@ -71,11 +72,12 @@ class Compromise:
 def model(self:Compromise,
     alpha:float, # As in equation (1)
     beta:float, # As in equation (1)
-)->nn.Module: # A new model, in evaluation mode
+    newer:Callable=lambda: False, # Is there something newer to do?
+)->nn.Module|None: # A new model, in evaluation mode; None: gave up for something newer
     "The model at this compromise, BatchNorm's statistics gathered again."
     merged = merge(self.source, self.tuned, *self.fishers, beta=2*beta, alpha=2*alpha)
-    update_bn(self.training, merged, device=next(merged.parameters()).device)
-    return merged.eval()
+    update_bn((o for o in self.training if not newer()), merged, device=next(merged.parameters()).device)
+    return None if newer() else merged.eval()
 
 # %% ../nbs/08a_compromise.ipynb #2249fa15
 def _accuracy(model, batches, newer):
@@ -87,20 +89,10 @@ def _accuracy(model, batches, newer):
         n += len(batch[1])
     return right/n
 
-# %% ../nbs/08a_compromise.ipynb #05ce59a1
-@patch
-def measure(self:Compromise,
-    alpha:float, # As in equation (1)
-    beta:float, # As in equation (1)
-    newer:Callable=lambda: False, # Is there something newer to do?
-)->dict|None: # `MEASURED`, from 0 to 1; None: gave up for something newer
-    "Accuracies of the model at this compromise."
-    return self._measured(self.model(alpha, beta), newer)
-
 # %% ../nbs/08a_compromise.ipynb #47ef2c41
 @patch
 def _measured(self:Compromise, model, newer=lambda: False):
-    "`measure` of a model that is made already"
+    "Accuracies `MEASURED` of a model, or None if there is something newer to do"
     found = {}
     heads = {f'retention_{o}_bn': (with_source_head, o) for o in ('target','source')}
     for name in MEASURED:
@@ -109,20 +101,11 @@ def _measured(self:Compromise, model, newer=lambda: False):
         if found[name] is None: return None
     return found
 
-# %% ../nbs/08a_compromise.ipynb #b6d34924
-@patch
-def layers(self:Compromise,
-    alpha:float, # As in equation (1)
-    beta:float, # As in equation (1)
-)->pd.DataFrame: # By layer: `moved` (NaN for new ones, and where fine-tuning moved nothing), `alpha` and `beta`, its parts of Omega
-    "How far each layer is from the source at this compromise, and what it pays."
-    return self._layers(merge(self.source, self.tuned, *self.fishers, beta=2*beta, alpha=2*alpha), alpha, beta)
-
 # %% ../nbs/08a_compromise.ipynb #beabe875
 @patch
 @torch.no_grad()
 def _layers(self:Compromise, model, alpha, beta):
-    "`layers` of a model that is made already"
+    "How far each layer of a model is from the source, and what it pays"
     at,tuned,theta0 = [dict(o.named_parameters()) for o in (model, self.tuned, self.source)]
     rows = {n: self._pays(n, p, tuned[n], theta0.get(n), alpha, beta) for n,p in at.items()}
     sums = pd.DataFrame(rows, index=['way','whole','alpha','beta']).T.groupby(layer_of(at), sort=False).sum(min_count=1)
@@ -134,27 +117,29 @@ def _pays(self:Compromise, name, p, tuned, theta0, alpha, beta):
     "Squared distance from the source, now and as tuned, and both terms of the penalty, of one parameter"
     pays = alpha*p.square().sum().item()
     if theta0 is None or theta0.shape!=p.shape: return math.nan, math.nan, pays, 0.
-    d = (p-theta0).square()
+    d,theta0 = (p-theta0.to(p)).square(),theta0.to(p)
     return d.sum().item(), (tuned-theta0).square().sum().item(), pays, beta*(self.fishers[0][name].to(d)*d).sum().item()
 
-# %% ../nbs/08a_compromise.ipynb #1acdaddf
+# %% ../nbs/08a_compromise.ipynb #05ce59a1
 @patch
 def at(self:Compromise,
     alpha:float, # As in equation (1)
     beta:float, # As in equation (1)
     newer:Callable=lambda: False, # Is there something newer to do?
-)->dict|None: # As `estimate`; None: gave up for something newer
-    "Accuracies and layers of one and the same model."
-    model = self.model(alpha, beta)
-    found = self._measured(model, newer)
+)->dict|None: # `MEASURED`, from 0 to 1, and `layers`; None: gave up for something newer
+    """Make the model at this compromise and measure it. In `layers`, a row a layer: `moved` (NaN for new ones, and where fine-tuning moved nothing), `alpha` and `beta`, its
+    parts of Omega."""
+    model = self.model(alpha, beta, newer)
+    found = model and self._measured(model, newer)
     return found and found | dict(layers=self._layers(model, alpha, beta))
 
 # %% ../nbs/08a_compromise.ipynb #49770e9f
 def _position(v, axis):
     "Where a strength is along an axis, counted in steps"
-    return 0. if v<=0 or len(axis)<2 else float(np.interp(math.log10(v), np.log10(axis[1:]), np.arange(1, len(axis))))
+    if v<axis[1]: return max(0., v)/axis[1]
+    return float(np.interp(math.log10(v), np.log10(axis[1:]), np.arange(1, len(axis))))
 
-# %% ../nbs/08a_compromise.ipynb #b82e51c4
+# %% ../nbs/08a_compromise.ipynb #b6d34924
 @patch
 def measure_grid(self:Compromise,
     alphas:list=(0., 1e-5, 1e-4, 1e-3, 1e-2), # From 0 on, ascending
@@ -163,7 +148,7 @@ def measure_grid(self:Compromise,
 )->'Compromise': # Itself
     "Measure all combinations of two lists of strengths."
     for name,o in dict(alphas=alphas, betas=betas).items():
-        if list(o)!=sorted(set(o)) or not len(o) or o[0]!=0: raise ValueError(f"{name}={o}: begin with 0 and ascend")
+        if list(o)!=sorted(set(o)) or len(o)<2 or o[0]!=0: raise ValueError(f"{name}={o}: begin with 0 and ascend, two values at least")
     points = [self.at(*o) for o in tqdm(list(product(alphas, betas)), desc='measuring merged models', disable=not progress)]
     shape,self.layer_names = (len(alphas),len(betas)),list(points[0]['layers'].index)
     self.alphas,self.betas = list(alphas),list(betas)
@@ -171,7 +156,7 @@ def measure_grid(self:Compromise,
     self.grid['layers'] = np.array([p['layers'].to_numpy() for p in points]).reshape(*shape, -1, 3)
     return self
 
-# %% ../nbs/08a_compromise.ipynb #75cdf9ba
+# %% ../nbs/08a_compromise.ipynb #1acdaddf
 @patch
 def estimate(self:Compromise,
     alpha:float, # As in equation (1); beyond the grid its end is taken
@@ -194,7 +179,7 @@ def _between(values, at):
 # %% ../nbs/08a_compromise.ipynb #45765910
 def _some(table, n):
     "About `n` pictures, evenly spread over a table"
-    return table[::max(1, len(table)//n)].head(n).reset_index(drop=True)
+    return table.iloc[np.linspace(0, len(table)-1, min(n, len(table))).round().astype(int)].reset_index(drop=True)
 
 # %% ../nbs/08a_compromise.ipynb #862e700e
 def read_compromise(

@@ -13,17 +13,19 @@ import html, math, time
 from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
-import ipywidgets as widgets, numpy as np, pandas as pd, torch
+import ipywidgets as widgets, numpy as np, pandas as pd
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from torch import nn
 
 # %% ../nbs/08d_explore.ipynb #121889ea
 from fastai.learner import Learner
+from fastai.torch_core import no_random
 from fastcore.basics import patch
 from .compromise import Compromise, MEASURED, read_compromise
+from .data import _open as _open_row, _where
 from .experiment import Run, draw_task
 from .fisher import DiagFisher
-from .learner import source_model
+from .learner import head_name, source_model
 from .live import Training
 from .panels import Panel, Picture, choice, powers, slider, _laid
 from .published import published_logs, published_summary
@@ -60,12 +62,12 @@ def _paths(ax, color):
 @patch
 def _draw_frontier(self:_PenaltyView, c):
     "What stays: axes, the source, the fine-tuned model"
-    ax,tuned = self.frontier.axes,c.estimate(0., 0.)
+    ax,tuned = self.frontier.axes,c.tuned_is
     ax.axvline(c.before, color='#888888', lw=1, ls='--', label='before fine-tuning')
     ax.plot(tuned['retention_target_bn'], tuned['last'], ls='', ms=8, label='fine-tuned, no penalty', **_PLAIN)
     self.lines,self.points = _paths(ax, _FISHER['color'])
-    ax.set(xlim=_limits(*[c.grid[o].ravel() for o in MEASURED[1:]], [c.before]), ylim=_limits(c.grid['last'].ravel()), xlabel='retention: accuracy on source pictures',
-           ylabel='accuracy on the target', title='Learnt against still known')
+    ax.set(xlim=_limits(*[c.grid[o].ravel() for o in MEASURED[1:]], [c.before, tuned['retention_target_bn']]), ylim=_limits(c.grid['last'].ravel(), [tuned['last']]))
+    ax.set(xlabel='retention: accuracy on source pictures', ylabel='accuracy on the target', title='Learnt against still known')
     for axis in (ax.xaxis, ax.yaxis): axis.set_major_formatter(_PERCENT)
     self.frontier.only(*self.lines, *self.points)
     self.frontier.fig.legend(*ax.get_legend_handles_labels(), loc='outside lower center', ncols=2, frameon=False, fontsize=8)
@@ -89,7 +91,7 @@ def _draw_layers(self:_PenaltyView, names):
     grid = np.nan_to_num(self.compromise.grid['layers'].reshape(-1, len(names), 3))
     total = grid[...,1:].sum(axis=(1,2))
     left.set_xlim(0, min(2., 1.05*grid[...,0].max()))
-    right.set_xlim(0, 1.05*(grid[...,1:].sum(axis=2)[total>0]/total[total>0,None]).max())
+    right.set_xlim(0, 1.05*(grid[...,1:].sum(axis=2)[total>0]/total[total>0,None]).max(initial=0.01))
     self.layers.only(*self.moved, *self.beta, *self.alpha)
 
 # %% ../nbs/08d_explore.ipynb #a19d16eb
@@ -110,9 +112,11 @@ def _move(self:_PenaltyView, found, alpha):
 @patch
 def _say(self:_PenaltyView, alpha, beta, found, about):
     "What is found"
-    c,tuned = self.compromise,self.compromise.estimate(0., 0.)
-    return (f"alpha = {alpha:g}, beta = {beta:g}: {about}{found['last']:.1%} right on the target (fine-tuned: {tuned['last']:.1%}), and {about}{found['retention_target_bn']:.1%} of "
-            f"the source pictures, or {found['retention_source_bn']:.1%} with its BatchNorm statistics put back (fine-tuned: {tuned['retention_target_bn']:.1%}; before: {c.before:.1%}).")
+    c = self.compromise
+    (learnt,kept,put_back),(was,knew,_) = [[f'{o[k]:.0%}' for k in MEASURED] for o in (found, c.tuned_is)]
+    n,m = [sum(len(y) for _,y in o) for o in (c.target, c.pictures['source'])]
+    return (f"alpha = {alpha:g}, beta = {beta:g}: {about}{learnt} right on the target (fine-tuned: {was}), and {about}{kept} on the source, or {put_back} with its BatchNorm "
+            f"statistics put back (fine-tuned: {knew}; before: {c.before:.0%}). On {n} and {m} pictures.")
 @patch
 def draw(self:_PenaltyView, alpha, beta):
     found = self.compromise.estimate(alpha, beta)
@@ -132,10 +136,12 @@ def explore_penalty(
     **kwargs # To `read_compromise`
 )->Panel: # Controls `alpha` and `beta`
     "What alpha and beta do to a fine-tuned model. Measures a grid first, with a bar."
+    if isinstance(model, Compromise) and kwargs: raise ValueError(f"{', '.join(kwargs)}: settings of `read_compromise`, and this is a Compromise already")
     c = model if isinstance(model, Compromise) else read_compromise(model, out, **kwargs)
-    if not c.grid: c.measure_grid()
+    if not c.grid: c.measure_grid(progress=kwargs.get('progress', True))
     view = _PenaltyView(c)
-    controls = dict(alpha=slider('alpha, to zero', [o for o in powers(-6, -1) if o<=c.alphas[-1]], 0.), beta=slider('beta, to the source', [o for o in powers(-4, 4) if o<=c.betas[-1]], 0.1))
+    alphas,betas = [sorted({o for o in powers(-6, 4) if o<=axis[-1]} | set(axis)) for axis in (c.alphas, c.betas)]
+    controls = dict(alpha=slider('alpha, to zero', alphas, 0.), beta=slider('beta, to the source', betas, 0.1))
     return Panel('penalty', 'What would the penalty keep, and what would it cost?', controls, [view.frontier, view.layers], view.draw, view.settle)
 
 # %% ../nbs/08d_explore.ipynb #8286e36c
@@ -143,7 +149,7 @@ _ALL = 'all parameters'
 class _FisherView:
     "Draws a Fisher"
     def __init__(self, fisher):
-        self.fisher,self.table = fisher,fisher.summary()
+        self.fisher,self.table,self.n = fisher,fisher.summary(),sum(v.numel() for v in fisher.sums.values())
         self.layers,self.values,self.drawn = Picture(4.9, 3.6),Picture(4.9, 3.6),None
         self.histogram = lru_cache(16)(self._histogram)
 
@@ -155,8 +161,8 @@ def _histogram(self:_FisherView, parameter, axis):
     values = np.concatenate([v.float().numpy() for v in values])
     some = values[values>0]
     if not len(some): return np.array([len(values)*(axis=='linear')]), np.array([1e-3,1.]), len(values)
-    edges = np.geomspace(some.min(), some.max()*(1+1e-6), 61) if axis=='log' and some.min()<some.max() else np.linspace(0, some.max(), 61)
-    return *np.histogram(some if axis=='log' else values, edges), len(values)-len(some)
+    counts,edges = np.histogram(np.log10(some), 60) if axis=='log' else np.histogram(values, 60)
+    return counts, 10**edges if axis=='log' else edges, len(values)-len(some)
 
 # %% ../nbs/08d_explore.ipynb #ea802475
 @patch
@@ -167,9 +173,10 @@ def draw(self:_FisherView, parameter, axis, measure):
     self._draw_values(parameter, axis)
     if parameter==_ALL:
         top = self.table.nlargest(3, 'share')
-        return f"{sum(v.numel() for v in self.fisher.values()):,} parameters, {self.fisher.n_images:,} images. Most of the Fisher is in " + ', '.join(f'{o.parameter} ({o.share:.0%})' for o in top.itertuples()) + '.'
-    o,n = of.iloc[0],self.fisher[parameter].numel()
-    size = n/sum(v.numel() for v in self.fisher.values())
+        where = ', '.join(f'{o.parameter} ({o.share:.0%})' for o in top.itertuples())
+        return f"{self.n:,} parameters, {self.fisher.n_images:,} images. Most of the Fisher is in {where}."
+    o,n = of.iloc[0],self.fisher.sums[parameter].numel()
+    size = n/self.n
     return f"{parameter}: {o.share:.2%} of the Fisher in {size:.2%} of the parameters ({n:,}); mean {o['mean']:.3g}, greatest {o['max']:.3g}."
 
 # %% ../nbs/08d_explore.ipynb #d92b4a9e
@@ -181,7 +188,7 @@ def _draw_layers(self:_FisherView, of, axis, measure):
         ax.clear()
         ax.plot(self.table.index, self.table[measure], ls='', marker='o', ms=3, color=_FISHER['color'])
         what = dict(mean='mean Fisher information', share='share of the total')[measure]
-        ax.set(yscale=axis, xlabel='parameter, from the pictures to the head', ylabel=what, title='By layer', autoscale_on=False)
+        ax.set(yscale=axis, xlabel='parameter, from the pictures to the head', ylabel=what, title='By parameter', autoscale_on=False)
         if axis=='linear': ax.set_ylim(0)
         self.chosen, = ax.plot([], [], ls='', marker='D', ms=10, mfc='none', mec='k', mew=1.8)
         self.layers.only(self.chosen)
@@ -208,7 +215,7 @@ def explore_fisher(
     "Look through a Fisher, layer by layer."
     view = _FisherView(fisher)
     controls = dict(parameter=choice('parameter', [_ALL, *fisher]), axis=_toggle('axis', ['log','linear']),
-                    measure=_toggle('by layer', [('mean','mean'),('share of the total','share')]))
+                    measure=_toggle('each one by', [('mean','mean'),('share of the total','share')]))
     return Panel('fisher', 'What is the source sure of?', controls, [view.layers, view.values], view.draw)
 
 # %% ../nbs/08d_explore.ipynb #bc645a4d
@@ -223,15 +230,19 @@ def _drawn(run, summary):
     return style('plain' if run==_CONTROL else 'L2' if o.alpha>0 and not o.beta else 'as published')
 def _smooth(values, n): return values.rolling(n, min_periods=1).mean()
 
-# %% ../nbs/08d_explore.ipynb #c20faa46
-_DASHES = ['-','--',':','-.',(0,(5,1,1,1,1,1))]
+# %% ../nbs/08d_explore.ipynb #b53d3f08
+_DASHES = {'-': '', '--': '6 3', ':': '1.5 2.5', '-.': '7 2 1.5 2', (0,(8,2)): '12 3', (0,(3,1,1,1,1,1)): '5 1.5 1.5 1.5 1.5 1.5', (0,(1,4)): '1.5 6'} # and in SVG
+def _dashes(styles):
+    "Other dashes for each that has the same style"
+    return [list(_DASHES)[styles[:i].count(o)%len(_DASHES)] for i,o in enumerate(styles)]
 class _PublishedView:
     "Draws the published runs"
     def __init__(self):
         self.logs,self.summary = published_logs(),published_summary()
         self.curves,self.bars = Picture(4.9, 3.7),Picture(4.9, 3.7)
         ax,runs = self.curves.axes,list(self.summary.index)
-        self.lines = {o: ax.plot([], [], lw=1.5, ls=_DASHES[i%5], color=_drawn(o, self.summary)['color'])[0] for i,o in enumerate(runs)}
+        looks = [_drawn(o, self.summary) for o in runs]
+        self.lines = {o: ax.plot([], [], lw=1.5, ls=ls, color=look['color'])[0] for o,look,ls in zip(runs, looks, _dashes(looks))}
         ax.set(xlim=(0,81), ylim=(0.5,0.82), xlabel='epoch', ylabel='accuracy on val, 3,333 pictures', title='Accuracy by epoch')
         ax.yaxis.set_major_formatter(_PERCENT)
         self.curves.only(*self.lines.values())
@@ -242,7 +253,9 @@ class _PublishedView:
 def _draw_bars(self:_PublishedView, ax, runs):
     "A mark a run, to be moved"
     self.marks = {o: ax.errorbar([0.75], [i], xerr=[0.01], ls='', ms=7, capsize=3, **_drawn(o, self.summary)) for i,o in enumerate(runs)}
-    ax.set(yticks=range(len(runs)), yticklabels=[_named(o) for o in runs], xlim=(0.72,0.825), xlabel='accuracy; bars: chance of the pictures, 95 %', title='What a run came to')
+    for i,line in enumerate(self.lines.values()): ax.plot([0.721,0.729], [i,i], lw=1.5, ls=line.get_linestyle(), color=line.get_color())
+    ax.set(yticks=range(len(runs)), yticklabels=[_named(o) for o in runs], xlim=(0.72,0.825))
+    ax.set(xlabel='accuracy; bars: chance of the pictures, 95 %', title='What a run came to')
     ax.invert_yaxis()
     ax.xaxis.set_major_formatter(_PERCENT)
     ax.tick_params(axis='y', labelsize=8)
@@ -293,45 +306,50 @@ def _run_of(task, epochs, arm, alpha, beta, l2sp, lr, seed):
     "The run that the controls describe, and its name"
     strengths = {k: v for k,v in dict(alpha=alpha, beta=beta, l2sp=l2sp).items() if k in _ARMS[arm]}
     said = [f'{k} = {v:g}' for k,v in strengths.items() if v] + ([f'lr = {lr:g}'] if lr!=task.get('lr', Run.lr) else [])
-    return Run(**task | strengths | dict(arm=', '.join([arm, *said]), epochs=epochs, lr=lr, seed=seed, step='published' if arm=='as published' else 'prox'))
+    return Run(**task | strengths | dict(arm=', '.join([arm, *said]), epochs=epochs, lr=lr, seed=seed, step='published' if arm=='as published' else task.get('step', 'prox')))
 
 # %% ../nbs/08d_explore.ipynb #c4bcb0e6
 class _TrainingView:
     "Draws the runs of a `Training`, and those of the folder"
     def __init__(self, training, task):
-        self.training,self.task,self.runs,self.note = training,task,{},''
-        for k,o in training.known().items():
-            if all(getattr(o, f)==v for f,v in asdict(Run(**task)).items() if f in task): self.runs[k] = o
+        self.training,self.task,self.runs,self.looks,self.note = training,task,{},{},''
+        for o in training.known().values():
+            if all(getattr(o, f)==v for f,v in asdict(Run(**task)).items() if f in task): self.add(o)
         self.loss,self.accuracy,self.retention = self.pictures = [Picture(3.2, 2.9) for _ in range(3)]
         self.legend = widgets.HTML()
 
 # %% ../nbs/08d_explore.ipynb #96b3cf09
 @patch
-def _look(self:_TrainingView, run):
-    "Colour, mark and dashes: of one family, each run has other dashes"
-    family = [k for k,o in self.runs.items() if style(o.arm)==style(run.arm)]
-    return dict(**style(run.arm), ls=_DASHES[family.index(run.id)%5], ms=5, lw=1.5)
+def add(self:_TrainingView, run):
+    "Put a run on the chart, with the colour and mark of its arm and dashes of its own"
+    if run.id not in self.looks:
+        families = [style(o.arm) for o in self.runs.values()]+[style(run.arm)]
+        self.looks[run.id] = dict(**style(run.arm), ls=_dashes(families)[-1])
+    self.runs[run.id] = run
+
+# %% ../nbs/08d_explore.ipynb #cf79bcc8
+def _number(v): return math.nan if v is None else float(v)
+@patch
+def _epochs(self:_TrainingView, run):
+    "A run's curve; what was not measured by epoch is known at the end only"
+    epochs,row = self.training.epochs(run.id),self.training.result(run.id)
+    for name,at_end in dict(accuracy='test_last', retention_target_bn='retention_target_bn').items():
+        if row and len(epochs) and name not in epochs: epochs.loc[epochs.index[-1],name] = _number(row.get(at_end))
+    return epochs
 
 # %% ../nbs/08d_explore.ipynb #7d60a35d
 @patch
-def _epochs(self:_TrainingView, run):
-    "A run's curve; where it was not watched, its retention is known at the end only"
-    epochs,row = self.training.epochs(run.id),self.training.result(run.id)
-    if row and len(epochs) and 'retention_target_bn' not in epochs: epochs.loc[epochs.index[-1],'retention_target_bn'] = row.get('retention_target_bn')
+def _draw_run(self:_TrainingView, run):
+    "One run in all pictures; its curve"
+    epochs,batches,look = self._epochs(run),self.training.batches(run.id),self.looks[run.id]
+    thin = dict(color=look['color'], ls=look['ls'], lw=0.8, alpha=0.7)
+    if batches: self.loss.axes.plot(*zip(*batches), **thin)
+    elif len(epochs): self.loss.axes.plot(epochs.epoch+1, epochs.train_loss, **thin)
+    for picture,name in ((self.loss,'valid_loss'), (self.accuracy,'accuracy'), (self.retention,'retention_target_bn')):
+        if name in epochs: picture.axes.plot(epochs.epoch+1, epochs[name], ms=5, lw=1.5, **look)
     return epochs
 
 # %% ../nbs/08d_explore.ipynb #83b1ea5b
-@patch
-def _draw_run(self:_TrainingView, run):
-    "One run in all pictures"
-    epochs,batches,look = self._epochs(run),self.training.batches(run.id),self._look(run)
-    if batches: self.loss.axes.plot(*zip(*batches), color=look['color'], lw=0.8, alpha=0.7)
-    elif len(epochs): self.loss.axes.plot(epochs.epoch+1, epochs.train_loss, color=look['color'], lw=0.8, alpha=0.7)
-    for picture,name in ((self.loss,'valid_loss'), (self.accuracy,'accuracy'), (self.retention,'retention_target_bn')):
-        if name in epochs: picture.axes.plot(epochs.epoch+1, epochs[name], **look)
-    return epochs
-
-# %% ../nbs/08d_explore.ipynb #97f636f0
 @patch
 def _axes(self:_TrainingView, epochs):
     "Empty axes with their labels"
@@ -344,56 +362,77 @@ def _axes(self:_TrainingView, epochs):
         ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         if picture is not self.loss: ax.set_ylim(0, 1); ax.yaxis.set_major_formatter(_PERCENT)
 
-# %% ../nbs/08d_explore.ipynb #26933f31
+# %% ../nbs/08d_explore.ipynb #a115795a
+def _key(look):
+    "A piece of a run's line with its mark, in SVG"
+    return (f'<svg width="46" height="14" aria-hidden="true"><line x1="0" x2="46" y1="7" y2="7" stroke="{look["color"]}" stroke-width="2" '
+            f'stroke-dasharray="{_DASHES[look["ls"]]}"/><text x="23" y="12" text-anchor="middle" fill="{look["color"]}">{_MARKS[look["marker"]]}</text></svg>')
 @patch
 def _entry(self:_TrainingView, run, epochs):
     "A line of the legend, in HTML"
-    look = self._look(run)
     last = epochs.iloc[-1] if len(epochs) else {}
-    cells = [f"{run.arm}, seed {run.seed}", f"{len(epochs)} of {run.epochs}"] + [f"{last[o]:.1%}" if last.get(o)==last.get(o, math.nan) else '–' for o in ('accuracy','retention_target_bn')]
-    mark = f'<td style="color:{look["color"]}" aria-hidden="true">{_MARKS[look["marker"]]}</td>'
-    return '<tr>' + mark + ''.join(f'<td style="padding:0 .8em 0 .3em">{html.escape(o)}</td>' for o in cells) + '</tr>'
+    measured = [_number(last.get(o)) for o in ('accuracy','retention_target_bn')]
+    diverged = ', diverged' if self.training.result(run.id) and len(epochs)<run.epochs else ''
+    cells = [f'{run.arm}, seed {run.seed}', f'{len(epochs)} of {run.epochs}{diverged}', *['–' if math.isnan(o) else f'{o:.1%}' for o in measured]]
+    return f'<tr><td>{_key(self.looks[run.id])}</td>' + ''.join(f'<td style="padding:0 .8em 0 .3em">{html.escape(o)}</td>' for o in cells) + '</tr>'
 
 # %% ../nbs/08d_explore.ipynb #c7fe131f
 def _finding(drawn):
     "Which run learnt most, and which knows most of the source; of whole runs, if there are two"
     ends = {f'{run.arm}, seed {run.seed}': epochs.iloc[-1] for run,epochs in drawn if len(epochs)==run.epochs}
-    found = {said: {k: o[name] for k,o in ends.items() if o.get(name)==o.get(name, math.nan)} for said,name in (('Most learnt','accuracy'), ('Most still known','retention_target_bn'))}
+    names = {'Most learnt': 'accuracy', 'Most still known': 'retention_target_bn'}
+    found = {said: {k: o[name] for k,o in ends.items() if not math.isnan(_number(o.get(name)))} for said,name in names.items()}
     return ' '.join(f'{said}: {max(o, key=o.get)} ({max(o.values()):.1%}).' for said,o in found.items() if len(o)>1)
 
-# %% ../nbs/08d_explore.ipynb #55f366ae
+# %% ../nbs/08d_explore.ipynb #97f636f0
+@patch
+def _cut_off(self:_TrainingView, first):
+    "A training that diverges must not flatten the others' curves: no loss is shown above three times the least first one"
+    ax = self.loss.axes
+    if first and ax.get_ylim()[1]>3*min(first)>0: ax.set_ylim(0, 3*min(first))
+
+# %% ../nbs/08d_explore.ipynb #26933f31
 @patch
 def draw(self:_TrainingView, **values):
     "All runs on the chart, and how it goes"
-    self._axes(max([o.epochs for o in self.runs.values()], default=1))
-    drawn = [(o,self._draw_run(o)) for o in list(self.runs.values())]
+    runs = list(self.runs.values())                        # a button may change them meanwhile
+    self._axes(max([o.epochs for o in runs], default=1))
+    drawn = [(o,self._draw_run(o)) for o in runs]
+    self._cut_off([o.train_loss.iloc[0] for _,o in drawn if len(o)])
     lines = [self._entry(*o) for o in drawn]
     head = ''.join(f'<th style="text-align:left;padding:0 .8em 0 .3em">{o}</th>' for o in ('', 'run', 'epochs', 'target', 'still known'))
     self.legend.value = f'<table style="line-height:1.5">{"<tr>"+head+"</tr>" if lines else ""}{"".join(lines)}</table>'
     return ' '.join(o for o in (self.note, self.training.stage[:1].upper()+self.training.stage[1:]+'.', _finding(drawn), *self.training.problems) if o)
 
-# %% ../nbs/08d_explore.ipynb #f8d073bb
+# %% ../nbs/08d_explore.ipynb #55f366ae
 @patch
-def train(self:_TrainingView, run):
-    "Begin with a run, and put it on the chart"
+def train(self:_TrainingView, epochs, **values):
+    "Begin with the run that the controls describe, and put it on the chart"
     self.note = ''
-    try: self.training.start(run)
+    try:
+        run = _run_of(self.task, epochs, **values)
+        self.training.start(run)
     except ValueError as e: self.note = f'{e}.'
-    else: self.runs[run.id] = run
+    else: self.add(run)
 @patch
 def remove(self:_TrainingView, ids):
     "Take runs off the chart; their folders stay"
     for o in ids:
         if self.training.run is None or self.training.run.id!=o: self.runs.pop(o, None)
 
-# %% ../nbs/08d_explore.ipynb #76c89fd9
+# %% ../nbs/08d_explore.ipynb #7f655706
+def _round(low, high): return [float(f'{m}e{k}') for k in range(low, high) for m in (1,2,3,4,5,7)] + [10.**high]
 def _training_controls(task):
-    def strength(name, low, high): return slider(name, [0., *[float(f'{m}e{k}') for k in range(low, high+1) for m in (1,2,3,4,5,7)]], 0.)
-    return dict(arm=choice('arm', list(_ARMS)), seed=widgets.BoundedIntText(value=42, min=0, max=10**6, description='seed', **_laid({})), alpha=strength('alpha', -6, -2),
-                beta=strength('beta', -5, 3), l2sp=strength('l2sp', -4, 0), lr=slider('learning rate', powers(-4, 0, 3)[1:], task.get('lr', Run.lr)))
+    "A control for each thing to choose, by name"
+    def strength(name, low, high): return slider(name, [0., *_round(low, high)], 0.)
+    rate = task.get('lr', Run.lr)
+    seed = widgets.BoundedIntText(value=42, min=0, max=10**6, description='seed', **_laid({}))
+    return dict(arm=choice('arm', list(_ARMS)), seed=seed, alpha=strength('alpha', -6, -1), beta=strength('beta', -5, 4), l2sp=strength('l2sp', -4, 1),
+                lr=slider('learning rate', sorted({*_round(-4, 0), rate}), rate))
 def _buttons(**labels): return {k: widgets.Button(description=v, tooltip=v, layout=widgets.Layout(width='auto')) for k,v in labels.items()}
 
-# %% ../nbs/08d_explore.ipynb #543713c2
+# %% ../nbs/08d_explore.ipynb #e6055384
+_open = {} # folder -> the `Training` of the newest panel on it
 class TrainingPanel(Panel):
     "The panel of `explore_training`: `train()`, `stop()` and `remove()` are its buttons, `training` is what it follows."
     def __init__(self,
@@ -401,21 +440,27 @@ class TrainingPanel(Panel):
         out:str|Path, # Folder of the experiment
         epochs:int, # Passes over the training split
     ):
+        out = Path(out).absolute()
+        Run(**task)                                        # says what is wrong with it before a process begins
+        if before := _open.pop(out, None): before.close()
         self.task,self.epochs,self.training = task,epochs,Training(out, self._news)
-        self.view,self.buttons,controls = _TrainingView(self.training, task),_buttons(train='Train', stop='Stop', remove='Remove from the chart'),_training_controls(task)
+        _open[out] = self.training
+        self.view,controls = _TrainingView(self.training, task),_training_controls(task)
+        self.buttons = _buttons(train='Train', stop='Stop', remove='Remove from the chart')
         self.chosen = widgets.SelectMultiple(description='on the chart', rows=4, **_laid({}))
         for k,o in self.buttons.items(): o.on_click(lambda _, k=k: getattr(self, k)())
         controls['arm'].observe(lambda change: self._usual(change['new']), 'value')
-        extra = [widgets.HBox([self.buttons['train'], self.buttons['stop']]), self.view.legend, widgets.HBox([self.chosen, self.buttons['remove']], layout=widgets.Layout(flex_flow='row wrap'))]
+        removal = widgets.HBox([self.chosen, self.buttons['remove']], layout=widgets.Layout(flex_flow='row wrap'))
+        extra = [widgets.HBox([self.buttons['train'], self.buttons['stop']]), self.view.legend, removal]
         super().__init__('training', 'What does each arm learn, and what does it forget?', controls, self.view.pictures, self._drawn, extra=extra)
 
-# %% ../nbs/08d_explore.ipynb #e2ab4771
+# %% ../nbs/08d_explore.ipynb #f8d073bb
 @patch
 def _usual(self:TrainingPanel, arm):
     "Set the strengths to what is usual in an arm"
     for k in ('alpha','beta','l2sp'): self.controls[k].value = _ARMS[arm].get(k, 0.)
 
-# %% ../nbs/08d_explore.ipynb #42b528f3
+# %% ../nbs/08d_explore.ipynb #e2ab4771
 @patch
 def _news(self:TrainingPanel):
     "Something is new in the training: not more than four times a second"
@@ -438,7 +483,7 @@ def _drawn(self:TrainingPanel, **values):
 @patch
 def train(self:TrainingPanel):
     "Train what the controls say."
-    self.view.train(_run_of(self.task, self.epochs, **self.values))
+    self.view.train(self.epochs, **self.values)
     self.refresh()
 @patch
 def stop(self:TrainingPanel):
@@ -463,6 +508,9 @@ def explore_training(
 # %% ../nbs/08d_explore.ipynb #2de6fe9b
 _TUNED = '#5b7083'
 def _short(text, n=44): return text if len(text)<=n else f'{text[:n-1]}…'
+def _kin(row):
+    "Family and manufacturer of a row, where they are known"
+    return f' ({row.family}, {row.manufacturer})' if isinstance(getattr(row, 'family', None), str) else ''
 class _ClassifierView:
     "Draws what is recognised in a picture"
     def __init__(self, recogniser):
@@ -472,20 +520,21 @@ class _ClassifierView:
     def clear(self):
         for o in self.pictures: o.axes.clear(); o.axes.axis('off')
 
-# %% ../nbs/08d_explore.ipynb #00470a5f
+# %% ../nbs/08d_explore.ipynb #42b528f3
 @patch
 def draw(self:_ClassifierView, picture, note=''):
     "All pictures, and the sentence"
     found = self.recogniser(picture)
     self.clear()
     self.seen.axes.imshow(heat_picture(found))
-    self.seen.axes.set_title('What the network looked at', fontsize=10)
-    names = [_short(f'{o.label} ({o.family}, {o.manufacturer})', 44) if 'family' in found.variants and o.family==o.family else o.label for o in found.variants.itertuples()]
+    self.seen.axes.set_title('What the network looked at' if found.heat.any() else 'What the network saw', fontsize=10)
+    names = [o.label + _kin(o) for o in found.variants.itertuples()]
     self._bars(self.variants.axes, names, [found.variants.probability], [_TUNED], 'The fine-tuned model says')
-    if found.source is not None: self._bars(self.source.axes, list(found.source.name), [found.source.before, found.source.after], ['#b0b0b0',_TUNED], 'The source model says')
+    if found.source is not None:
+        self._bars(self.source.axes, list(found.source.name), [found.source.before, found.source.after], ['#b0b0b0',_TUNED], 'The source model says')
     return ' '.join(o for o in (note, self._say(found)) if o)
 
-# %% ../nbs/08d_explore.ipynb #cd0ef42e
+# %% ../nbs/08d_explore.ipynb #00470a5f
 @patch
 def _bars(self:_ClassifierView, ax, names, values, colors, title):
     "A group of bars a name"
@@ -494,36 +543,44 @@ def _bars(self:_ClassifierView, ax, names, values, colors, title):
     for i,(v,color,label,hatch) in enumerate(zip(values, colors, ('before fine-tuning','after, its head put back'), (None,'///'))):
         bars = ax.barh(y+(i+0.5)*height, v, height, color=color, label=label, hatch=hatch, edgecolor='white')
         ax.bar_label(bars, [f'{o:.0%}' for o in v], padding=2, fontsize=7)
-    for i,name in enumerate(names): ax.text(0.01, i-0.04, _short(name), fontsize=7.5)
+    for i,name in enumerate(names): ax.text(0.01, i-0.04, _short(name), fontsize=7.5, parse_math=False)
     ax.set_title(title, fontsize=10)
     ax.set(xlim=(0,1.1), ylim=(-0.4,len(names)-0.3), xlabel='probability', xticks=[0,0.5,1], yticks=[])
     ax.xaxis.set_major_formatter(_PERCENT)
     ax.invert_yaxis()
     if len(values)>1: ax.legend(fontsize=7, frameon=False, loc='lower right')
 
-# %% ../nbs/08d_explore.ipynb #8fb79390
+# %% ../nbs/08d_explore.ipynb #cd0ef42e
 @patch
 def _say(self:_ClassifierView, found):
     "What is found, in words"
     best = found.variants.iloc[0]
-    kin = f" ({best.family}, {best.manufacturer})" if 'family' in best and best.family==best.family else ''
-    text = f'The fine-tuned model says {best.label}{kin}, {best.probability:.0%} sure.'
+    text = f'The fine-tuned model says {best.label}{_kin(best)}, {best.probability:.0%} sure.'
     if found.source is None: return text
     before,after = [found.source.loc[found.source[o].idxmax()] for o in ('before','after')]
     return f'{text} Its source would have said {before["name"]}, {before.before:.0%} sure; what is left of it says {after["name"]}, {after.after:.0%} sure.'
 
 # %% ../nbs/08d_explore.ipynb #2a3ca2d8
 def _uploaded(value):
-    "The newest file of a `FileUpload`: its bytes and its name; None if there is none"
+    "The newest file of a `FileUpload`: its bytes and its name"
     files = [(o['content'], k) for k,o in value.items()] if isinstance(value, dict) else [(o['content'], o['name']) for o in value]
-    return (bytes(files[-1][0]), files[-1][1]) if files else None
+    return bytes(files[-1][0]), files[-1][1]
+def _either(upload, example):
+    "Let the choice of one be the end of the other"
+    upload.observe(lambda change: change['new'] and setattr(example, 'value', None), 'value')
+    example.observe(lambda change: change['new'] is not None and upload.set_trait('value', type(upload.value)()), 'value')
 
 # %% ../nbs/08d_explore.ipynb #c9c5b635
 def _examples(learn, examples, n=8):
-    "Pairs of a text and a file"
+    "Pairs of a text, and a file or a row of a table"
     if examples is not None: return [(Path(o).name, str(o)) for o in examples]
     rows = learn.dls.valid_ds.items
-    return [(f'{o.label}: {Path(o.path).name}', str(o.path)) for o in rows[::max(1, len(rows)//n)][:n]]
+    return [(f'{o.label}: {Path(o.path).name}', o) for o in rows[::max(1, len(rows)//n)][:n]]
+def _opened(upload, example):
+    "The picture that is chosen, and a note on it"
+    if upload: return read_upload(*_uploaded(upload))
+    if isinstance(example, str): return read_upload(Path(example).read_bytes(), Path(example).name)
+    return _open_row(_where(example)), ''
 
 # %% ../nbs/08d_explore.ipynb #40b618af
 def try_classifier(
@@ -533,17 +590,18 @@ def try_classifier(
     examples:list|None=None, # Paths of pictures to choose from; None: some of the validation split
 )->Panel: # Controls `upload` and `example`
     "Upload a photograph, or choose an example, and see what both models say."
-    view,last = _ClassifierView(Recogniser(learn, source, names)),dict(control='example')
-    controls = dict(upload=widgets.FileUpload(accept='image/*', multiple=False, description='Upload a photograph', layout=widgets.Layout(width='auto', min_width='12rem')),
-                    example=choice('or an example', _examples(learn, examples)))
-    for k,o in controls.items(): o.observe(lambda change, k=k: last.update(control=k), 'value')
+    view,there = _ClassifierView(Recogniser(learn, source, names)),_examples(learn, examples)
+    upload = widgets.FileUpload(accept='image/*', multiple=False, description='Upload a photograph', layout=widgets.Layout(width='auto', min_width='12rem'))
+    example = choice('or an example', [('choose one', None), *there], value=there[0][1] if there else None)
+    _either(upload, example)
     def draw(upload, example):
-        try: return view.draw(*read_upload(*_uploaded(upload) if last['control']=='upload' and upload else (Path(example).read_bytes(), Path(example).name)))
+        if not upload and example is None: return 'Upload a photograph, or choose an example.'
+        try: return view.draw(*_opened(upload, example))
         except (ValueError, OSError) as e:
             view.clear()
             return str(e)
     limit = widgets.HTML('<small>Photographs up to 10 MB: Jupyter drops what is larger.</small>')
-    return Panel('classifier', 'Which aircraft is it?', controls, view.pictures, draw, extra=[limit])
+    return Panel('classifier', 'Which aircraft is it?', dict(upload=upload, example=example), view.pictures, draw, extra=[limit])
 
 # %% ../nbs/08d_explore.ipynb #04e01812
 def _source_names(run, n):
@@ -562,5 +620,5 @@ def try_run(
     folder = Path(folder)
     if not (folder/'result.json').exists(): raise FileNotFoundError(f"{folder}: no finished run, there is no result.json")
     run = Run(**_load(folder/'run.json'))
-    source = source_model(run.arch, run.weights or None)
-    return try_classifier(load_run(run, folder, source), source, _source_names(run, source(torch.zeros(1,3,run.size,run.size)).shape[1]), **kwargs)
+    with no_random(): source = source_model(run.arch, run.weights or None)       # random weights are those of the run
+    return try_classifier(load_run(run, folder, source), source, _source_names(run, len(source.get_submodule(head_name(source)).weight)), **kwargs)

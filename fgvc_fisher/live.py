@@ -11,7 +11,7 @@ __all__ = ['Training']
 import atexit, json, math, os, signal, subprocess, sys, threading, time, traceback
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -47,7 +47,7 @@ class _Kept(Retention):
     "Retention of a run, as its result measures it"
     def __init__(self, run, shared):
         super().__init__(None, None)
-        self.made_from = run,shared
+        self.made_from = replace(run, beta=0.),shared         # without the Fisher
     def begin(self):
         with no_random(): found = run_source(*self.made_from, progress=False)
         self.source,self.pictures = found.model,dict(target=found.tuned_pictures, source=found.pictures)

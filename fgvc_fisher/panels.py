@@ -7,8 +7,8 @@ Docs: https://fgvc-fisher.github.io/fgvc_fisher/panels.html.md"""
 # %% auto #0
 __all__ = ['Picture', 'Latest', 'powers', 'slider', 'choice', 'Panel']
 
-# %% ../nbs/08_panels.ipynb #7953968f
-import html, io, textwrap, threading, time, traceback
+# %% ../nbs/08_panels.ipynb #072304c5
+import html, io, textwrap, threading, traceback
 from collections.abc import Callable
 import ipywidgets as widgets, numpy as np
 from IPython import get_ipython
@@ -123,7 +123,7 @@ def rest(self:Latest,
 # %% ../nbs/08_panels.ipynb #49ab6a56
 @patch
 def wait(self:Latest,
-    timeout:float=60., # In seconds
+    timeout:float|None=60., # In seconds; None: as long as it takes
 ):
     "Wait until all wishes are worked off. Raises what the work has raised since the last time, or `TimeoutError`."
     with self.changed:
@@ -177,12 +177,12 @@ class Panel:
         extra:list=(), # Further widgets, below the controls
     ):
         self.name,self.title,self.controls,self.pictures,self.draw,self.settle = name,title,controls,pictures,draw,settle
-        self.latest,self.said,self.text = Latest(self._follow),widgets.HTML(),''
+        self.latest,self.said,self.text,self.lock = Latest(self._follow),widgets.HTML(),'',threading.RLock()
         self.box = self._laid_out(extra)
         for o in controls.values():
             if hasattr(o, 'value'): o.observe(lambda change: self.refresh(), 'value')
         self.refresh()
-        self.wait()
+        self.wait(None)
 
 # %% ../nbs/08_panels.ipynb #1a2fea8a
 @patch
@@ -223,17 +223,19 @@ def _show(self:Panel, text):
 def _follow(self:Panel, values, newer):
     "Draw for these values, and again when they have stayed for a while"
     try:
-        self._show(self.draw(**values))
+        with self.lock: self._show(self.draw(**values))
         if not self.settle or not self.latest.rest(self.pause): return
-        if (text := self.settle(newer, **values)) is not None: self._show(text)
+        with self.lock:
+            if (text := self.settle(newer, **values)) is not None: self._show(text)
     except Exception as e:
         self._say(f'This did not work: {type(e).__name__}: {e}')
+        traceback.print_exc()
         raise
 
 # %% ../nbs/08_panels.ipynb #2a41893a
 @patch
 def wait(self:Panel,
-    timeout:float=60., # In seconds
+    timeout:float|None=60., # In seconds; None: as long as it takes
 )->str: # The sentence that is shown then
     "Wait until the pictures show what the controls say. Raises what drawing has raised, or `TimeoutError`."
     self.latest.wait(timeout)
@@ -252,7 +254,7 @@ def _written(text, width, size, bold=False):
 @patch
 def still(self:Panel)->bytes: # A PNG
     "The whole panel as one picture."
-    rows = [o.pixels() for o in self.pictures]
+    with self.lock: rows = [o.pixels() for o in self.pictures]
     height = max(o.shape[0] for o in rows)
     side = np.concatenate([np.pad(o, ((0,height-o.shape[0]),(0,0),(0,0)), constant_values=255) for o in rows], axis=1)
     width = side.shape[1]

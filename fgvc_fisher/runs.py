@@ -429,7 +429,8 @@ def load_run(
     folder:str|Path, # Its folder
     source:nn.Module, # The source model
 )->Learner: # On the run's pictures, with the weights of its last epoch
-    "The model that a run has made. Raises `FileNotFoundError` if it is not done."
+    "The model that a run has made. Raises `FileNotFoundError` if it is not done, `ValueError` if it diverged."
     with no_random(): learn = RECIPES[run.recipe].learner(_dls(run, run.valid or run.test), source)
     load_weights(learn.model, Path(folder)/'model.safetensors').to(learn.dls.device).eval()
+    if not all(o.isfinite().all() for o in learn.model.parameters()): raise ValueError(f"{folder}: this training diverged, its weights are no numbers")
     return learn

@@ -2,6 +2,7 @@
 import io, time
 from dataclasses import replace
 from datetime import datetime, timezone
+from types import SimpleNamespace
 import numpy as np, pytest, torch
 from PIL import Image
 from fgvc_fisher import explore
@@ -44,8 +45,8 @@ def test_penalty_is_estimated_then_measured(compromise):
     p.controls['alpha'].value = p.controls['alpha'].options[7][1]
     text = p.wait()
     assert 'about' in said[0] and said[-1]==text and 'about' not in text
-    exact = compromise.measure(**p.values)
-    assert f"{exact['last']:.1%} right on the target" in text and f"{exact['retention_source_bn']:.1%} with its BatchNorm" in text
+    exact = compromise.at(**p.values)
+    assert f"{exact['last']:.0%} right on the target" in text and f"{exact['retention_source_bn']:.0%} with its BatchNorm" in text
 
 def test_the_point_is_where_the_numbers_are(compromise):
     view = explore._PenaltyView(compromise)
@@ -63,7 +64,7 @@ def test_layers_agree_with_the_penalty_of_the_callback(compromise, home, run):
     merged = compromise.model(1e-3, 2.)
     theta0 = dict(compromise.source.named_parameters())
     omega = QuadraticPenalty(merged, theta0, compromise.fishers[0], alpha=1e-3, beta=2., new=['fc']).value().item()
-    assert compromise.layers(1e-3, 2.)[['alpha','beta']].to_numpy().sum()==pytest.approx(omega, rel=1e-5)
+    assert compromise.at(1e-3, 2.)['layers'][['alpha','beta']].to_numpy().sum()==pytest.approx(omega, rel=1e-5)
 
 def test_ends_of_the_compromise(compromise):
     tuned,far = compromise.model(0., 0.),compromise.model(0., 1e12)
@@ -73,22 +74,33 @@ def test_ends_of_the_compromise(compromise):
         if not n.startswith('fc.'): assert torch.allclose(p[compromise.fishers[0][n]>1e-6], theta0[n][compromise.fishers[0][n]>1e-6], atol=1e-4)
 
 def test_retention_with_the_source_put_back_is_the_source(compromise):
-    assert compromise.measure(0., 1e15)['retention_source_bn']==pytest.approx(compromise.before, abs=0.05)
+    assert compromise.at(0., 1e15)['retention_source_bn']==pytest.approx(compromise.before, abs=0.05)
 
 def test_models_are_left_alone(compromise):
     before = {n: p.clone() for n,p in compromise.tuned.state_dict().items()}
-    compromise.measure(1e-2, 1.)
+    compromise.at(1e-2, 1.)
     assert all(torch.equal(p, before[n]) for n,p in compromise.tuned.state_dict().items())
 
-def test_measuring_gives_up(compromise):
-    asked = []
-    assert compromise.measure(0., 1., newer=lambda: asked.append(1) or len(asked)>1) is None and len(asked)==2
+def test_measuring_gives_up_at_any_point(compromise):
+    "Whenever something newer comes, there is no answer, and nothing is measured after"
+    for n in range(5):
+        asked = []
+        assert compromise.at(0., 1., newer=lambda: asked.append(1) or len(asked)>n) is None and len(asked)<=n+len(compromise.training)+1
+
+def test_the_fine_tuned_model_is_the_one_that_was_trained(compromise, run, home):
+    from fgvc_fisher.retention import accuracy_on
+    from fgvc_fisher.runs import load_run
+    learn = load_run(run, home/'runs'/run.id, compromise.source)
+    assert compromise.tuned_is['last']==pytest.approx(accuracy_on(learn.model, compromise.target))
+
+def test_settings_beside_a_compromise_are_refused(compromise):
+    with pytest.raises(ValueError, match='n_pictures'): explore_penalty(compromise, n_pictures=3)
 
 def test_no_source_no_penalty_panel(run, home):
     with pytest.raises(ValueError, match='give the run `source`'): explore_penalty(replace(run, source=''), home)
 
 def test_a_grid_begins_with_zero(compromise):
-    for bad in ([1.,2.], [], [0.,2.,1.]):
+    for bad in ([1.,2.], [], [0.], [0.,2.,1.]):
         with pytest.raises(ValueError, match='begin with 0'): compromise.measure_grid([0.], bad)
 
 # The Fisher
@@ -108,7 +120,7 @@ def test_histogram_counts_every_value(fisher, axis):
     view = explore._FisherView(fisher)
     for name,v in [*fisher.items(), (explore._ALL, torch.cat([o.flatten() for o in fisher.values()]))]:
         counts,edges,zeros = view._histogram(name, axis)
-        assert zeros==(v==0).sum() and counts.sum()==(v.numel() if axis=='linear' else v.numel()-zeros)
+        assert zeros==(v==0).sum() and counts.sum()==(v.numel() if axis=='linear' else v.numel()-zeros) and edges[0]<=v[v>0].min()*1.001 and edges[-1]>=v.max()*0.999
 
 def test_fisher_with_a_dead_parameter(fisher):
     dead = list(fisher)[3]
@@ -172,7 +184,7 @@ def test_train_to_the_end(training, tmp_path):
     assert not training.view.runs and training.chosen.options==() and (tmp_path/'runs'/rows.id[0]/'result.json').exists()
 
 def test_stop_and_go_on(training, tmp_path):
-    training.epochs = 40
+    training.epochs = 1000
     training.train()
     assert training.training.run is not None
     while 'batch' not in training.training.stage: time.sleep(0.02)
@@ -191,6 +203,53 @@ def test_arm_sets_the_sliders(training):
     training.wait()
     assert (training.values['alpha'], training.values['beta'], training.values['l2sp'])==(5e-4, 0., 0.)
     assert [training.controls[o].disabled for o in ('alpha','beta','l2sp')]==[False,True,True]
+
+def test_a_cell_run_again_closes_the_panel_before(training, tmp_path):
+    again = explore_training(training.task, tmp_path, epochs=2)
+    with pytest.raises(ValueError, match='closed'): training.training.start(explore._run_of(training.task, 2, **training.values))
+    again.training.close()
+
+def test_the_rate_begins_with_the_tasks(task, tmp_path):
+    p = explore_training(task | dict(lr=0.0123), tmp_path)
+    assert explore._run_of(p.task, 2, **p.values).arm=='plain' and p.values['lr']==0.0123
+    p.training.close()
+
+def test_without_source_pictures(task, tmp_path):
+    p = explore_training(task | dict(source='', test=''), tmp_path, epochs=1)
+    p.train()
+    assert finish(p).startswith('Done') and p.view.legend.value.count('–')==1
+    reopened = explore_training(p.task, tmp_path, epochs=1)
+    assert len(reopened.view.runs)==1 and 'This did not work' not in reopened.text
+    reopened.training.close()
+
+def test_without_a_validation_split_the_test_is_shown(task, tmp_path):
+    p = explore_training(task | dict(valid=''), tmp_path, epochs=1)
+    p.train()
+    assert finish(p).startswith('Done') and p.view.legend.value.count('–')==0
+    p.training.close()
+
+def test_what_cannot_be_a_run_is_said(task, tmp_path):
+    p = explore_training(task | dict(freeze_bn=True), tmp_path)
+    p.controls['arm'].value = 'as published'
+    p.train()
+    assert 'freeze_bn' in p.wait() and p.training.run is None
+    p.training.close()
+    with pytest.raises(ValueError, match='epochs'): explore_training(task | dict(epochs=-1), tmp_path/'other')
+
+def test_runs_of_an_arm_have_dashes_of_their_own(training):
+    runs = [explore._run_of(training.task, 2, 'L2-SP-Fisher', 0., beta, 0., 0.1, 1) for beta in (1., 10., 100.)]
+    for o in runs: training.view.add(o)
+    looks = [training.view.looks[o.id] for o in runs]
+    assert len({str(o['ls']) for o in looks})==3 and len({o['color'] for o in looks})==1
+    training.view.remove([runs[0].id])
+    assert [training.view.looks[o.id] for o in runs]==looks
+    assert all(explore._DASHES[o['ls']] in explore._key(o) for o in looks)
+
+def test_a_run_that_diverged_is_a_dash(task, tmp_path):
+    p = explore_training(task | dict(lr=1e6), tmp_path, epochs=2)
+    p.train()
+    assert 'diverged' in finish(p) and ', diverged' in p.view.legend.value and 'nan' not in p.view.legend.value.lower()
+    p.training.close()
 
 @pytest.mark.parametrize('arm', explore._ARMS)
 def test_every_arm_is_a_run(task, arm):
@@ -227,10 +286,12 @@ def test_classifier_example_and_upload(classifier):
     sent = bytes(p.pictures[0].widget.value)
     p.controls['example'].value = options[-1][1]
     p.wait()
+    assert not p.controls['upload'].value
     assert bytes(p.pictures[0].widget.value)!=sent and uploaded.startswith('The fine-tuned')
-    give(p.controls['upload'], 'red.jpg', content(size=(61,40)))      # an upload again counts before the example
-    p.wait()
-    assert bytes(p.pictures[0].widget.value)!=b''
+    give(p.controls['upload'], 'red.jpg', content())                  # the same file once more
+    assert p.wait()==uploaded and p.controls['example'].value is None
+    p.controls['example'].value = options[1][1]
+    assert p.wait()==first
 
 @pytest.mark.parametrize('name,data,said', [
     ('empty.jpg', b'', 'empty'), ('paper.pdf', b'%PDF-1.7 ...', 'PDF'), ('phone.heic', b'\0\0\0\x18ftypheic\0\0\0\0mif1heic', 'HEIC'), ('cut.jpg', content(size=(400,400))[:900], 'cut.jpg'),
@@ -256,3 +317,14 @@ def test_try_run_names_what_is_missing(tmp_path):
 
 def test_a_long_label_does_not_break_the_bars():
     assert len(explore._short('x'*500))==44 and explore._short('short')=='short'
+
+def test_classifier_without_examples(compromise, run, home):
+    p = try_run(home/'runs'/run.id, examples=[])
+    assert p.text=='Upload a photograph, or choose an example.'
+    give(p.controls['upload'], 'red.jpg', content())
+    assert p.wait().startswith('The fine-tuned model says')
+
+def test_dollars_in_a_label_are_no_mathematics():
+    view = explore._ClassifierView(SimpleNamespace(source=None))
+    view._bars(view.variants.axes, [r'$\frac$', '$'], [np.array([0.6,0.4])], ['k'], 'title')
+    view.variants.show()
