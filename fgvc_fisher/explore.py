@@ -306,7 +306,8 @@ def _run_of(task, epochs, arm, alpha, beta, l2sp, lr, seed):
     "The run that the controls describe, and its name"
     strengths = {k: v for k,v in dict(alpha=alpha, beta=beta, l2sp=l2sp).items() if k in _ARMS[arm]}
     said = [f'{k} = {v:g}' for k,v in strengths.items() if v] + ([f'lr = {lr:g}'] if lr!=task.get('lr', Run.lr) else [])
-    return Run(**task | strengths | dict(arm=', '.join([arm, *said]), epochs=epochs, lr=lr, seed=seed, step='published' if arm=='as published' else task.get('step', 'prox')))
+    step = 'published' if arm=='as published' else task.get('step', 'prox')
+    return Run(**task | strengths | dict(arm=', '.join([arm, *said]), epochs=epochs, lr=lr, seed=seed, step=step))
 
 # %% ../nbs/08d_explore.ipynb #c4bcb0e6
 class _TrainingView:
@@ -323,7 +324,7 @@ class _TrainingView:
 def add(self:_TrainingView, run):
     "Put a run on the chart, with the colour and mark of its arm and dashes of its own"
     if run.id not in self.looks:
-        families = [style(o.arm) for o in self.runs.values()]+[style(run.arm)]
+        families = [dict(color=o['color'], marker=o['marker']) for o in self.looks.values()]+[style(run.arm)]
         self.looks[run.id] = dict(**style(run.arm), ls=_dashes(families)[-1])
     self.runs[run.id] = run
 
@@ -431,8 +432,8 @@ def _training_controls(task):
                 lr=slider('learning rate', sorted({*_round(-4, 0), rate}), rate))
 def _buttons(**labels): return {k: widgets.Button(description=v, tooltip=v, layout=widgets.Layout(width='auto')) for k,v in labels.items()}
 
-# %% ../nbs/08d_explore.ipynb #e6055384
-_open = {} # folder -> the `Training` of the newest panel on it
+# %% ../nbs/08d_explore.ipynb #fc1baf3c
+_newest = {} # folder -> the `Training` of the newest panel on it
 class TrainingPanel(Panel):
     "The panel of `explore_training`: `train()`, `stop()` and `remove()` are its buttons, `training` is what it follows."
     def __init__(self,
@@ -442,9 +443,9 @@ class TrainingPanel(Panel):
     ):
         out = Path(out).absolute()
         Run(**task)                                        # says what is wrong with it before a process begins
-        if before := _open.pop(out, None): before.close()
+        if before := _newest.pop(out, None): before.close()
         self.task,self.epochs,self.training = task,epochs,Training(out, self._news)
-        _open[out] = self.training
+        _newest[out] = self.training
         self.view,controls = _TrainingView(self.training, task),_training_controls(task)
         self.buttons = _buttons(train='Train', stop='Stop', remove='Remove from the chart')
         self.chosen = widgets.SelectMultiple(description='on the chart', rows=4, **_laid({}))

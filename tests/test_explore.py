@@ -242,7 +242,8 @@ def test_runs_of_an_arm_have_dashes_of_their_own(training):
     looks = [training.view.looks[o.id] for o in runs]
     assert len({str(o['ls']) for o in looks})==3 and len({o['color'] for o in looks})==1
     training.view.remove([runs[0].id])
-    assert [training.view.looks[o.id] for o in runs]==looks
+    training.view.add(new := explore._run_of(training.task, 2, 'L2-SP-Fisher', 0., 1000., 0., 0.1, 1))
+    assert [training.view.looks[o.id] for o in runs]==looks and training.view.looks[new.id] not in looks
     assert all(explore._DASHES[o['ls']] in explore._key(o) for o in looks)
 
 def test_a_run_that_diverged_is_a_dash(task, tmp_path):

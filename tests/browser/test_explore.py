@@ -14,7 +14,7 @@ PANELS = ['penalty', 'fisher', 'published', 'training', 'classifier']
 CELLS = dict(
     penalty='explore_penalty(read_compromise(run, home, 24, 24, progress=False).measure_grid([0.,1e-2], [0.,0.1,10.], progress=False))',
     fisher='explore_fisher(DiagFisher.load(next((home/"sources").glob("*.safetensors"))))',
-    published='explore_published()', training='explore_training(task, home, epochs=30)', classifier='try_run(home/"runs"/run.id)')
+    published='explore_published()', training='explore_training(task, home, epochs=300)', classifier='try_run(home/"runs"/run.id)')
 
 @pytest.fixture(scope='session')
 def home(tmp_path_factory):
@@ -88,7 +88,7 @@ def train_stop_and_remove(page):
         press(page, 'Train')
         says(page, 'training', r'Epoch ([2-9]|\d\d)', seconds=90)
     j = first(page, 'penalty')
-    with new_picture(page, j): slide(page, 'beta, to the source', -9)             # the other panels answer meanwhile
+    with new_picture(page, j): drag(page, 'beta, to the source', 0.95)          # the other panels answer meanwhile
     assert sentence(page, 'training').startswith('Epoch')
     press(page, 'Stop')
     says(page, 'training', 'topped after')
