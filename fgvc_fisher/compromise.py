@@ -93,13 +93,11 @@ def _accuracy(model, batches, newer):
 @patch
 def _measured(self:Compromise, model, newer=lambda: False):
     "Accuracies `MEASURED` of a model, or None if there is something newer to do"
-    found = {}
-    heads = {f'retention_{o}_bn': (with_source_head, o) for o in ('target','source')}
-    for name in MEASURED:
-        whole = with_source_head(model, self.source, heads[name][1]) if name in heads else model
-        found[name] = _accuracy(whole, self.pictures[heads[name][1]] if name in heads else self.target, newer)
-        if found[name] is None: return None
-    return found
+    found = dict(last=_accuracy(model, self.target, newer))
+    for norm,pictures in self.pictures.items():
+        if newer(): return None
+        found[f'retention_{norm}_bn'] = _accuracy(with_source_head(model, self.source, norm), pictures, newer)
+    return None if None in found.values() else found
 
 # %% ../nbs/08a_compromise.ipynb #beabe875
 @patch
@@ -117,7 +115,8 @@ def _pays(self:Compromise, name, p, tuned, theta0, alpha, beta):
     "Squared distance from the source, now and as tuned, and both terms of the penalty, of one parameter"
     pays = alpha*p.square().sum().item()
     if theta0 is None or theta0.shape!=p.shape: return math.nan, math.nan, pays, 0.
-    d,theta0 = (p-theta0.to(p)).square(),theta0.to(p)
+    theta0 = theta0.to(p)
+    d = (p-theta0).square()
     return d.sum().item(), (tuned-theta0).square().sum().item(), pays, beta*(self.fishers[0][name].to(d)*d).sum().item()
 
 # %% ../nbs/08a_compromise.ipynb #05ce59a1
