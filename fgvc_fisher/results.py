@@ -6,7 +6,7 @@ Docs: https://fgvc-fisher.github.io/fgvc_fisher/results.html.md"""
 
 # %% auto #0
 __all__ = ['ACCURACIES', 'MEASURES', 'STYLES', 'read_runs', 'read_curves', 'read_errors', 'table', 'show_table', 'differences',
-           'conclusions', 'style', 'curves', 'frontier']
+           'conclusions', 'at_retention', 'style', 'curves', 'frontier']
 
 # %% ../nbs/07b_results.ipynb #3b9af843
 import json, math, os, textwrap
@@ -171,10 +171,39 @@ def conclusions(
     "What the differences from the control say, each arm and measure by itself: among twenty such intervals one is expected to miss."
     return [_sentence(*index, d, control) for index,d in differences(out, control, measures).iterrows()]
 
+# %% ../nbs/07b_results.ipynb #bf72c587
+def _read_off(r, level, target, measure):
+    "The accuracy of one seed's runs of a family at a level of retention; NaN outside of what they reach"
+    r = r.groupby(measure)[target].mean()                              # sorted by retention; of equally much the mean
+    return float(np.interp(level, r.index, r, left=math.nan, right=math.nan))
+
+# %% ../nbs/07b_results.ipynb #f67ae5dd
+def at_retention(
+    out, # Folder of the experiment, or its runs as a table or a list of dicts
+    level:float, # Of retention, a share from 0 to 1
+    target:str='last', # Which accuracy on the target
+    measure:str='retention_target_bn', # Which retention
+    weakest:str|None='plain', # The arm that is every family's weakest member; None: there is none
+)->pd.DataFrame: # `arm`, `seed` and the accuracy, a row a family and seed; seeds that do not reach the level are left out
+    "Accuracy on the target where a family keeps so much of the source, by linear interpolation between its arms. `ValueError` if no family does."
+    runs = _runs(out)
+    for o in (target, measure):
+        if o not in runs: raise ValueError(f"the runs have no {o!r}, only {', '.join(runs)}")
+    runs['family'] = [o.split(',')[0] for o in runs.arm]
+    first,runs = runs[runs.arm==weakest],runs[~runs.diverged]
+    families = [f for f,r in runs.groupby('family', sort=False) if r.arm.nunique()>1]
+    found = [dict(arm=f, seed=s, **{target: _read_off(pd.concat([r, first[first.seed==s]]), level, target, measure)})
+             for f in families for s,r in runs[runs.family==f].groupby('seed')]
+    found = pd.DataFrame(found, columns=['arm','seed',target]).dropna().reset_index(drop=True)
+    if found.empty: raise ValueError(f"level: no family keeps {level:g} between its weakest and its strongest arm; {measure} goes "
+                                     f"from {runs[measure].min():g} to {runs[measure].max():g}")
+    return found
+
 # %% ../nbs/07b_results.ipynb #d6fc0dd3
 STYLES = { # Family, the name of an arm up to its comma -> colour and mark
     'plain': ('#555555','o'), 'L2': ('#b97f00','s'), 'L2-SP': ('#009e73','^'), 'L2-SP-Fisher': ('#0072b2','D'), 'as published': ('#d55e00','v'),
-    'last layer only': ('#7a4a2b','P'), 'linear probe': ('#7a4a2b','p'), 'linear probe first': ('#b5558a','X'), 'LwF': ('#3fa0d8','<')}
+    'last layer only': ('#7a4a2b','P'), 'linear probe': ('#7a4a2b','p'), 'linear probe first': ('#b5558a','X'), 'LwF': ('#3fa0d8','<'),
+    'exact Fisher': ('#56b4e9','>'), 'target Fisher': ('#882255','d'), 'explicit step': ('#999933','H'), 'WiSE-FT': ('#cc79a7','h'), 'Fisher merging': ('#661100','8')}
 def style(
     arm:str, # Such as 'L2-SP-Fisher, beta = 10': what follows the comma does not count
 )->dict: # `color` and `marker` for matplotlib

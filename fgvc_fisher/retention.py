@@ -16,6 +16,7 @@ from fastcore.basics import patch
 from fastai.torch_core import get_model, no_random
 from .callback import Columns
 from .data import pick_split
+from .learner import head_name
 
 # %% ../nbs/05a_retention.ipynb #b85de697
 def with_source_head(
@@ -25,9 +26,9 @@ def with_source_head(
 )->nn.Module: # A new model with the source's outputs, in evaluation mode
     "The tuned model with the head of its source."
     whole,tuned = copy.deepcopy(source).eval(),model.state_dict()
-    buffers = {n for n,_ in source.named_buffers()} if norm=='source' else set()
-    own = whole.state_dict()
-    whole.load_state_dict({k: tuned[k] if k in tuned and tuned[k].shape==v.shape and k not in buffers else v for k,v in own.items()})
+    own,head = whole.state_dict(),f'{head_name(source)}.'
+    kept = {k for k in own if k.startswith(head)} | ({n for n,_ in source.named_buffers()} if norm=='source' else set())
+    whole.load_state_dict({k: tuned[k] if k in tuned and tuned[k].shape==v.shape and k not in kept else v for k,v in own.items()})
     return whole.to(next(model.parameters()).device)
 
 # %% ../nbs/05a_retention.ipynb #c958a3e8

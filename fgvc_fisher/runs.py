@@ -12,7 +12,7 @@ __all__ = ['RECIPES', 'Recipe', 'Run', 'make_learner', 'KeepEpochs', 'fine_tune'
 import copy, hashlib, io, json, math, os, platform, random, re, time
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, redirect_stdout
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 import pandas as pd, torch
@@ -24,6 +24,7 @@ from fastai.callback.channelslast import ChannelsLast # adds `to_channelslast` t
 from fastai.callback.core import Callback, CancelValidException
 from fastai.callback.schedule import ParamScheduler # adds `fit_one_cycle`
 from fastai.callback.tracker import TerminateOnNaNCallback
+from fastai.callback.training import BnFreeze
 from fastai.learner import Learner, SkipToEpoch
 from fastai.losses import LabelSmoothingCrossEntropyFlat
 from fastai.torch_core import default_device, no_random, set_seed
@@ -34,7 +35,7 @@ from safetensors.torch import load_file, save_file
 from .callback import L2SPFisherCallback
 from .data import aircraft_dls, pick_split, read_aircraft, read_pictures, _check_splits
 from .fisher import DiagFisher, estimate_fisher, weights_sha256
-from .learner import aircraft_learner, load_weights, normalise, source_dl, source_model
+from .learner import aircraft_learner, head_name, load_weights, normalise, source_dl, source_model
 from .published import AsPublished, fit_published, published_learner
 from .retention import accuracy_on, retention, source_parts
 from .transforms import named_transforms
@@ -62,18 +63,24 @@ def _plain(field, v):
         raise ValueError(f"{field.name}={v!r}: has to be {getattr(field.type, '__name__', field.type)}")
     return v+0. if isinstance(v, float) else v                       # and so are 0. and -0.
 
-# %% ../nbs/07_runs.ipynb #3ac8f338
+# %% ../nbs/07_runs.ipynb #947ccc9d
+_CHOICES = dict(step=('prox','grad','published'), kind=('sampled','empirical','exact'), fisher_from=('source','target'),
+                tune=('all','head','head first'), recipe=tuple(RECIPES))
 def _check(run):
     "`ValueError` for fields that cannot be meant, alone or together"
     for o in ('alpha','beta','l2sp'):
         if getattr(run, o)<0: raise ValueError(f"{o}={getattr(run, o)}: a coefficient of the penalty is a number from 0 on")
     for o in ('size','bs','epochs','lr'):
         if getattr(run, o)<=0: raise ValueError(f"{o}={getattr(run, o)}: take a number above 0")
-    for o,known in dict(step=('prox','grad','published'), kind=('sampled','empirical','exact'), recipe=RECIPES).items():
+    for o,known in _CHOICES.items():
         if getattr(run, o) not in known: raise ValueError(f"{o}={getattr(run, o)!r}: choose from {', '.join(known)}")
     if not (run.valid or run.test): raise ValueError("valid and test are both empty: name a split to measure on")
     if run.recipe=='strong' and run.transforms=='published': raise ValueError("recipe='strong' smooths labels that transforms='published' has mixed: choose 'plain'")
     if run.step=='published' and (run.freeze_bn or run.normalize): raise ValueError("step='published' has no freeze_bn and no normalize")
+    if run.n_fisher<0: raise ValueError(f"n_fisher={run.n_fisher}: a number of pictures, or 0 for all of them")
+    if run.fisher_from=='target' and run.kind=='empirical': raise ValueError("kind='empirical' needs labels of the source's classes, and the target's pictures have none")
+    if run.tune!='all' and 'published' in (run.recipe, run.step): raise ValueError(f"tune={run.tune!r}: the published recipe and step train all layers")
+    if run.tune=='head' and (run.beta or run.l2sp): raise ValueError("tune='head' leaves nothing that beta or l2sp could hold")
 
 # %% ../nbs/07_runs.ipynb #ab72966f
 @dataclass(frozen=True)
@@ -86,8 +93,11 @@ class Run:
     l2sp:float=0. # Coefficient of the plain L2-SP term
     step:str='prox' # 'prox', 'grad', or 'published': the penalty that the published code computed, see `AsPublished`, with l2sp=0.004 there
     freeze_bn:bool=False # Keep the source's BatchNorm statistics?
-    kind:str='sampled' # Of Fisher: 'sampled', 'empirical' or 'exact'
+    kind:str='sampled' # Of Fisher: 'sampled', 'empirical' or 'exact', which covers 99 % of each picture's probability
+    fisher_from:str='source' # The pictures it is estimated on: 'source', or 'target', the training split, for whoever has no source pictures
+    n_fisher:int=0 # Their number, drawn by `seed`; 0: all there are
     normalize:bool=False # Divide the Fisher by its mean?
+    tune:str='all' # What is trained: 'all'; 'head', the rest stays as it is; or 'head first', an epoch for the head beforehand, then all
     arch:str='inception_v4' # The network, by timm's name or as 'package.module:function'
     weights:bool|str=True # Its pretrained weights: timm's own, a file, or False for random ones
     source:str='' # Pictures it was pretrained on, for the Fisher and the retention; see `read_pictures`
@@ -110,7 +120,8 @@ class Run:
         _check(self)
     @property
     def id(self): # Such as 'l2-sp-fisher-beta-10-42-1f3c9a2b'
-        digest = hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+        said = {o.name: getattr(self, o.name) for o in fields(self) if getattr(self, o.name)!=o.default}
+        digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
         return f"{re.sub(r'[^a-z0-9.]+', '-', self.arm.lower()).strip('-')[:80]}-{self.seed}-{digest[:8]}"
 
 # %% ../nbs/07_runs.ipynb #67f49610
@@ -123,7 +134,7 @@ class _NoValidation(Callback):
 def _penalty(run, learn, source, fisher):
     "The callback of the run's penalty"
     if run.step=='published': return AsPublished(copy.deepcopy(learn.model), run.alpha, run.beta, run.l2sp)
-    return L2SPFisherCallback(run.alpha, run.beta, fisher if run.beta else None, run.l2sp, run.step,
+    return L2SPFisherCallback(run.alpha, run.beta, fisher if run.beta else None, run.l2sp, run.step, new=[head_name(source)],
                               anchor=dict(source.named_parameters()), freeze_bn=run.freeze_bn, normalize=run.normalize and run.beta>0)
 
 # %% ../nbs/07_runs.ipynb #40f5c7d8
@@ -141,8 +152,11 @@ def make_learner(
     "The `Learner` of a run."
     set_seed(run.seed, reproducible=True)
     learn = RECIPES[run.recipe].learner(_dls(run, run.valid or run.test), source)
-    if run.amp: learn.to_channelslast()
-    learn.add_cbs([_penalty(run, learn, source, fisher), TerminateOnNaNCallback()] + ([] if run.valid else [_NoValidation()]))
+    learn.to_channelslast(use_amp=run.amp)
+    learn.train_bn = run.tune=='all'
+    learn.add_cbs([_penalty(run, learn, source, fisher), TerminateOnNaNCallback()])
+    if run.tune!='all': learn.add_cb(BnFreeze())
+    if not run.valid: learn.add_cb(_NoValidation())
     return learn
 
 # %% ../nbs/07_runs.ipynb #31ec7abc
@@ -247,6 +261,14 @@ def resume(self:KeepEpochs)->int: # The epoch to begin with, 0 without a checkpo
     self.start = len(self.rows)
     return self.start
 
+# %% ../nbs/07_runs.ipynb #c6a0093c
+def _probe(run, learn):
+    "An epoch for the head alone, which the curve does not count"
+    learn.freeze()
+    with learn.removed_cbs(learn.keep_epochs): RECIPES[run.recipe].fit(learn, replace(run, epochs=1))
+    learn.unfreeze()
+    learn.opt = None
+
 # %% ../nbs/07_runs.ipynb #cf66f985
 def fine_tune(
     run:Run, # What to do
@@ -263,7 +285,10 @@ def fine_tune(
     with ExitStack() as quietly:
         if quiet:
             for o in (learn.no_bar(), learn.no_logging(), redirect_stdout(io.StringIO())): quietly.enter_context(o)
-        RECIPES[run.recipe].fit(learn, run, start_epoch=keep.resume(), cbs=list(cbs))
+        if run.tune=='head': learn.freeze()                              # before momenta are read, which it would clear
+        start = keep.resume()
+        if run.tune=='head first' and not start: _probe(run, learn)
+        RECIPES[run.recipe].fit(learn, run, start_epoch=start, cbs=list(cbs))
     return learn
 
 # %% ../nbs/07_runs.ipynb #cda11aa7
@@ -318,26 +343,41 @@ class Source(NamedTuple):
     tuned_pictures:object=None # The same, as the tuned model expects them
     before:float=math.nan # Accuracy of the source model on them
 
+# %% ../nbs/07_runs.ipynb #d620d14a
+def _fisher_pictures(run, for_fisher):
+    "The table of pictures for the run's Fisher"
+    table = for_fisher if run.fisher_from=='source' else pick_split(read_aircraft(run.data, run.level), run.train)
+    if run.n_fisher>len(table): raise ValueError(f"n_fisher={run.n_fisher}: there are only {len(table)} {run.fisher_from} pictures for the Fisher")
+    return table.sample(run.n_fisher, random_state=run.seed).sort_index() if run.n_fisher else table
+
+# %% ../nbs/07_runs.ipynb #eb64611b
+def _fisher_file(run, key):
+    "The name of the file of the run's Fisher"
+    of = (run.fisher_from, run.data, run.level, run.train) if run.fisher_from=='target' else ()
+    if run.n_fisher: of += (run.n_fisher, run.seed)
+    return f"{key}-{run.kind}{'-'+_key(*of) if of else ''}.safetensors"
+
 # %% ../nbs/07_runs.ipynb #1a8e97f9
 def run_source(
     run:Run, # What to do
     shared:str|Path, # Folder for what runs share: Fishers and accuracies
     progress:bool=True, # Show a bar while the Fisher is estimated?
 )->Source:
-    "What a run needs of its source, made or read. Raises `ValueError` where it needs a Fisher and has no pictures."
+    "What a run needs of its source, made or read. Raises `ValueError` where it needs a Fisher and has no pictures, or too few."
     with no_random(): model = source_model(run.arch, run.weights or None).to(default_device())    # random weights are always the same
-    needed = run.beta>0 and run.step!='published'
-    if not run.source:
-        if needed: raise ValueError(f"{run.arm}: beta = {run.beta:g} needs a Fisher, and that needs `source`, a folder of pictures the network was pretrained on")
-        return Source(model, None)
-    for_fisher,for_retention = source_parts(read_pictures(run.source))
+    needed,shared = run.beta>0 and run.step!='published',Path(shared)
+    if needed and not run.source and run.fisher_from=='source':
+        raise ValueError(f"{run.arch}: beta = {run.beta:g} needs a Fisher, and that needs `source`, a folder of pictures the network was pretrained on, or fisher_from='target'")
+    for_fisher,for_retention = source_parts(read_pictures(run.source)) if run.source else (None,None)
     key,args = _key(run.arch, weights_sha256(model), run.source, run.size),(model, run.size, run.bs, run.num_workers)
     def estimate(file):
-        note = dict(images=run.source, file=run.weights)
-        estimate_fisher(model, source_dl(for_fisher, *args), run.kind, checkpoint=f'{file}.{run.bs}.checkpoint', progress=progress, provenance=note).save(file)
-    fisher = DiagFisher.load(_once(Path(shared)/f'{key}-{run.kind}.safetensors', estimate)) if needed else None
+        note = dict(images=run.source if run.fisher_from=='source' else f'{run.data}, {run.train}', file=run.weights)
+        pictures = source_dl(_fisher_pictures(run, for_fisher), *args)
+        estimate_fisher(model, pictures, run.kind, mass=0.99 if run.kind=='exact' else 1., checkpoint=f'{file}.{run.bs}.checkpoint', progress=progress, provenance=note).save(file)
+    fisher = DiagFisher.load(_once(shared/_fisher_file(run, key), estimate)) if needed else None
+    if not run.source: return Source(model, fisher)
     pictures,tuned = source_dl(for_retention, *args),source_dl(for_retention, *args, run.transforms)
-    before = _once(Path(shared)/f'{key}-before.txt', lambda o: _write(o, repr(accuracy_on(model, pictures))))
+    before = _once(shared/f'{key}-before.txt', lambda o: _write(o, repr(accuracy_on(model, pictures))))
     return Source(model, fisher, pictures, tuned, float(before.read_text()))
 
 # %% ../nbs/07_runs.ipynb #859ccf92
@@ -372,7 +412,8 @@ def _claim(run, folder):
     begun = any((folder/o).exists() for o in ('checkpoint.pt','curve.csv','result.json'))
     there = _load(folder/'run.json') if begun and (folder/'run.json').exists() else None
     if there is None: return _write(folder/'run.json', _json(asdict(run)))
-    if other := [f"{k} = {there.get(k)!r} instead of {v!r}" for k,v in asdict(run).items() if there.get(k)!=v]:
+    there = {o.name: there.get(o.name, o.default) for o in fields(run)}
+    if other := [f"{k} = {there[k]!r} instead of {v!r}" for k,v in asdict(run).items() if there[k]!=v]:
         raise ValueError(f"{folder} has another run, with {', '.join(other)}: take an empty folder")
 
 # %% ../nbs/07_runs.ipynb #9d86ba0f

@@ -5,7 +5,7 @@ from scipy import integrate, stats
 import matplotlib
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt
-from fgvc_fisher.results import (ACCURACIES, MEASURES, STYLES, curves, differences, frontier, read_curves, read_errors, read_runs, show_table,
+from fgvc_fisher.results import (ACCURACIES, MEASURES, STYLES, at_retention, curves, differences, frontier, read_curves, read_errors, read_runs, show_table,
                                  style, table)
 from fgvc_fisher.seeds import interval, paired, seeds_needed
 
@@ -323,7 +323,7 @@ class TestFrontier:
         assert not [o for o in same.lines if len(o.get_xdata())==3]
 
 def test_styles():
-    assert {'plain','L2','L2-SP','L2-SP-Fisher','as published','last layer only','linear probe first','LwF','linear probe'} == set(STYLES)
+    assert {'plain','L2','L2-SP','L2-SP-Fisher','as published','last layer only','linear probe first','LwF','linear probe'} < set(STYLES)
     assert style('of my own, 3')['marker'] not in {o for _,o in STYLES.values()}
     assert set(MEASURES) == {*ACCURACIES,'seconds'}
 
@@ -368,3 +368,39 @@ class TestSeeds:
         assert seeds_needed(1e-12)==2 and seeds_needed(0.5, 1e-3)==pytest.approx((1.959964+0.841621)**2*250000, rel=1e-4)
         for sd in (-1, math.nan, math.inf):
             with pytest.raises(ValueError, match=f'sd: .*{sd}'): seeds_needed(sd)
+
+class TestAtRetention:
+    "The frontier read off at a level"
+    def curve(self, family, seeds=(0,1), n=4, slope=-0.5, top=0.9):
+        kept = np.linspace(0.1, 0.7, n)
+        return [dict(arm=f'{family}, {k}', seed=s, last=top+slope*x+s/50, retention_target_bn=x) for s in seeds for k,x in enumerate(kept)]
+
+    def test_on_a_straight_line_it_is_the_line(self):
+        rng = np.random.default_rng()
+        level,slope = rng.uniform(0.11, 0.69),rng.uniform(-1, 1)
+        found = at_retention(self.curve('L2-SP', slope=slope) + self.curve('L2-SP-Fisher', slope=slope, top=1.), level)
+        assert found.arm.tolist()==['L2-SP','L2-SP','L2-SP-Fisher','L2-SP-Fisher']
+        assert np.allclose(found['last'], [t+slope*level+s/50 for t in (0.9,1.) for s in (0,1)], atol=1e-12)
+
+    def test_two_families_compare(self):
+        found = at_retention(self.curve('L2-SP') + self.curve('L2-SP-Fisher', top=0.93), 0.3)
+        d = differences(found, 'L2-SP').loc['L2-SP-Fisher','last']
+        assert d.difference==pytest.approx(0.03) and d.seeds==2
+
+    def test_the_control_is_the_weak_end_of_all(self):
+        runs = rows(last=0.9, retention_target_bn=0.) + [dict(arm=f'L2-SP, {k}', seed=0, last=0.9-k, retention_target_bn=k) for k in (0.2,0.4)]
+        assert at_retention(runs, 0.1)['last'].tolist()==[pytest.approx(0.8)]
+        with pytest.raises(ValueError, match='no family keeps 0.1'): at_retention(runs, 0.1, weakest=None)
+
+    def test_no_extrapolation(self):
+        runs = self.curve('L2-SP', seeds=[0]) + [o | dict(retention_target_bn=o['retention_target_bn']-0.1) for o in self.curve('L2-SP', seeds=[1])]
+        assert at_retention(runs, 0.65).seed.tolist()==[0] and at_retention(runs, 0.05).seed.tolist()==[1]
+        with pytest.raises(ValueError, match='no family keeps 0.8 between'): at_retention(runs, 0.8)
+
+    def test_arms_that_stand_alone_and_diverged_ones(self):
+        runs = self.curve('L2-SP') + rows('last layer only', seeds=(0,1), retention_target_bn=0.7) + [dict(arm='L2-SP, 9', seed=0, last=None, retention_target_bn=0.5)]
+        assert set(at_retention(runs, 0.5).arm)=={'L2-SP'} and at_retention(runs, 0.5)['last'].notna().all()
+
+    def test_what_is_not_there(self):
+        with pytest.raises(ValueError, match="no 'test'"): at_retention(self.curve('L2-SP'), 0.3, target='test')
+        with pytest.raises(ValueError, match="no 'retention_source_bn'"): at_retention(self.curve('L2-SP'), 0.3, measure='retention_source_bn')

@@ -310,3 +310,88 @@ def test_a_full_disk_ends_the_sweep_in_a_sentence(runs, tmp_path, monkeypatch):
     monkeypatch.setattr(torch, 'save', full)
     with pytest.raises(OSError, match='No space left'): sweep(runs, tmp_path, quiet=True)
     assert not list(tmp_path.glob('runs/*/*.part')) and not list(tmp_path.glob('runs/*/error.txt'))
+
+class TestWhatIsTrained:
+    "`tune`: all layers, the head, or the head first"
+    def test_the_head_alone_moves(self, run):
+        run = replace(run, beta=0, tune='head', epochs=2)
+        source = source_model(run.arch, run.weights)
+        learn = fine_tune(run, source, quiet=True)
+        own,tuned = source.state_dict(),learn.model.state_dict()
+        moved = {k for k in own if k not in tuned or own[k].shape!=tuned[k].shape or not torch.equal(own[k], tuned[k])}
+        assert moved=={'fc.weight','fc.bias'}                         # and none of BatchNorm's statistics
+        started = make_learner(run, source).model.state_dict()
+        assert not torch.equal(started['fc.weight'], tuned['fc.weight'])
+
+    def test_head_first_is_a_probe_and_then_a_training(self, run):
+        "The body's first gradients come through a head that an epoch has taught"
+        run = replace(run, beta=0, tune='head first', epochs=2)
+        source,heads = source_model(run.arch, run.weights),[]
+        class Look(Callback):
+            def before_epoch(self): heads.append((self.model.fc.weight.detach().clone(), [p.requires_grad for p in self.model.parameters()]))
+        learn = fine_tune(run, source, cbs=[Look()], quiet=True)
+        probe = replace(run, tune='head', epochs=1)
+        taught = make_learner(probe, source)
+        taught.freeze()
+        with taught.no_bar(), taught.no_logging(): taught.fit_one_cycle(1, run.lr)
+        assert len(heads)==len(learn.keep_epochs.rows)==2 and all(heads[0][1])
+        assert torch.equal(heads[0][0], taught.model.fc.weight)
+
+    @pytest.mark.parametrize('tune', ['head','head first'])
+    def test_it_goes_on(self, run, tmp_path, tune):
+        run = replace(run, beta=0, tune=tune)
+        class Stop(Callback):
+            order = KeepEpochs.order+1
+            def before_epoch(self):
+                if self.epoch==2: raise KeyboardInterrupt
+        source = source_model(run.arch, run.weights)
+        with pytest.raises(KeyboardInterrupt): fine_tune(run, source, folder=tmp_path, cbs=[Stop()], quiet=True)
+        assert len(pd.read_csv(tmp_path/'curve.csv'))==2
+        whole,resumed = fine_tune(run, source, quiet=True),fine_tune(run, source, folder=tmp_path, quiet=True)
+        for p,q in zip(whole.model.state_dict().values(), resumed.model.state_dict().values()): assert torch.equal(p, q)
+
+class TestWhoseFisher:
+    def fisher(self, run, tmp_path): return run_source(run, tmp_path, progress=False).fisher
+    def test_of_the_target(self, run, tmp_path):
+        "The source model on the training split, with labels that it draws itself"
+        from fgvc_fisher.data import pick_split, read_aircraft
+        from fgvc_fisher.fisher import estimate_fisher
+        from fgvc_fisher.learner import source_dl
+        model = source_model(run.arch, run.weights)
+        want = estimate_fisher(model, source_dl(pick_split(read_aircraft(run.data), 'train'), model, run.size, run.bs, 0), progress=False)
+        found = self.fisher(replace(run, fisher_from='target'), tmp_path)
+        assert found.n_images==want.n_images and all(torch.equal(found[k], want[k]) for k in want)
+        assert self.fisher(replace(run, fisher_from='target', source=''), tmp_path) is not None
+
+    def test_of_some_pictures(self, run, tmp_path):
+        a,b,c = [self.fisher(replace(run, n_fisher=5, seed=s), tmp_path) for s in (1,1,2)]
+        assert a.n_images==c.n_images==5 and torch.equal(a['conv1.0.weight'], b['conv1.0.weight']) and not torch.equal(a['conv1.0.weight'], c['conv1.0.weight'])
+        assert len(list(tmp_path.glob('*.safetensors')))==2
+        with pytest.raises(ValueError, match='there are only'): self.fisher(replace(run, n_fisher=10**6), tmp_path)
+
+    def test_another_kind_another_file(self, run, tmp_path):
+        asked = [run, replace(run, kind='exact'), replace(run, fisher_from='target'), replace(run, n_fisher=5), replace(run, fisher_from='target', n_fisher=5)]
+        for o in asked: self.fisher(o, tmp_path)
+        assert len(list(tmp_path.glob('*.safetensors')))==len(asked)
+
+    def test_what_cannot_be_meant(self, run):
+        for kw,said in [(dict(n_fisher=-1), 'n_fisher=-1'), (dict(fisher_from='target', kind='empirical'), 'needs labels'), (dict(tune='body'), 'choose from all, head'),
+                        (dict(tune='head'), 'nothing that beta'), (dict(tune='head first', recipe='published', transforms='published'), 'train all layers')]:
+            with pytest.raises(ValueError, match=said): replace(run, **kw)
+
+def test_a_normalised_fisher_is_another_beta(run, tmp_path):
+    "F/mean(F) at beta is F at beta/mean(F): one frontier, other names for its points"
+    source = run_source(run, tmp_path, progress=False)
+    shared = [n for n,p in source.model.named_parameters() if not n.startswith('fc.')]
+    mean = sum(source.fisher[n].double().sum() for n in shared)/sum(source.fisher[n].numel() for n in shared)
+    a = fine_tune(replace(run, normalize=True, beta=2.), source.model, source.fisher, quiet=True).model
+    b = fine_tune(replace(run, beta=2./mean.item()), source.model, source.fisher, quiet=True).model
+    for p,q in zip(a.parameters(), b.parameters()): assert torch.allclose(p, q, atol=1e-5, rtol=1e-4)
+
+def test_a_field_more_does_not_make_a_stranger_of_an_old_run(run, tmp_path):
+    "A folder that an earlier version began, without the newest fields"
+    do_run(replace(run, epochs=1), tmp_path, quiet=True)
+    row = json.loads((tmp_path/'run.json').read_text())
+    for o in ('tune','fisher_from','n_fisher'): del row[o]
+    (tmp_path/'run.json').write_text(json.dumps(row))
+    assert do_run(replace(run, epochs=1), tmp_path, quiet=True)['epochs']==1

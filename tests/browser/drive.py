@@ -24,7 +24,8 @@ TROUBLE = ':is([data-mime-type$="jupyter.error"], [data-mime-type$="jupyter.stde
 
 # What is on the screen, not the file: two PNGs with the same pixels are the same picture
 PIXELS = '''async img => {
-    await img.decode()
+    for (let tries = 50; ; tries--)   // decoding fails while a newer picture takes the place of this one: then that one is meant
+        try { await img.decode(); break } catch (e) { if (!tries) throw e; await new Promise(f => setTimeout(f, 50)) }
     const c = document.createElement('canvas')
     c.width = img.naturalWidth; c.height = img.naturalHeight
     const ctx = c.getContext('2d')
