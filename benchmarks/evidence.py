@@ -26,6 +26,7 @@ from fgvc_fisher.runs import load_run, run_source
 # Without BatchNorm SqueezeNet diverges at MobileNet's rate. On airliners17 it learnt nothing in 4 or 12 epochs, at rates from 0.0001 to 0.02
 NETWORKS = {'mobilenet': dict(trees=['airliners17','warbirds30'], arch='warbirds:mobilenet', weights='mobilenetv1_075_imagenet.safetensors', lr=0.02),
             'squeezenet': dict(trees=['warbirds30'], arch='torchvision.models:squeezenet1_1', weights='squeezenet1_1_imagenet_fp16.safetensors', lr=0.002)}
+TARGET = dict(airliners17=0, warbirds30=500) # Pictures for the target's Fisher: all 476 that there are, or as many as of the source
 PULLS = dict(mobilenet=1, squeezenet=10) # A step pulls by lr * strength: at a tenth of the rate ten times the strength pulls as much
 
 def arms(network):
@@ -34,11 +35,11 @@ def arms(network):
     return [dict(arm='plain'), dict(arm='L2', alpha=[5e-4]), dict(arm='L2-SP', l2sp=[o*k for o in (0.01, 0.1, 1, 3, 10)]),
             dict(arm='L2-SP-Fisher', beta=[o*k for o in (0.1, 1, 10, 30, 100, 1000)]), dict(arm='last layer only', tune='head')]
 
-def more_arms(network):
+def more_arms(tree, network):
     "What is compared beside, for one question each"
     k = PULLS[network]
     fisher = dict(beta=[o*k for o in (0.1, 1, 10, 30, 100, 1000)])
-    asked = [dict(arm='exact Fisher', kind='exact', **fisher), dict(arm='target Fisher', fisher_from='target', n_fisher=500, **fisher),
+    asked = [dict(arm='exact Fisher', kind='exact', **fisher), dict(arm='target Fisher', fisher_from='target', n_fisher=TARGET[tree], **fisher),
              dict(arm='normalised Fisher', normalize=True, beta=[o*k for o in (0.1, 1, 10)]),
              *[dict(arm=f'Fisher of {n} pictures', n_fisher=n, beta=[10*k]) for n in (10, 30, 100)],
              dict(arm='empirical Fisher', kind='empirical', beta=[10*k]),
@@ -61,7 +62,7 @@ def all_runs(photos, more, seeds, **kwargs):
     found = []
     for network,seed in product(NETWORKS, seeds):
         for tree in NETWORKS[network]['trees']:
-            asked = [dict(lr=NETWORKS[network]['lr']) | o for o in arms(network) + (more_arms(network) if tree in more else [])]
+            asked = [dict(lr=NETWORKS[network]['lr']) | o for o in arms(network) + (more_arms(tree, network) if tree in more else [])]
             found += grid(asked, [seed], **settings(photos, tree, network, **kwargs))
     return found
 
@@ -72,18 +73,19 @@ def merged_rows(run, folder, shared):
     "A plain run merged with its source along both curves, a row a point"
     source = run_source(dataclasses.replace(run, beta=1.), shared, progress=False)      # with its Fisher
     learn = load_run(run, folder, source.model)
-    train = pick_split(read_aircraft(run.data, run.level), run.train).sample(500, random_state=run.seed).sort_index()
+    train = pick_split(read_aircraft(run.data, run.level), run.train)
+    train = train.sample(min(500, len(train)), random_state=run.seed).sort_index()
     train = normalise(picture_dl(train, run.size, run.bs, num_workers=run.num_workers), source.model)
     start = time.perf_counter()
     fishers = source.fisher,estimate_fisher(learn.model, train, progress=False)
     took = time.perf_counter()-start
-    points = [('WiSE-FT', f't = {t}', 0., lambda t=t: interpolate(source.model, learn.model, t)) for t in PARTS]
-    points += [('Fisher merging', f'beta = {b:g}', took, lambda b=b: merge(source.model, learn.model, *fishers, b)) for b in BETAS]
-    for arm,strength,seconds,make in points:
-        model = make()
+    points = [('WiSE-FT', 't', t, 0., lambda t: interpolate(source.model, learn.model, t)) for t in PARTS]
+    points += [('Fisher merging', 'beta', b, took, lambda b: merge(source.model, learn.model, *fishers, b)) for b in BETAS]
+    for arm,name,strength,seconds,make in points:
+        model = make(strength)
         update_bn(train, model)                                      # its statistics in between belong to neither
         kept = retention(model, source.model, source.pictures)
-        yield dict(arm=f'{arm}, {strength}', seed=run.seed, last=accuracy_on(model, learn.dls.valid), before=source.before, seconds=seconds,
+        yield dict(arm=f'{arm}, {name} = {strength:g}', strength=strength, seed=run.seed, last=accuracy_on(model, learn.dls.valid), before=source.before, seconds=seconds,
                    **{f'retention_{k}_bn': v for k,v in kept.items()})
 
 def merge_all(runs, work):

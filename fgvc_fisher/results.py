@@ -305,7 +305,7 @@ def _in_the_way(ax, runs, t, target):
 # %% ../nbs/07b_results.ipynb #104c0de9
 def _joined(ax, runs, t, target, color):
     "A thin line through the arms of a family, from weak to strong; dotted with the source's statistics"
-    strength = [o for o in ('alpha','l2sp','beta') if o in runs]
+    strength = [o for o in ('alpha','l2sp','beta','strength') if o in runs]
     by = runs.groupby('arm')[strength].first().loc[t.index].sum(axis=1) if strength else pd.Series(0, t.index)
     if not by.is_unique: return
     t = t.loc[by.sort_values().index]
