@@ -125,12 +125,13 @@ def report(out):
     rows = pd.concat([pd.read_csv(out/o) for o in ('runs.csv','merged.csv') if (out/o).exists()])
     for (tree,network),r in rows.groupby(['tree','network'], sort=False):
         name = f'{tree}-{network}'
-        show_table(table(r)).to_csv(out/f'table-{name}.csv')
+        shown = show_table(table(r))
+        shown.to_csv(out/f'table-{name}.csv')
         differences(r).to_csv(out/f'differences-{name}.csv', float_format='%.4f')
         for kind,families in (('frontier', MAIN), ('fishers', FISHERS)):
             if not {o.split(',')[0] for o in r.arm} > set(FISHERS) and kind=='fishers': continue
             frontier(chosen(r, families)).figure.savefig(out/f'{kind}-{name}.png', dpi=100)
-        print(f'\n{name}\n{show_table(table(r)).to_string()}')
+        print(f'\n{name}\n{shown.to_string()}')
     plt.close('all')
 
 @call_parse

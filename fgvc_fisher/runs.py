@@ -112,17 +112,20 @@ class Run:
     bs:int=32 # Pictures a batch
     epochs:int=4 # Passes over the training split
     lr:float=0.02 # Greatest learning rate; the published recipe has its own
-    amp:bool=False # Channels-last and float16 autocast, on a GPU
+    amp:bool=False # float16 autocast, on a GPU
     seed:int=42 # Of the head, the order of the pictures and their crops
     num_workers:int|None=None # Processes that decode; None: one a core
     def __post_init__(self):
         for o in fields(self): object.__setattr__(self, o.name, _plain(o, getattr(self, o.name)))
         _check(self)
-    @property
-    def id(self): # Such as 'l2-sp-fisher-beta-10-42-1f3c9a2b'
-        said = {o.name: getattr(self, o.name) for o in fields(self) if getattr(self, o.name)!=o.default}
-        digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
-        return f"{re.sub(r'[^a-z0-9.]+', '-', self.arm.lower()).strip('-')[:80]}-{self.seed}-{digest[:8]}"
+
+# %% ../nbs/07_runs.ipynb #b9575548
+@patch(as_prop=True)
+def id(self:Run)->str: # Such as 'l2-sp-fisher-beta-10-42-1f3c9a2b'
+    "Its name in a folder: arm, seed, and a hash of all fields that are not at their default."
+    said = {o.name: getattr(self, o.name) for o in fields(self) if getattr(self, o.name)!=o.default}
+    digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+    return f"{re.sub(r'[^a-z0-9.]+', '-', self.arm.lower()).strip('-')[:80]}-{self.seed}-{digest[:8]}"
 
 # %% ../nbs/07_runs.ipynb #67f49610
 class _NoValidation(Callback):
