@@ -24,6 +24,7 @@ from fastcore.script import call_parse
 # %% ../nbs/07d_experiment.ipynb #113c0709
 from .data import aircraft_dls, picture_dl, pick_split, read_pictures
 from .learner import aircraft_learner, picture_stats, source_model
+from .processes import part, processes
 from .results import conclusions, curves, differences, frontier, read_curves, read_runs, show_table, table
 from .runs import Run, do_run, fine_tune, run_arm, _save_weights, _write
 from .sweep import grid, read_grid, sweep
@@ -170,7 +171,8 @@ def fgvc_finetune(
     row = _said(_finetune, run, Path(out))
     if row['last']!=row['last']: sys.exit('fgvc-finetune: the training diverged; try a smaller --lr')
     names = [o for o in row if o in ('best','last','before') or o.startswith('retention')]
-    print('\n' + '\n'.join(f'{o:22} {row[o]:.3f}' for o in names if row[o]==row[o]) + f'\n\nWritten to {out}')
+    if not processes()[1]: print('\n' + '\n'.join(f'{o:22} {row[o]:.3f}' for o in names if row[o]==row[o]) + f'\n\nWritten to {out}')
+    part()
 
 # %% ../nbs/07d_experiment.ipynb #220c41b8
 @call_parse

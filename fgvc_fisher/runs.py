@@ -16,19 +16,18 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 import pandas as pd, torch
-from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
 # %% ../nbs/07_runs.ipynb #31ae135f
 from fastai.callback.channelslast import ChannelsLast # adds `to_channelslast` to Learner
 from fastai.callback.core import Callback, CancelValidException
 from fastai.callback.schedule import ParamScheduler # adds `fit_one_cycle`
-from fastai.callback.tracker import TerminateOnNaNCallback
 from fastai.callback.training import BnFreeze
 from fastai.learner import Learner, SkipToEpoch
 from fastai.losses import LabelSmoothingCrossEntropyFlat
-from fastai.torch_core import default_device, no_random, set_seed
+from fastai.torch_core import default_device, get_model, no_random, set_seed
 from fastcore.basics import patch
+from fastcore.parallel import num_cpus
 from safetensors.torch import load_file, save_file
 
 # %% ../nbs/07_runs.ipynb #0515d626
@@ -36,6 +35,7 @@ from .callback import L2SPFisherCallback
 from .data import aircraft_dls, pick_split, read_aircraft, read_pictures, _check_splits
 from .fisher import DiagFisher, estimate_fisher, weights_sha256
 from .learner import aircraft_learner, head_name, load_weights, normalise, source_dl, source_model
+from .processes import TerminateTogether, from_first, held, processes, together
 from .published import AsPublished, fit_published, published_learner
 from .retention import accuracy_on, retention, source_parts
 from .transforms import named_transforms
@@ -136,15 +136,18 @@ class _NoValidation(Callback):
 # %% ../nbs/07_runs.ipynb #349983b5
 def _penalty(run, learn, source, fisher):
     "The callback of the run's penalty"
+    if run.step=='published' and processes()[0]>1: raise ValueError("step='published' is a function of the whole batch, which no one of several processes sees: start one process")
     if run.step=='published': return AsPublished(copy.deepcopy(learn.model), run.alpha, run.beta, run.l2sp)
     return L2SPFisherCallback(run.alpha, run.beta, fisher if run.beta else None, run.l2sp, run.step, new=[head_name(source)],
                               anchor=dict(source.named_parameters()), freeze_bn=run.freeze_bn, normalize=run.normalize and run.beta>0)
 
 # %% ../nbs/07_runs.ipynb #40f5c7d8
 def _dls(run, valid):
-    "The run's training split, and another to measure on"
-    return aircraft_dls(run.data, run.level, train=run.train, valid=valid, size=run.size, bs=run.bs, transforms=run.transforms, cache=run.cache,
-                        num_workers=run.num_workers)
+    "The run's training split, and another to measure on, in this process's share of a batch"
+    n,_ = processes()
+    if run.bs%n: raise ValueError(f"bs={run.bs}: {n} processes cannot share a batch alike; choose a multiple of {n}")
+    return aircraft_dls(run.data, run.level, train=run.train, valid=valid, size=run.size, bs=run.bs//n, transforms=run.transforms, cache=run.cache,
+                        num_workers=max(1, num_cpus()//n) if run.num_workers is None and n>1 else run.num_workers)
 
 # %% ../nbs/07_runs.ipynb #f81cd111
 def make_learner(
@@ -157,7 +160,7 @@ def make_learner(
     learn = RECIPES[run.recipe].learner(_dls(run, run.valid or run.test), source)
     learn.to_channelslast(use_amp=run.amp)
     learn.train_bn = run.tune=='all'
-    learn.add_cbs([_penalty(run, learn, source, fisher), TerminateOnNaNCallback()])
+    learn.add_cbs([_penalty(run, learn, source, fisher), TerminateTogether()])
     if run.tune!='all': learn.add_cb(BnFreeze())
     if not run.valid: learn.add_cb(_NoValidation())
     return learn
@@ -217,9 +220,10 @@ def before_fit(self:KeepEpochs):
 def before_epoch(self:KeepEpochs):
     "Seed everything by the run's seed and the epoch."
     if self.learn.lock.locked(): return
-    seed = random.Random(f'{self.seed}, epoch {self.epoch}').getrandbits(32)
+    _,i = processes()
+    seed = random.Random(f'{self.seed}, epoch {self.epoch}' + (f', process {i}' if i else '')).getrandbits(32)   # each crops in its own way
     set_seed(seed, reproducible=True)
-    for o in self.dls.loaders: o.rng = random.Random(seed)
+    for o in self.dls.loaders: getattr(o, 'dl', o).rng = random.Random(seed)     # one of several processes has it in its share
     self.began = time.perf_counter()
 
 # %% ../nbs/07_runs.ipynb #a300164a
@@ -229,15 +233,15 @@ def after_epoch(self:KeepEpochs):
     if self.learn.lock.locked() or self.epoch<self.start: return
     row = {k: float(v) for k,v in zip(self.recorder.metric_names[1:], self.recorder.values[-1])}
     self.rows.append(dict(epoch=self.epoch, **row, seconds=time.perf_counter()-self.began))
-    if self.folder: self.write()
+    if self.folder and not processes()[1]: self.write()
 
 # %% ../nbs/07_runs.ipynb #4f58fafa
 @patch
 def write(self:KeepEpochs):
     "Write the weights, if they are the best so far, the checkpoint and the curve."
-    if self.best==self.epoch: _save_weights(self.learn.model, self.weights_of(self.epoch))
-    scaler = getattr(self.learn, 'scaler', None)
-    state = dict(model=self.learn.model.state_dict(), momenta=self.learn.opt.state_dict()['state'], scaler=scaler and scaler.state_dict(),
+    model,scaler = get_model(self.learn.model),getattr(self.learn, 'scaler', None)
+    if self.best==self.epoch: _save_weights(model, self.weights_of(self.epoch))
+    state = dict(model=model.state_dict(), momenta=self.learn.opt.state_dict()['state'], scaler=scaler and scaler.state_dict(),
                  smooth=(self.recorder.smooth_loss.count, self.recorder.smooth_loss.val.as_subclass(Tensor)), rows=self.rows)
     _write(self.folder/'curve.csv', self.curve().to_csv(index=False))
     _replace(self.checkpoint, lambda o: torch.save(state, o))
@@ -251,12 +255,17 @@ def curve(self:KeepEpochs)->pd.DataFrame: # `epoch`, the recorder's columns, `se
     return pd.DataFrame(self.rows)
 
 # %% ../nbs/07_runs.ipynb #de5499e9
+def _checkpoint(file):
+    "What a checkpoint holds; None where there is none. Raises `ValueError` for a file that is none"
+    if not file.exists(): return
+    try: return torch.load(file, map_location='cpu', weights_only=True)
+    except Exception as e: raise ValueError(f"{file} cannot be read ({type(e).__name__}); without it the run begins anew: delete it") from e
+
 @patch
 def resume(self:KeepEpochs)->int: # The epoch to begin with, 0 without a checkpoint
     "Load the checkpoint, if there is one. Raises `ValueError` for a file that is none."
-    if not (self.folder and self.checkpoint.exists()): return 0
-    try: self.state = torch.load(self.checkpoint, map_location='cpu', weights_only=True)
-    except Exception as e: raise ValueError(f"{self.checkpoint} cannot be read ({type(e).__name__}); without it the run begins anew: delete it") from e
+    self.state = from_first(lambda: self.folder and _checkpoint(self.checkpoint)) or {}
+    if not self.state: return 0
     self.learn.model.to(self.dls.device).load_state_dict(self.state['model'])
     self.learn.create_opt()
     self.learn.opt.load_state_dict(self.learn.opt.state_dict() | dict(state=self.state['momenta']))
@@ -285,9 +294,10 @@ def fine_tune(
     learn = make_learner(run, source, fisher)
     keep = KeepEpochs(run.seed, folder)
     learn.add_cb(keep)
-    with ExitStack() as quietly:
+    with ExitStack() as inside:
+        inside.enter_context(together(learn))
         if quiet:
-            for o in (learn.no_bar(), learn.no_logging(), redirect_stdout(io.StringIO())): quietly.enter_context(o)
+            for o in (learn.no_bar(), learn.no_logging(), redirect_stdout(io.StringIO())): inside.enter_context(o)
         if run.tune=='head': learn.freeze()                              # before momenta are read, which it would clear
         start = keep.resume()
         if run.tune=='head first' and not start: _probe(run, learn)
@@ -321,18 +331,18 @@ def run_arm(
     learn = tune(run, source, fisher)
     took,curve = time.perf_counter()-start,_curve(learn)
     row = asdict(run) | dict(id=run.id) | _accuracies(run, curve)
-    kept = retention(learn.model, source, source_pictures, tuned_pictures) if source_pictures is not None else {}
+    kept = from_first(lambda: retention(learn.model, source, source_pictures, tuned_pictures)) if source_pictures is not None else {}
     row |= {f'retention_{k}_bn': v if len(curve)==run.epochs else math.nan for k,v in kept.items()}
     row['seconds'] = float(curve.seconds.sum()) if 'seconds' in curve else took                 # of a run that went on, of all its parts
     return row, curve.assign(arm=run.arm, seed=run.seed), learn
 
 # %% ../nbs/07_runs.ipynb #3aab6016
-def _once(file, make):
-    "Make a file that is not there yet, in one process at a time"
+def _once(file, make, read):
+    "Read a file, or make what it holds, in one run at a time; processes that do a run together make it together"
     file.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f'{file}.lock'):
-        if not file.exists(): make(file)
-    return file
+    with held(f'{file}.lock'):
+        if from_first(file.exists): return from_first(lambda: read(file))
+        return make(file)
 
 # %% ../nbs/07_runs.ipynb #83f2f4a5
 def _key(*values): return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:8]
@@ -360,6 +370,13 @@ def _fisher_file(run, key):
     if run.n_fisher: of += (run.n_fisher, run.seed)
     return f"{key}-{run.kind}{'-'+_key(*of) if of else ''}.safetensors"
 
+# %% ../nbs/07_runs.ipynb #283ae9f8
+def _measure(model, pictures, file):
+    "The accuracy, also written to a file"
+    found = accuracy_on(model, pictures)
+    _write(file, repr(found))
+    return found
+
 # %% ../nbs/07_runs.ipynb #1a8e97f9
 def run_source(
     run:Run, # What to do
@@ -376,12 +393,14 @@ def run_source(
     def estimate(file):
         note = dict(images=run.source if run.fisher_from=='source' else f'{run.data}, {run.train}', file=run.weights)
         pictures = source_dl(_fisher_pictures(run, for_fisher), *args)
-        estimate_fisher(model, pictures, run.kind, mass=0.99 if run.kind=='exact' else 1., checkpoint=f'{file}.{run.bs}.checkpoint', progress=progress, provenance=note).save(file)
-    fisher = DiagFisher.load(_once(shared/_fisher_file(run, key), estimate)) if needed else None
+        found = estimate_fisher(model, pictures, run.kind, mass=0.99 if run.kind=='exact' else 1., checkpoint=f'{file}.{run.bs}.checkpoint', progress=progress, provenance=note)
+        from_first(lambda: found.save(file))
+        return found
+    fisher = _once(shared/_fisher_file(run, key), estimate, DiagFisher.load) if needed else None
     if not run.source: return Source(model, fisher)
     pictures,tuned = source_dl(for_retention, *args),source_dl(for_retention, *args, run.transforms)
-    before = _once(shared/f'{key}-before.txt', lambda o: _write(o, repr(accuracy_on(model, pictures))))
-    return Source(model, fisher, pictures, tuned, float(before.read_text()))
+    before = _once(shared/f'{key}-before.txt', lambda o: from_first(lambda: _measure(model, pictures, o)), lambda o: float(o.read_text()))
+    return Source(model, fisher, pictures, tuned, before)
 
 # %% ../nbs/07_runs.ipynb #859ccf92
 def _test(run, learn):
@@ -398,7 +417,8 @@ def _test(run, learn):
 # %% ../nbs/07_runs.ipynb #5c758588
 def _machine():
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else f'{torch.get_num_threads()} CPU threads, {platform.machine()}'
-    return f'{name}; Python {platform.python_version()}, torch {torch.__version__}'
+    n,_ = processes()
+    return f'{f"{n} processes, each with " if n>1 else ""}{name}; Python {platform.python_version()}, torch {torch.__version__}'
 
 # %% ../nbs/07_runs.ipynb #26526610
 def _json(row): return json.dumps({k: None if isinstance(v, float) and not math.isfinite(v) else v for k,v in row.items()}, indent=1)
@@ -432,19 +452,24 @@ def _check_data(run):
     named_transforms(run.transforms, run.size, True, 2)
 
 # %% ../nbs/07_runs.ipynb #4475980b
+def _finish(run, folder, row, learn, source):
+    "Test the model, and write what the run leaves"
+    row |= _test(run, learn) | dict(before=source.before, machine=_machine())
+    _save_weights(learn.model, folder/'model.safetensors', classes='\n'.join(map(str, learn.dls.vocab)))
+    _write(folder/'result.json', _json(row))
+
 def _do(run, folder, shared, cbs, quiet):
     "Do a run in a folder whose lock this process has"
-    if not (folder/'result.json').exists(): _check_data(run)
-    _claim(run, folder)
-    if not (folder/'result.json').exists():
+    done = from_first((folder/'result.json').exists)
+    if not done: _check_data(run)
+    from_first(lambda: _claim(run, folder))
+    if not done:
         source = run_source(run, shared, not quiet)
         def tune(run, model, fisher): return fine_tune(run, model, fisher, folder, cbs, quiet)
         row,curve,learn = run_arm(run, source.model, source.pictures, source.fisher, tune, source.tuned_pictures)
-        row |= _test(run, learn) | dict(before=source.before, machine=_machine())
-        _save_weights(learn.model, folder/'model.safetensors', classes='\n'.join(map(str, learn.dls.vocab)))
-        _write(folder/'result.json', _json(row))
-    _tidy(folder)
-    return _result(folder)
+        from_first(lambda: _finish(run, folder, row, learn, source))
+    from_first(lambda: _tidy(folder))
+    return from_first(lambda: _result(folder))
 
 # %% ../nbs/07_runs.ipynb #41c75107
 def _result(folder):
@@ -463,9 +488,7 @@ def do_run(
     Raises `ValueError` for what is wrong with the data, for another run's folder, and while another process is at this one."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(folder/'lock', timeout=0): return _do(run, folder, shared or folder, cbs, quiet)
-    except Timeout: raise ValueError(f"{folder}: another process is at this run") from None
+    with held(folder/'lock', f"{folder}: another process is at this run"): return _do(run, folder, shared or folder, cbs, quiet)
 
 # %% ../nbs/07_runs.ipynb #2d737a61
 def load_run(
