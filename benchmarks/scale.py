@@ -1,7 +1,7 @@
 """Pictures a second of one process and of two, training with the penalty and estimating a Fisher; and on paper, of many GPUs.
 
-    python benchmarks/scale.py PHOTOS     # PHOTOS holds data/warbirds30 and weights/mobilenetv1_075_imagenet.safetensors
-    python benchmarks/scale.py            # on paper alone
+    python benchmarks/scale.py --photos PHOTOS  # PHOTOS holds data/warbirds30 and weights/mobilenetv1_075_imagenet.safetensors
+    python benchmarks/scale.py                  # on paper alone
 
 Each process has one thread, and `torchrun` starts them. What they read is decoded beforehand, so that the network is measured and not the disk. One process and two take turns,
 round after round, since a shared machine is now fast, now slow; the efficiency is the median over rounds of rate(2) / (2 rate(1)).
@@ -9,34 +9,35 @@ round after round, since a shared machine is now fast, now slow; the efficiency 
 import json, os, platform, subprocess, sys, tempfile, time
 from pathlib import Path
 import pandas as pd, timm, torch
+from fastai.data.all import DataLoaders, TfmdDL
 from fastcore.script import call_parse
 from fgvc_fisher.budget import picture_cost
-from fgvc_fisher.fisher import estimate_fisher
-from fgvc_fisher.learner import aircraft_learner, picture_stats, source_model
 from fgvc_fisher.callback import L2SPFisherCallback
+from fgvc_fisher.data import aircraft_dls
+from fgvc_fisher.fisher import estimate_fisher
+from fgvc_fisher.learner import aircraft_learner, source_model
 from fgvc_fisher.processes import part, processes, together
+from warbirds import mobilenet
 
 # Training: share of its peak that a GPU reaches with Inception-v4. T4: the published validation batches, 24.5 GFLOP * 32 in 0.13 s of 65 TFLOPS. H200: assumed, none was at hand
 GPUS = {'T4': dict(tflops=65, share=0.093), 'H200': dict(tflops=989, share=0.2)}
-LINKS = {'NVLink, 450 GB/s': 450e9, 'PCIe 4, 25 GB/s': 25e9, 'Ethernet, 100 Gbit/s': 12.5e9, 'Ethernet, 10 Gbit/s': 1.25e9}
+LINKS = {'PCIe 3': 12e9, 'NVLink': 450e9, '10 Gbit/s': 1.25e9, '100 Gbit/s': 12.5e9, '400 Gbit/s': 50e9} # bytes a second, one way, of the slowest part of a ring
+SETUPS = [('T4',2,'PCIe 3'), ('T4',8,'10 Gbit/s'), ('T4',8,'100 Gbit/s'), ('H200',2,'NVLink'), ('H200',8,'NVLink'), ('H200',64,'100 Gbit/s'), ('H200',64,'400 Gbit/s')]
 
 def decoded(photos, n, size):
     "Pictures and labels of the training split, as a network sees them"
-    from fgvc_fisher.data import aircraft_dls
     dl = aircraft_dls(Path(photos)/'data/warbirds30', size=size, bs=32, num_workers=0).valid
     batches = []
     for b in dl:
         batches.append(b)
         if sum(len(o[1]) for o in batches)>=n: break
-    return [torch.cat(o)[:n] for o in zip(*batches)]
+    return [torch.cat(o)[:n].as_subclass(torch.Tensor) for o in zip(*batches)]
 
-def work(file, seconds):
+def work(file):
     "What a process does: time training steps and a Fisher, in batches of 32 over all processes"
-    from fastai.vision.all import DataLoaders, TfmdDL
-    from warbirds import mobilenet
     torch.set_num_threads(1)
     n,i = processes()
-    told = torch.load(file, weights_only=True)
+    told = torch.load(file)
     x,y = told['x'],told['y']
     source = source_model(mobilenet, told['weights'])
     mine = list(zip(x, y))
@@ -46,10 +47,10 @@ def work(file, seconds):
         start = time.perf_counter()
         f()
         return pictures/(time.perf_counter()-start)
-    learn = aircraft_learner(dls, source, n_out=30)
+    learn = aircraft_learner(dls, source, n_out=30, loss_func=torch.nn.CrossEntropyLoss())
     cb = L2SPFisherCallback(beta=10., fisher=fisher, anchor=dict(source.named_parameters()))
     def train():
-        with learn.no_bar(), learn.no_logging(), learn.removed_cbs([]): learn.fit(1, 0.001, cbs=cb)
+        with learn.no_bar(), learn.no_logging(): learn.fit(1, 0.001, cbs=cb)
     learn.dls.valid.n = 32
     with together(learn):
         train()
@@ -62,8 +63,9 @@ def work(file, seconds):
 
 def measured(file, n):
     "Rates of n processes"
-    command = [str(Path(sys.executable).parent/'torchrun'), '--nproc-per-node', str(n), __file__, '--work_on', file]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ|dict(OMP_NUM_THREADS='1'))
+    starter = [str(Path(sys.executable).parent/'torchrun'), '--nproc-per-node', str(n), '--no-python']
+    done = subprocess.run([*starter, sys.executable, '-c', f'import scale; scale.work({file!r})'], capture_output=True, text=True,
+                          env=os.environ|dict(OMP_NUM_THREADS='1', PYTHONPATH=os.pathsep.join(map(str, [Path(__file__).parent, *sys.path]))))
     if done.returncode: sys.exit(done.stderr[-3000:])
     return json.loads([o for o in done.stdout.splitlines() if o.startswith('{')][-1])
 
@@ -72,13 +74,12 @@ def on_paper():
     model = timm.create_model('inception_v4')
     cost,size = picture_cost(model, 299)['training'],4*sum(p.numel() for p in model.parameters())
     rows = []
-    for gpu,o in GPUS.items():
-        step = 32*cost/(o['tflops']*1e12*o['share'])
-        for link,speed in LINKS.items():
-            for n in (2, 8, 64):
-                send = 2*(n-1)/n*size/speed                            # a ring: each sends and gets every gradient twice, but for its own part
-                rows.append(dict(gpu=gpu, link=link, gpus=n, step_ms=1e3*step, mb_sent=2*(n-1)/n*size/1e6, send_ms=1e3*send, pictures_s=32*n/(step+send), efficiency=step/(step+send)))
-    return pd.DataFrame(rows)
+    for gpu,n,link in SETUPS:
+        step = 32*cost/(GPUS[gpu]['tflops']*1e12*GPUS[gpu]['share'])
+        sent = 2*(n-1)/n*size                                          # a ring: each sends every gradient twice, but for its own part
+        rows.append(dict(gpu=gpu, gpus=n, link=link, step_ms=1e3*step, mb_sent=sent/1e6, send_ms=1e3*sent/LINKS[link]))
+    t = pd.DataFrame(rows)
+    return t.assign(pictures_s=32e3*t.gpus/(t.step_ms+t.send_ms), efficiency=t.step_ms/(t.step_ms+t.send_ms))
 
 @call_parse
 def main(
@@ -87,9 +88,7 @@ def main(
     rounds:int=5, # Turns of one process and two
     pictures:int=256, # Decoded beforehand
     size:int=128, # Their side in pixels
-    work_on:str='', # Not for you: the file that a process works on
 ):
-    if work_on: return work(work_on, rounds)
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     on_paper().to_csv(out/'paper.csv', index=False, float_format='%.4g')

@@ -28,7 +28,7 @@ class Watch(Callback):
         penalty = next(o.penalty for o in self.learn.cbs if hasattr(o, 'penalty'))
         print(hashlib.sha256(bits).hexdigest(), penalty.value().item(), flush=True, file=open(f'{folder}-{i}.steps', 'a'))
 row = do_run(run, folder, cbs=[Watch()], quiet=True)
-sys.stdout.write(f"{i} {row['last']}\n")
+sys.stdout.write(f"{i} {row['last']}\\n")
 sys.stdout.flush()
 part()
 """
