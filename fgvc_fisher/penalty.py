@@ -26,11 +26,11 @@ def differences(
     if not isinstance(source, Mapping):
         raise ValueError(f"a Fisher or an anchor maps parameter names to tensors; {type(source).__name__} does not. "
                          "Of a model: dict(model.named_parameters())")
-    own,rest = dict(model.named_parameters()),[k for k in source if k not in dict(model.named_parameters())]
+    own = dict(model.named_parameters())
     def how(name):
         if name not in source: return 'is not in the source'
         if source[name].shape!=own[name].shape: return f'is {tuple(own[name].shape)}, in the source {tuple(source[name].shape)}'
-    return [(k,how(k)) for k in own if how(k)] + [(k,'is not in the model') for k in rest]
+    return [(k,how(k)) for k in own if how(k)] + [(k,'is not in the model') for k in source if k not in own]
 
 # %% ../nbs/04_penalty.ipynb #f7d78eb0
 def _is_new(name, new): return any(name==o or name.startswith(o+'.') for o in new)
