@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from fastcore.basics import patch
 import fgvc_fisher
+from .parts import check_whole
 from .squares import SquaredGradients
 
 # %% ../nbs/03_fisher.ipynb #721b233c
@@ -112,7 +113,8 @@ def _plan(logits, s, kind, y, first, seed, n_samples, mass):
 def weights_sha256(
     model:nn.Module, # Its parameters and buffers are hashed, with their names, in their order
 )->str: # 64 hexadecimal digits
-    "The SHA-256 hash of a network's weights."
+    "The SHA-256 hash of a network's weights. Raises `ValueError` if they are spread over processes."
+    check_whole(model, 'weights_sha256')
     h = hashlib.sha256()
     for k,v in model.state_dict().items():
         if k.endswith('num_batches_tracked'): continue                   # BatchNorm's counter of batches; many files leave it out
@@ -351,6 +353,7 @@ def estimate_fisher(
     """The diagonal Fisher information, exact for every image and every parameter; the model comes back as it was.
     Raises `ValueError` for what cannot be estimated, `FloatingPointError` if the result is not finite."""
     _check_settings(kind, n_samples, mass, n_images, until)
+    check_whole(model, 'estimate_fisher')
     about = _provenance(model, seed=seed, n_samples=n_samples, mass=mass) | {k: str(v) for k,v in (provenance or {}).items()}
     processes,process = _processes()
     if checkpoint and processes>1: checkpoint = f'{checkpoint}.{process}-of-{processes}'

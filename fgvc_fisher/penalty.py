@@ -15,6 +15,7 @@ from textwrap import shorten
 import pandas as pd, torch
 from torch import nn, Tensor
 from fastcore.basics import patch
+from .parts import here, is_sharded, part_of, settle, whole
 
 # %% ../nbs/04_penalty.ipynb #846c006e
 def differences(
@@ -25,11 +26,11 @@ def differences(
     if not isinstance(source, Mapping):
         raise ValueError(f"a Fisher or an anchor maps parameter names to tensors; {type(source).__name__} does not. "
                          "Of a model: dict(model.named_parameters())")
-    own,rest = dict(model.named_parameters()),[k for k in source if k not in dict(model.named_parameters())]
+    own = dict(model.named_parameters())
     def how(name):
         if name not in source: return 'is not in the source'
         if source[name].shape!=own[name].shape: return f'is {tuple(own[name].shape)}, in the source {tuple(source[name].shape)}'
-    return [(k,how(k)) for k in own if how(k)] + [(k,'is not in the model') for k in rest]
+    return [(k,how(k)) for k in own if how(k)] + [(k,'is not in the model') for k in source if k not in own]
 
 # %% ../nbs/04_penalty.ipynb #f7d78eb0
 def _is_new(name, new): return any(name==o or name.startswith(o+'.') for o in new)
@@ -101,27 +102,29 @@ def _check_new(model, new):
     return new
 
 # %% ../nbs/04_penalty.ipynb #75c5033b
-def _greatest(fisher):
+def _greatest(fisher, params):
     "The greatest value of each parameter's Fisher; `ValueError` names those that are negative or not a number"
-    if bad := [k for k,v in fisher.items() if not (v.isfinite().all() and (v>=0).all())]:
+    def top(v): return torch.tensor((v.max().item() if v.numel() else 0.) if v.isfinite().all() and (v>=0).all() else math.inf, dtype=torch.float64)
+    tops = {k: v.item() for k,v in whole({k: top(v) for k,v in fisher.items()}, params, 'max').items()}
+    if bad := [k for k,v in tops.items() if v==math.inf]:
         raise ValueError(f"the Fisher of {shorten(', '.join(bad), 400)} has negative or non-finite values as {fisher[bad[0]].dtype}: "
                          "estimate it again, or keep it in another dtype")
-    return {k: v.max().item() if v.numel() else 0. for k,v in fisher.items()}
+    return tops
 
 # %% ../nbs/04_penalty.ipynb #44ce1e9f
-def _mean(fisher):
+def _mean(fisher, params):
     "The mean over all values; `ValueError` if it is zero"
-    total = sum(v.sum(dtype=torch.float64).item() for v in fisher.values())
+    total = sum(v.item() for v in whole({k: v.sum(dtype=torch.float64) for k,v in fisher.items()}, params).values())
     if not total: raise ValueError("normalize=True: the Fisher is zero for every parameter under beta, and has no scale")
-    return total/sum(v.numel() for v in fisher.values())
+    return total/sum(params[k].numel() for k in fisher)
 
 # %% ../nbs/04_penalty.ipynb #087ed016
 class QuadraticPenalty:
     "Omega(theta), equation (1). Raises `ValueError` for what cannot be meant, naming the parameters or numbers."
     def __init__(self,
         model:nn.Module, # The network to be tuned
-        anchor:Mapping|None=None, # theta0, parameter name -> tensor; None: the model's present parameters, cloned
-        fisher:Mapping|None=None, # F, parameter name -> tensor; a `DiagFisher` is one
+        anchor:Mapping|None=None, # theta0, parameter name -> tensor, whole also for a sharded model; None: the model's present parameters, cloned
+        fisher:Mapping|None=None, # F, parameter name -> tensor, likewise; a `DiagFisher` is one
         alpha:float=0., # Coefficient of the L2 term
         beta:float=0., # Coefficient of the Fisher term, over shared parameters
         l2sp:float=0., # Coefficient of the plain L2-SP term, over shared parameters
@@ -134,6 +137,7 @@ class QuadraticPenalty:
     ):
         _check_coefficients(fisher, alpha=alpha, beta=beta, l2sp=l2sp)
         if dtype is not None and not dtype.is_floating_point: raise ValueError(f"dtype={dtype}: anchor and Fisher are kept as floating-point numbers")
+        settle(model)
         self.alpha,self.beta,self.l2sp = alpha,beta,l2sp
         self.params,self.kinds = dict(model.named_parameters()),parameter_kinds(model)
         new = _check_new(model, new)
@@ -142,8 +146,8 @@ class QuadraticPenalty:
         self._check_chosen(alpha_on, beta_on)
         self.anchor,self.fisher = [None if o is None else self._take(model, o, new, dtype, device)
                                    for o in (self.params if anchor is None else anchor, fisher)]
-        self.greatest = {} if fisher is None else _greatest(self.fisher)
-        self.unit = _mean({n: self.fisher[n] for n in self.held}) if normalize and fisher is not None else 1.
+        self.greatest = {} if fisher is None else _greatest(self.fisher, self.params)
+        self.unit = _mean({n: self.fisher[n] for n in self.shared if n in self.held}, self.params) if normalize and fisher is not None else 1.
 
 # %% ../nbs/04_penalty.ipynb #ad13eaee
 @patch
@@ -156,12 +160,12 @@ def _check_chosen(self:QuadraticPenalty, alpha_on, beta_on):
 # %% ../nbs/04_penalty.ipynb #5b80cc31
 @patch
 def _take(self:QuadraticPenalty, model, source, new, dtype, device):
-    "Clones of what `source` has of the shared parameters, laid out in memory as the parameters are"
+    "Clones of what `source` has of the shared parameters, of the parts that are here, laid out in memory as the parameters are"
     if wrong := [f'{k} {v}' for k,v in differences(model, source) if not _is_new(k, new)]:
         raise ValueError(f"this Fisher or anchor is of another model: {shorten(', '.join(wrong), 400)}")
     far = device is not None and torch.device(device).type=='cpu'
-    def clone(p, v): return torch.empty_like(p, dtype=dtype, device=device, requires_grad=False, pin_memory=far and p.is_cuda).copy_(v.detach())
-    return {n: clone(self.params[n], source[n]) for n in self.shared}
+    def clone(p, v): return torch.empty_like(here(p), dtype=dtype, device=device, requires_grad=False, pin_memory=far and p.is_cuda).copy_(part_of(v.detach(), p))
+    return {n: clone(self.params[n].detach(), source[n]) for n in self.shared}
 
 # %% ../nbs/04_penalty.ipynb #d52a6ff5
 @patch
@@ -172,8 +176,8 @@ def _holds(self:QuadraticPenalty, name):
 # %% ../nbs/04_penalty.ipynb #29ce2d41
 @patch
 def _cost(self:QuadraticPenalty, name):
-    "The penalty of one parameter, a tensor without dimensions"
-    p = self.params[name]
+    "The penalty of what is here of a parameter, a tensor without dimensions"
+    p = here(self.params[name])
     cost = self.alpha*p.square().sum() if name in self.decayed else p.new_zeros(())
     if not self._holds(name): return cost
     firmness = self.l2sp + (self.beta/self.unit*self.fisher[name].to(p) if self.beta else 0.)
@@ -183,15 +187,22 @@ def _cost(self:QuadraticPenalty, name):
 @patch
 def value(self:QuadraticPenalty)->Tensor: # Without dimensions, differentiable
     "Omega(theta) at the model's present parameters, the frozen ones left out."
-    return sum((self._cost(n) for n,p in self.params.items() if p.requires_grad), torch.zeros(()))
+    return sum(whole({n: self._cost(n) for n,p in self.params.items() if p.requires_grad}, self.params).values(), torch.zeros(()))
+
+# %% ../nbs/04_penalty.ipynb #6d0c41aa
+@patch
+@torch.no_grad()
+def _moved(self:QuadraticPenalty):
+    "Parameter name -> squared distance from its anchor, of the shared ones"
+    def squared(p, anchor): return torch.linalg.vector_norm(p-anchor.to(p), dtype=torch.float64).square()
+    return whole({n: squared(here(self.params[n]), self.anchor[n]) for n in self.shared}, self.params)
 
 # %% ../nbs/04_penalty.ipynb #2bbac7d6
 @patch
 @torch.no_grad()
 def distance(self:QuadraticPenalty)->float: # Euclidean, over all shared parameters
     "How far the shared parameters are from their anchor."
-    moved = (self.params[n]-self.anchor[n].to(self.params[n]) for n in self.shared)
-    return math.sqrt(sum(o.square().sum(dtype=torch.float64).item() for o in moved))
+    return math.sqrt(sum(o.item() for o in self._moved().values()))
 
 # %% ../nbs/04_penalty.ipynb #403aaf6f
 BUNCH = {'cpu': 2**18} # Values in a bunch by kind of device, more where one parameter has more; elsewhere 2**24
@@ -204,6 +215,7 @@ def _bunches(self:QuadraticPenalty, rates):
     for n,p in self.params.items():
         rate,alpha,held = rates.get(n),self.alpha*(n in self.decayed),self._holds(n)
         if not (p.requires_grad and rate and (alpha or held)): continue
+        p = here(p)
         names,size = bunches.pop(key := (rate,alpha,held,p.device,p.dtype), ([],0))
         if size+p.numel()>BUNCH.get(p.device.type, 2**24) and names: yield key[:3],names; names,size = [],0
         bunches[key] = names+[n],size+p.numel()
@@ -213,7 +225,14 @@ def _bunches(self:QuadraticPenalty, rates):
 @patch
 def _fetch(self:QuadraticPenalty, kept, names):
     "Anchors or Fishers of some parameters, where and as the parameters are"
-    return [kept[n].to(self.params[n], non_blocking=True) for n in names]
+    return [kept[n].to(here(self.params[n]), non_blocking=True) for n in names]
+
+# %% ../nbs/04_penalty.ipynb #6d0c41ab
+def _grad(p):
+    "What is here of a parameter's gradient, of zeros if it has none"
+    if p.grad is None: p.grad = torch.zeros_like(p)
+    elif is_sharded(p) and p.grad.placements!=p.placements: p.grad = p.grad.redistribute(placements=p.placements) # tensor parallelism leaves sums undone
+    return here(p.grad)
 
 # %% ../nbs/04_penalty.ipynb #653ee4c9
 @patch
@@ -223,9 +242,7 @@ def add_grad_(self:QuadraticPenalty,
 ):
     "Add the gradient of the penalty to `.grad` of every trainable parameter."
     for (scale,alpha,held),names in self._bunches(dict.fromkeys(self.params, scale)):
-        ps = [self.params[n] for n in names]
-        for p in ps: p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        grads = [p.grad for p in ps]
+        ps,grads = [here(self.params[n]) for n in names],[_grad(self.params[n]) for n in names]
         if alpha: torch._foreach_add_(grads, ps, alpha=2*scale*alpha)
         if not held: continue
         away = torch._foreach_sub(ps, self._fetch(self.anchor, names))
@@ -251,9 +268,11 @@ def _pulls(self:QuadraticPenalty, names, step):
 @patch
 def _rates(self:QuadraticPenalty, lr):
     "Parameter name -> learning rate"
-    if isinstance(lr, torch.optim.Optimizer):
-        by_id = {id(p): float(group['lr']) for group in lr.param_groups for p in group['params']}
+    if isinstance(optimizer := lr, torch.optim.Optimizer):
+        by_id = {id(p): float(group['lr']) for group in optimizer.param_groups for p in group['params']}
         lr = {n: by_id[id(p)] for n,p in self.params.items() if id(p) in by_id}
+        if not lr: raise ValueError(f"this {type(optimizer).__name__} has none of the penalty's {len(self.params)} parameters: make the penalty when the model is what "
+                                    "the optimizer trains, after sharding")
     rates = lr if isinstance(lr, Mapping) else dict.fromkeys(self.params, lr)
     for rate in set(rates.values()):
         if not (math.isfinite(rate) and rate>=0): raise ValueError(f"lr={rate}: a learning rate is a number from 0 on")
@@ -267,7 +286,7 @@ def prox_(self:QuadraticPenalty,
 ):
     "Move every trainable parameter by the exact proximal step of the penalty."
     for (rate,alpha,held),names in self._bunches(self._rates(lr)):
-        ps,shrink = [self.params[n] for n in names],1+2*rate*alpha
+        ps,shrink = [here(self.params[n]) for n in names],1+2*rate*alpha
         if alpha: torch._foreach_mul_(ps, 1/shrink)
         if held: torch._foreach_lerp_(ps, self._fetch(self.anchor, names), self._pulls(names, 2*rate/shrink))
 
@@ -295,9 +314,9 @@ def _terms(self:QuadraticPenalty, name):
 @torch.no_grad()
 def table(self:QuadraticPenalty)->pd.DataFrame: # `parameter`, `shape`, `kind`, `part`, `terms`, `moved` (Euclidean), `cost` (share of Omega)
     "A row a parameter."
-    shared,moved = set(self.shared),lambda n: (self.params[n]-self.anchor[n].to(self.params[n])).norm().item()
-    return pd.DataFrame([dict(parameter=n, shape=tuple(p.shape), kind=kind, part='shared' if n in shared else 'new', terms=' + '.join(self._terms(n)),
-        moved=moved(n) if n in shared else math.nan, cost=self._cost(n).item() if p.requires_grad else 0.)
+    moved,costs = self._moved(),whole({n: self._cost(n) for n,p in self.params.items() if p.requires_grad}, self.params)
+    return pd.DataFrame([dict(parameter=n, shape=tuple(p.shape), kind=kind, part='shared' if n in moved else 'new', terms=' + '.join(self._terms(n)),
+        moved=math.sqrt(moved[n].item()) if n in moved else math.nan, cost=costs[n].item() if n in costs else 0.)
         for (n,p),kind in zip(self.params.items(), self.kinds.values())])
 
 # %% ../nbs/04_penalty.ipynb #ab861196
@@ -313,5 +332,6 @@ def summary(self:QuadraticPenalty)->str: # Such as 'beta F on 447 of 449 paramet
     if new: parts.append(f"new: {shorten(', '.join(new), 200)}")
     kept = [(o, self.params[n]) for d in (self.anchor, self.fisher or {}) for n,o in d.items()]
     parts.append(f'anchor and Fisher take {_mb(o for o,_ in kept)}' if self.fisher else f'the anchor takes {_mb(o for o,_ in kept)}')
+    if any(is_sharded(p) for _,p in kept): parts[-1] += ' in this process'
     if far := [o for o,p in kept if o.device!=p.device]: parts.append(f'{_mb(far)} of them go from {far[0].device} to the parameters at every step')
     return '; '.join(parts)

@@ -169,7 +169,7 @@ SCRIPT = """
 import sys
 sys.path.insert(0, sys.argv[1])
 from test_loops import *
-import fastai.distributed as distributed
+import fastai.distributed as distributed, torch.distributed.fsdp
 from accelerate import Accelerator
 
 model,theta0,fisher,_ = problem()
@@ -194,7 +194,15 @@ distributed.DistributedDL._broadcast = broadcast
 learn,kw = learner(partial(SGD, mom=0.9))
 with learn.distrib_ctx(sync_bn=False, cpu=True), learn.no_bar(), learn.no_logging():
     learn.fit(2, 0.1, cbs=L2SPFisherCallback(**kw))
-if accelerator.is_main_process: torch.save((model.state_dict(), learn.model.state_dict()), sys.argv[2])
+
+learn2,kw = learner(partial(SGD, mom=0.9))
+sharded = None
+if hasattr(torch.distributed.fsdp, 'fully_shard'):
+    torch.distributed.fsdp.fully_shard(learn2.model, mesh=torch.distributed.init_device_mesh('cpu', (2,)))
+    with learn2.no_bar(), learn2.no_logging(): learn2.fit(2, 0.1, cbs=L2SPFisherCallback(**kw))
+    learn2.model.reshard()
+    sharded = {n: p.full_tensor().detach() for n,p in learn2.model.named_parameters()}
+if accelerator.is_main_process: torch.save((model.state_dict(), learn.model.state_dict(), sharded), sys.argv[2])
 # a process that just goes can crash on its way out
 torch.distributed.barrier()
 torch.distributed.destroy_process_group()
@@ -205,8 +213,10 @@ def test_two_processes(tmp_path):
     run = subprocess.run([str(Path(sys.executable).parent/'torchrun'), '--nproc-per-node', '2', str(tmp_path/'two.py'), str(Path(__file__).parent),
                           str(tmp_path/'two.pt')], capture_output=True, text=True)
     assert run.returncode==0, run.stderr[-3000:]
-    by_hand,fastais = torch.load(tmp_path/'two.pt')
+    by_hand,fastais,sharded = torch.load(tmp_path/'two.pt')
     batches = problem()[3]
     # accelerate deals batches out in turns, fastai gives each process one half of the pictures
     agree(by_hand, written_out([batches[i:i+2] for i in range(0, 12, 2)]*2, Sgd(), steady)[0], 1e-4)
     agree(fastais, written_out([[a,b] for a,b in zip(batches[:6], batches[6:])]*2, Sgd(), steady)[0], 1e-4)
+    # a Learner whose model `fully_shard` has spread, with every picture in both processes
+    if sharded: agree(sharded, written_out(one_each(), Sgd(), steady)[0], 1e-4)

@@ -1,0 +1,267 @@
+"""The penalty on a model that is spread over processes is the penalty on the whole one.
+
+Two processes train a model under `fully_shard`, each on its half of every batch; this one trains the same model whole, on plain tensors. No number of rows
+divides by two, and one layer has a single row, of which the second process has nothing.
+"""
+import copy, math, subprocess, sys
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+import pandas as pd, pytest, torch, torch.distributed as dist, torch.nn.functional as F
+from torch import nn
+from fgvc_fisher.parts import part_of, whole
+from fgvc_fisher.penalty import QuadraticPenalty
+
+try: from torch.distributed.fsdp import fully_shard
+except ImportError: pytest.skip("this PyTorch has no torch.distributed.fsdp.fully_shard: it came in 2.6", allow_module_level=True)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+
+COEFS,NEW,LR = dict(alpha=0.02, beta=3., l2sp=0.1),['7'],{'sgd': 0.05, 'adamw': 0.01}
+
+def problem():
+    "A model, its anchor and Fisher, and batches"
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3,5,3), nn.BatchNorm2d(5), nn.GroupNorm(1,5), nn.Flatten(), nn.Linear(45,7), nn.LayerNorm(7), nn.Linear(7,1), nn.Linear(1,3)).double()
+    model[1].running_mean.normal_()
+    model[1].running_var.uniform_(0.5, 2)
+    theta0 = {n: (p + 0.1*torch.randn_like(p)).detach() for n,p in model.named_parameters()}
+    fisher = {n: 10**(3*torch.rand_like(p)-2) for n,p in theta0.items()}
+    return model.eval(),theta0,fisher,[(torch.randn(8,3,5,5).double(), torch.randint(3, (8,))) for _ in range(5)]
+
+def optimizer(model, name):
+    "Two groups, each with a rate of its own"
+    ps,lr = [*model.parameters()],LR[name]
+    groups = [dict(params=ps[:3], lr=lr/2), dict(params=ps[3:], lr=lr)]
+    return torch.optim.SGD(groups, momentum=0.9) if name=='sgd' else torch.optim.AdamW(groups, weight_decay=0.1)
+
+def full(t): return (t.full_tensor() if isinstance(t, DTensor) else t).detach().clone()
+
+def told(penalty):
+    "All that a penalty says of the whole model"
+    with torch.no_grad(): value = penalty.value()
+    grads = torch.autograd.grad(penalty.value(), [p for p in penalty.params.values()])
+    return dict(value=value, distance=penalty.distance(), table=penalty.table(), greatest=penalty.greatest, unit=penalty.unit, stiffest=penalty.stiffest(0.1),
+                grads=dict(zip(penalty.params, map(full, grads))))
+
+def train(net, penalty, opt, step, batches, share=slice(None)):
+    for x,y in batches:
+        opt.zero_grad()
+        loss = F.cross_entropy(net(x[share]), y[share])
+        (loss+penalty.value() if step=='loss' else loss).backward()
+        if step=='grad': penalty.add_grad_()
+        opt.step()
+        if step=='prox': penalty.prox_(opt)
+
+def fit(case, shard=lambda model: model, share=slice(None)):
+    "What a penalty said before and after a training, the parameters then, and what the penalty kept of anchor and Fisher"
+    model,theta0,fisher,batches = problem()
+    model = shard(model)
+    args = (None,None) if case.get('bare') else (theta0,fisher)
+    penalty = QuadraticPenalty(model, *args, new=NEW, **case['kw'])
+    before = told(penalty)
+    train(model, penalty, optimizer(model, case['opt']), case['step'], batches, share)
+    kept = [o for d in (penalty.anchor, penalty.fisher or {}) for o in d.values()]
+    return dict(before=before, after=told(penalty), params={n: full(p) for n,p in model.named_parameters()}, summary=penalty.summary(),
+                kept=sum(o.numel() for o in kept), held=sum(o.untyped_storage().nbytes() for o in kept), dtypes={o.dtype for o in kept}, devices={o.device.type for o in kept})
+
+def case(opt, step, bare=False, **kw): return dict(opt=opt, step=step, bare=bare, kw=kw)
+CASES = {f'{o} {s} {name}': case(o, s, **kw) for o in LR for s in ('prox','grad') for name,kw in
+         {'all': COEFS, 'normalized': COEFS | dict(normalize=True), 'fisher': dict(beta=3.)}.items()} | {
+    'float32': case('sgd', 'prox', dtype=torch.float32, **COEFS), 'bfloat16': case('sgd', 'grad', dtype=torch.bfloat16, **COEFS),
+    'cpu': case('sgd', 'prox', device='cpu', **COEFS), 'weights': case('adamw', 'prox', beta_on='weights', normalize=True, **COEFS),
+    'in the loss': case('sgd', 'loss', normalize=True, **COEFS), 'bare': case('adamw', 'prox', bare=True, alpha=0.02, l2sp=0.1)}
+
+# In each of the two processes
+
+def sharded(model, **kw):
+    "Two layers by themselves, the rest together"
+    for k in (0,4): fully_shard(model[k], **kw)
+    return fully_shard(model, **kw)
+
+def says(f, *args, **kw):
+    try: f(*args, **kw)
+    except ValueError as e: return str(e)
+
+def laid_out(like):
+    "DTensors laid out in several ways, and the tensors that they are made of"
+    flat,square = init_device_mesh('cpu', (2,)),init_device_mesh('cpu', (1,2))
+    for mesh,how in ((flat, [Shard(0)]), (flat, [Shard(1)]), (flat, [Replicate()]), (square, [Shard(0),Shard(0)]), (square, [Shard(1),Shard(0)]), (square, [Replicate(),Shard(1)])):
+        for t in like: yield distribute_tensor(t, mesh, how),t
+
+def parts_agree():
+    "`part_of` beside PyTorch's own distribution, of tensors and of DTensors that are laid out otherwise"
+    torch.manual_seed(1)
+    tensors = [torch.randn(*s) for s in ((5,3), (1,7), (2,1), (4,4,2))]
+    other = {id(t): distribute_tensor(t, init_device_mesh('cpu', (2,)), [Shard(t.ndim-1)]) for t in tensors}
+    return all([torch.equal(part_of(o, d), d.to_local()) for d,t in laid_out(tensors) for o in (t, other[id(t)], d)])   # all of them, or a process waits for the other
+
+def dtensors_as_source():
+    "Anchor and Fisher of a sharded source, and replicated ones"
+    model,theta0,fisher,_ = problem()
+    source,flat = sharded(copy.deepcopy(model)),init_device_mesh('cpu', (2,))
+    for n,p in source.named_parameters(): p.to_local().data.copy_(part_of(theta0[n], p))
+    copies = {n: distribute_tensor(f, flat, [Replicate()]) for n,f in fisher.items()}
+    return told(QuadraticPenalty(sharded(model), dict(source.named_parameters()), copies, new=NEW, **COEFS))
+
+def partial_gradient():
+    "A replicated parameter whose gradient is still to be summed: what tensor parallelism can leave"
+    flat = init_device_mesh('cpu', (2,))
+    model = nn.Linear(3,2, bias=False).double()
+    model.weight = nn.Parameter(distribute_tensor(torch.ones(2,3).double(), flat, [Replicate()]))
+    model.weight.grad = DTensor.from_local(torch.ones(2,3).double(), flat, [Partial()])
+    QuadraticPenalty(model, alpha=1.).add_grad_()
+    return full(model.weight.grad)
+
+def refused():
+    "What is said to a Fisher with a bad value in the first process's part, and to a penalty from before the sharding"
+    model,theta0,fisher,_ = problem()
+    early = QuadraticPenalty(model, theta0, fisher, new=NEW, **COEFS)
+    sharded(model)
+    fisher['0.weight'][0,0,0,0] = math.nan
+    return dict(fisher=says(QuadraticPenalty, model, theta0, fisher, new=NEW, **COEFS), early=says(early.prox_, optimizer(model, 'sgd')))
+
+def gathered():
+    "A penalty that is made after a forward pass, when some parameters are whole"
+    model,theta0,fisher,batches = problem()
+    sharded(model)(batches[0][0])
+    penalty = QuadraticPenalty(model, theta0, fisher, new=NEW, **COEFS)
+    penalty.prox_(0.1)
+    model.reshard()
+    return {n: full(p) for n,p in model.named_parameters()}
+
+def data_parallel(case, share):
+    "The penalty on the model within `DistributedDataParallel`"
+    model,theta0,fisher,batches = problem()
+    penalty = QuadraticPenalty(model, theta0, fisher, new=NEW, **case['kw'])
+    train(nn.parallel.DistributedDataParallel(model), penalty, optimizer(model, case['opt']), case['step'], batches, share)
+    return dict(after=told(penalty), params={n: full(p) for n,p in model.named_parameters()})
+
+def accelerated(share):
+    "The training by hand, with a model and an optimizer that accelerate has prepared"
+    from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy='size_based_wrap', min_num_params=100)
+    accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)
+    ignored = accelerator.distributed_type
+    # on processors accelerate leaves the plugin out without a word; told that it is not so, it does what it does on cards
+    accelerator.state.distributed_type,accelerator.state.fsdp_plugin = DistributedType.FSDP,plugin
+    model,theta0,fisher,batches = problem()
+    model,opt = accelerator.prepare(model, optimizer(model, 'adamw'))
+    penalty = QuadraticPenalty(model, theta0, fisher, new=NEW, **COEFS)
+    for x,y in batches:
+        opt.zero_grad()
+        accelerator.backward(F.cross_entropy(model(x[share]), y[share]))
+        opt.step()
+        penalty.prox_(opt)
+    return dict(ignored=str(ignored), kinds={type(p).__name__ for p in model.parameters()}, summary=penalty.summary(), after=told(penalty),
+                params={n: full(p) for n,p in model.named_parameters()})
+
+def main(folder):
+    dist.init_process_group('gloo', timeout=timedelta(seconds=60))
+    rank = dist.get_rank()
+    share = slice(4*rank, 4*rank+4)
+    meshes = {f'hybrid {s}': init_device_mesh('cpu', s, mesh_dim_names=('copies','parts')) for s in ((2,1), (1,2))}
+    some = CASES['sgd prox normalized']
+    results = {k: fit(c, sharded, share) for k,c in CASES.items()} | {k: fit(some, partial(sharded, mesh=m), share) for k,m in meshes.items()}
+    results |= {f'ddp {k}': data_parallel(CASES[k], share) for k in ('sgd prox all', 'adamw grad all')}
+    results |= dict(agree=parts_agree(), dtensors=dtensors_as_source(), partial=partial_gradient(), refused=refused(), gathered=gathered(), accelerate=accelerated(share))
+    torch.save(results, Path(folder)/f'{rank}.pt')
+    # a process that just goes can crash on its way out
+    dist.barrier()
+    dist.destroy_process_group()
+
+# In this one
+
+@pytest.fixture(scope='module')
+def both(tmp_path_factory):
+    "The results of the two processes"
+    folder,here = tmp_path_factory.mktemp('two'),Path(__file__).parent
+    (folder/'two.py').write_text(f"import sys; sys.path.insert(0, {str(here)!r})\nfrom test_sharded import main\nmain({str(folder)!r})\n")
+    run = subprocess.run([str(Path(sys.executable).parent/'torchrun'), '--nproc-per-node', '2', str(folder/'two.py')], capture_output=True, text=True, timeout=300)
+    assert run.returncode==0, run.stderr[-3000:]
+    return [torch.load(folder/f'{k}.pt', weights_only=False) for k in range(2)]
+
+def close(a, b, rtol=1e-12): assert (a-b).abs().max() <= rtol*b.abs().max()
+
+def same(a, b):
+    "Do two processes say the same, to the last bit?"
+    assert torch.equal(a['value'], b['value']) and all(a[k]==b[k] for k in ('distance','greatest','unit','stiffest'))
+    pd.testing.assert_frame_equal(a['table'], b['table'], check_exact=True)
+    for n,g in a['grads'].items(): assert torch.equal(g, b['grads'][n]), n
+
+def right(got, wanted):
+    "Does it say what the penalty on the whole model says?"
+    close(got['value'], wanted['value'])
+    for k in ('distance','unit'): assert got[k]==pytest.approx(wanted[k], rel=1e-12)
+    assert got['greatest']==wanted['greatest'] and got['stiffest']==(pytest.approx(wanted['stiffest'][0], rel=1e-12),wanted['stiffest'][1])
+    pd.testing.assert_frame_equal(got['table'], wanted['table'], rtol=1e-12, atol=1e-14)
+    for n,g in got['grads'].items(): close(g, wanted['grads'][n])
+
+@pytest.mark.parametrize('name', [*CASES, 'hybrid (2, 1)', 'hybrid (1, 2)'])
+def test_it_is_the_penalty_on_the_whole_model(both, name):
+    wanted = fit(CASES.get(name, CASES['sgd prox normalized']))
+    for got in both:
+        for n,p in got[name]['params'].items(): close(p, wanted['params'][n])
+        for k in ('before','after'): right(got[name][k], wanted[k])
+    for k in ('before','after'): same(*(o[name][k] for o in both))
+
+@pytest.mark.parametrize('name', [*CASES, 'hybrid (2, 1)', 'hybrid (1, 2)'])
+def test_each_process_keeps_its_part(both, name):
+    model,fine = problem()[0],CASES.get(name, CASES['sgd prox normalized'])['kw'].get('dtype') or torch.float64
+    n = sum(p.numel() for k,p in model.named_parameters() if k[0] not in NEW)*(1 if name=='bare' else 2)
+    kept = [o[name]['kept'] for o in both]
+    if name=='hybrid (2, 1)': assert kept==[n,n]
+    else: assert sum(kept)==n and 0.4*n < kept[1] < kept[0] < 0.6*n
+    for o in both:
+        assert o[name]['held']==o[name]['kept']*fine.itemsize and o[name]['dtypes']=={fine} and o[name]['devices']=={'cpu'}
+        assert 'take 0.0 MB in this process' in o[name]['summary'] or name=='bare' and 'takes 0.0 MB in this process' in o[name]['summary']
+
+def test_parts_are_as_pytorch_cuts(both): assert all(o['agree'] for o in both)
+
+def test_anchor_and_fisher_that_are_sharded_themselves(both):
+    model,theta0,fisher,_ = problem()
+    for o in both: right(o['dtensors'], told(QuadraticPenalty(model, theta0, fisher, new=NEW, **COEFS)))
+
+def test_a_model_whose_parameters_are_whole_after_a_forward_pass(both):
+    model,theta0,fisher,_ = problem()
+    QuadraticPenalty(model, theta0, fisher, new=NEW, **COEFS).prox_(0.1)
+    for o in both:
+        for n,p in model.named_parameters(): close(o['gathered'][n], p)
+
+def test_a_gradient_that_is_still_to_be_summed(both):
+    for o in both: assert torch.equal(o['partial'], torch.full((2,3), 4.).double())           # 1 + 1 from the processes, 2 from alpha, once
+
+def test_what_cannot_be_meant_is_refused_in_every_process(both):
+    for o in (o['refused'] for o in both):
+        assert 'the Fisher of 0.weight has negative or non-finite' in o['fisher']
+        assert "this SGD has none of the penalty's 14 parameters" in o['early']
+
+@pytest.mark.parametrize('name', ['sgd prox all', 'adamw grad all'])
+def test_data_parallel_processes_stay_equal_to_the_last_bit(both, name):
+    a,b = (o[f'ddp {name}'] for o in both)
+    wanted = fit(CASES[name])
+    same(a['after'], b['after'])
+    for n,p in a['params'].items(): assert torch.equal(p, b['params'][n]), n
+    for n,p in a['params'].items(): close(p, wanted['params'][n])
+
+def test_through_accelerate(both):
+    wanted = fit(CASES['adamw prox all'])
+    for o in (o['accelerate'] for o in both):
+        assert o['kinds']=={'DTensor'} and 'in this process' in o['summary']
+        for n,p in o['params'].items(): close(p, wanted['params'][n])
+        right(o['after'], wanted['after'])
+
+def test_plain_numbers_are_left_alone():
+    numbers = {'a': torch.tensor(1.)}
+    assert whole(numbers, {'a': torch.zeros(2)}) is numbers
+
+def test_no_estimate_of_a_sharded_model():
+    from fgvc_fisher.fisher import DiagFisher, estimate_fisher
+    model,_,fisher,batches = problem()
+    dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        fully_shard(model, mesh=init_device_mesh('cpu', (1,)))(batches[0][0])
+        with pytest.raises(ValueError, match='estimate_fisher needs a whole model, and 14 parameters of this FSDPSequential, such as 0.weight'): estimate_fisher(model, batches)
+        about = dict(weights_sha256='0')
+        with pytest.raises(ValueError, match='weights_sha256 needs a whole model'): DiagFisher(fisher, 1, 'exact', about).check(model)
+    finally: dist.destroy_process_group()
