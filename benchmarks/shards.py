@@ -82,7 +82,7 @@ def main(
 ):
     photos,out,home = Path(photos),Path(out),Path(tempfile.mkdtemp())
     out.mkdir(parents=True, exist_ok=True)
-    about = dict(machine=f'{os.cpu_count()} cores, {platform.machine()}, no GPU; Python {platform.python_version()}, torch {torch.__version__}', note=note)
+    about = dict(machine=f'{os.cpu_count()} cores, {platform.machine()}, no GPU, {torch.get_num_threads()} threads alone; Python {platform.python_version()}, torch {torch.__version__}', note=note)
     def keep(rows, name): pd.DataFrame(rows).assign(**about).to_csv(out/name, index=False, float_format='%.4g'); print(pd.DataFrame(rows).to_string(), flush=True)
     model,table = source_model(mobilenet, photos/'weights/mobilenetv1_075_imagenet.safetensors'),read_pictures(photos/'data/imagenet_sample')
     shards = write_shards(table, home, n)

@@ -394,19 +394,20 @@ def _helper():
     work.model.to(device)
     _take_part(work)
 
-# %% ../nbs/03a_shards.ipynb #ca815b1b
+# %% ../nbs/03a_shards.ipynb #ee972c1b
+def _path(): return os.pathsep.join(o for o in sys.path if o)          # where other processes of this machine are to look for modules
 def _devices(model, jobs):
     "A device for each process, the first for this one"
     own = next(model.parameters()).device
     if own.type!='cuda': return [own]*jobs
     return [torch.device('cuda', ((own.index or 0)+i)%torch.cuda.device_count()) for i in range(jobs)]
 
-# %% ../nbs/03a_shards.ipynb #3c88eba1
+# %% ../nbs/03a_shards.ipynb #7354b64b
 @contextmanager
 def _helpers(work, jobs):
     "`jobs` processes, this one among them, that end with this one's work; the processors are shared out"
     threads,mine = max(1, (os.cpu_count() or 1)//jobs),torch.get_num_threads()
-    env = os.environ | dict(OMP_NUM_THREADS=str(threads), PYTHONPATH=os.pathsep.join(o for o in sys.path if o))
+    env = os.environ | dict(OMP_NUM_THREADS=str(threads), PYTHONPATH=_path())
     command = [sys.executable, '-c', 'from fgvc_fisher.shards import _helper; _helper()']
     packed = [_pack(work, o) for o in _devices(work.model, jobs)[1:]]
     there = [subprocess.Popen(command, stdin=subprocess.PIPE, env=env) for _ in packed]
@@ -415,7 +416,7 @@ def _helpers(work, jobs):
         for o,p in zip(there, packed):
             with suppress(BrokenPipeError): o.stdin.write(p); o.stdin.flush()
         yield
-        if any([o.wait() for o in there]): print('a helper process ended with an error, see above; its shards were done here', flush=True)
+        if any(o.poll() for o in there): print('a helper process ended with an error, see above; its shards were done by others', flush=True)
     finally:
         torch.set_num_threads(mine)
         for o in there:
@@ -439,13 +440,16 @@ def _plan(work, node, shard, add, tasks):
     if node[1]-node[0]==1: return tasks.setdefault(node[0], shard(node[0]))
     return add(str(work.folder), node, n, *[_plan(work, o, shard, add, tasks) for o in _children(node)])
 
-# %% ../nbs/03a_shards.ipynb #d313def8
+# %% ../nbs/03a_shards.ipynb #b5b59eda
+def _local_ray(): return dict(include_dashboard=False, runtime_env=dict(env_vars=dict(PYTHONPATH=_path())))
+
+# %% ../nbs/03a_shards.ipynb #e06c4be7
 @contextmanager
 def _ray(address):
     "Ray, as it runs already or started for the occasion"
     ray = _needs('ray', 'cluster')
     started = not ray.is_initialized()
-    if started: ray.init(address=address, logging_level='warning', **({} if address else dict(include_dashboard=False)))
+    if started: ray.init(address or 'local', log_to_driver=False, logging_level='error', **({} if address else _local_ray()))
     try: yield ray
     finally:
         if started: ray.shutdown()
