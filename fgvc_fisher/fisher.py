@@ -49,6 +49,9 @@ class DiagFisher(Mapping):
 # %% ../nbs/03_fisher.ipynb #426b7e33
 def _shapes(tensors): return {k: tuple(v.shape) for k,v in tensors.items()}
 def _totals(sums): return [v.double().sum().item() for v in sums.values()]
+def _joined(a, b):
+    "Both values of a header's entry, each named once"
+    return a if a==b else ' + '.join(dict.fromkeys([*str(a).split(' + '), *str(b).split(' + ')]))
 def _differ(a, b):
     "Names of parameters that are not in both, or not of one shape"
     return ', '.join(sorted(dict(_shapes(a).items() ^ _shapes(b).items()))[:8])
@@ -62,7 +65,8 @@ def __add__(self:DiagFisher, other):
         raise ValueError(f"cannot add the Fishers of two networks; these parameters differ: {names}")
     hashes = {o.provenance.get('weights_sha256') for o in (self,other)}-{None}
     if len(hashes)>1: raise ValueError(f"cannot add the Fishers of two sets of weights: weights_sha256 {' and '.join(sorted(hashes))}")
-    both = {k: v if other.provenance.get(k)==v else f'{v} + {other.provenance.get(k)}' for k,v in self.provenance.items()}
+    both = {k: _joined(v, other.provenance.get(k)) for k,v in self.provenance.items()}
+    if 'mass_left' in both: both['mass_left'] = repr(sum(float(o.provenance['mass_left'])*o.n_images for o in (self,other))/(self.n_images+other.n_images))
     moments = None if self.moments is None or other.moments is None else self.moments+other.moments
     sums = {k: v+other.sums[k] for k,v in self.sums.items()}
     return DiagFisher(sums, self.n_images+other.n_images, self.kind, both, moments, self.rules)
@@ -345,6 +349,7 @@ def estimate_fisher(
     n_images:int|None=None, # Stop after so many images; None: all of them
     until:float|None=None, # Stop when the relative standard error of the total is below this
     seed:int=0, # Fixes the drawn labels; the global random state is left alone
+    first:int=0, # Number of the first image, of which the drawn labels depend: a part of a larger set draws its own
     checkpoint:str|Path|None=None, # A file to write to on the way, and to go on from; removed at the end
     checkpoint_every:float=60., # Seconds between two writes
     progress:bool=True, # Show a bar?
@@ -354,7 +359,7 @@ def estimate_fisher(
     Raises `ValueError` for what cannot be estimated, `FloatingPointError` if the result is not finite."""
     _check_settings(kind, n_samples, mass, n_images, until)
     check_whole(model, 'estimate_fisher')
-    about = _provenance(model, seed=seed, n_samples=n_samples, mass=mass) | {k: str(v) for k,v in (provenance or {}).items()}
+    about = _provenance(model, seed=seed, n_samples=n_samples, mass=mass, **(dict(first=first) if first else {})) | {k: str(v) for k,v in (provenance or {}).items()}
     processes,process = _processes()
     if checkpoint and processes>1: checkpoint = f'{checkpoint}.{process}-of-{processes}'
     if progress and process==0: data = progress_bar(data, total=len(data) if hasattr(data, '__len__') else 'noinfer')
@@ -362,7 +367,7 @@ def estimate_fisher(
         estimate = Estimate(model, kind, about)
         if checkpoint: estimate.resume(checkpoint)
         _run(estimate, data, n_images, until, checkpoint, checkpoint_every, processes, process,
-             lambda y,first: partial(_plan, kind=kind, y=y, first=first, seed=seed, n_samples=n_samples, mass=mass))
+             lambda y,k: partial(_plan, kind=kind, y=y, first=first+k, seed=seed, n_samples=n_samples, mass=mass))
         if processes>1: estimate.gather()
     if not estimate.n_images: raise ValueError("no images: the data yielded no batch")
     _finite(estimate.total.sums)
