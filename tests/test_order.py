@@ -4,7 +4,14 @@ from pathlib import Path
 import pytest, fgvc_fisher
 
 ROAD = ['archive', 'tables', 'check', 'pictures', 'transforms', 'data', 'synthetic', 'learner', 'budget', 'squares', 'parts', 'processes', 'fisher', 'shards', 'hub', 'penalty', 'merging',
-        'callback', 'retention', 'seeds', 'published', 'runs', 'cluster', 'sweep', 'results', 'experiment', 'panels', 'compromise', 'live', 'recognise', 'explore']
+        'callback', 'retention', 'seeds', 'published', 'runs', 'sweep', 'results', 'experiment', 'panels', 'compromise', 'live', 'recognise', 'explore']
+folder = Path(fgvc_fisher.__file__).parent
+
+def imported(module):
+    "Names of the modules of this package that a module imports"
+    for node in ast.walk(ast.parse((folder/f'{module}.py').read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level==1 and node.module: yield node.module     # from .data import ...
+        names = [node.module] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names] if isinstance(node, ast.Import) else []
         yield from (n.split('.')[1] for n in names if n and n.startswith('fgvc_fisher.'))
 
 def test_all_are_listed():
