@@ -21,6 +21,7 @@ from fastai.vision.all import get_image_files
 from .data import read_pictures
 from .fisher import DiagFisher, estimate_fisher
 from .learner import source_dl, source_model
+from .processes import part
 from .shards import shard_fisher, stream_shards, tar_shards
 
 # %% ../nbs/03b_hub.ipynb #c5d9b946
@@ -41,11 +42,6 @@ def _device(name):
         return PartialState(cpu=name=='cpu').device
     return torch.device(name or ('cuda' if torch.cuda.is_available() else 'cpu'))
 
-# %% ../nbs/03b_hub.ipynb #82dbac7c
-def _part():
-    "Several processes end their talk together: one that just goes can crash on its way out"
-    if torch.distributed.is_initialized(): torch.distributed.barrier(); torch.distributed.destroy_process_group()
-
 # %% ../nbs/03b_hub.ipynb #9f514072
 def _about(pictures, size, license, weights):
     "For the header"
@@ -57,7 +53,7 @@ def _by_folder(model, images, out, kind, n_samples, mass, n_images, until, seed,
     "Estimate, and write in the first of several processes; in the others None comes back"
     fisher = estimate_fisher(model, source_dl(read_folder(images), model, size or None, bs), kind, n_samples, mass, n_images or None,
                              until or None, seed, checkpoint=f'{out}.checkpoint', provenance=provenance)
-    _part()
+    part()
     if int(os.environ.get('RANK', 0))>0: return None
     fisher.save(out, half)
     return fisher
