@@ -271,8 +271,8 @@ def _rates(self:QuadraticPenalty, lr):
     if isinstance(optimizer := lr, torch.optim.Optimizer):
         by_id = {id(p): float(group['lr']) for group in optimizer.param_groups for p in group['params']}
         lr = {n: by_id[id(p)] for n,p in self.params.items() if id(p) in by_id}
-        if not lr: raise ValueError(f"this {type(optimizer).__name__} has none of the penalty's {len(self.params)} parameters: make the penalty when the model is what "
-                                    "the optimizer trains, after sharding")
+        if not lr: raise ValueError(f"this {type(optimizer).__name__} has none of the penalty's {len(self.params)} parameters: "
+                                    "make the penalty of the model that the optimizer trains, after it is sharded")
     rates = lr if isinstance(lr, Mapping) else dict.fromkeys(self.params, lr)
     for rate in set(rates.values()):
         if not (math.isfinite(rate) and rate>=0): raise ValueError(f"lr={rate}: a learning rate is a number from 0 on")

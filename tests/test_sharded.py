@@ -40,7 +40,7 @@ def full(t): return (t.full_tensor() if isinstance(t, DTensor) else t).detach().
 def told(penalty):
     "All that a penalty says of the whole model"
     with torch.no_grad(): value = penalty.value()
-    grads = torch.autograd.grad(penalty.value(), [p for p in penalty.params.values()])
+    grads = torch.autograd.grad(penalty.value(), [*penalty.params.values()])
     return dict(value=value, distance=penalty.distance(), table=penalty.table(), greatest=penalty.greatest, unit=penalty.unit, stiffest=penalty.stiffest(0.1),
                 grads=dict(zip(penalty.params, map(full, grads))))
 
@@ -142,7 +142,6 @@ def accelerated(share):
     from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
     plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy='size_based_wrap', min_num_params=100)
     accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)
-    ignored = accelerator.distributed_type
     # on processors accelerate leaves the plugin out without a word; told that it is not so, it does what it does on cards
     accelerator.state.distributed_type,accelerator.state.fsdp_plugin = DistributedType.FSDP,plugin
     model,theta0,fisher,batches = problem()
@@ -153,7 +152,7 @@ def accelerated(share):
         accelerator.backward(F.cross_entropy(model(x[share]), y[share]))
         opt.step()
         penalty.prox_(opt)
-    return dict(ignored=str(ignored), kinds={type(p).__name__ for p in model.parameters()}, summary=penalty.summary(), after=told(penalty),
+    return dict(kinds={type(p).__name__ for p in model.parameters()}, summary=penalty.summary(), after=told(penalty),
                 params={n: full(p) for n,p in model.named_parameters()})
 
 def main(folder):
