@@ -152,27 +152,28 @@ class Job(NamedTuple):
     cwd:str # Where relative paths begin
     key:str # Names the sweep's folder on a worker, for a remote `out`
 
-# %% ../nbs/07a_cluster.ipynb #6665f247
+# %% ../nbs/07a_cluster.ipynb #60cb07b1
 class _Tell(Callback):
     "After an epoch is kept: stream it, then tell Tune, which may end the run here"
     order = KeepEpochs.order+1
-    def __init__(self, run, stream, report): self.run,self.stream,self.report,self.n = run,stream,report,0
+    def __init__(self, run, stream=None, report=None): self.run,self.stream,self.report,self.n = run,stream,report,0
     def after_epoch(self):
         if self.learn.lock.locked(): return
-        self.stream()
+        if self.stream: self.stream()
+        if not self.report: return
         rows,self.n = self.learn.keep_epochs.rows[self.n:],len(self.learn.keep_epochs.rows)
         for o in rows:
             if o['epoch']+1<self.run.epochs: self.report(dict(epoch=int(o['epoch'])+1, accuracy=float(o['accuracy'])))
 
-# %% ../nbs/07a_cluster.ipynb #4d6d3fe4
+# %% ../nbs/07a_cluster.ipynb #0f5b6d31
 def _shared(job, run, report):
     "Do a run in a folder that all machines share"
     out = Path(job.out)
     if not (out/'runs'/run.id).is_dir():
         raise Unreachable(f"{socket.gethostname()} does not see {out}: it has to be on a disk that all machines share, or an address such as s3://bucket/folder")
-    return job.attempt(run, out, job.track, [_Tell(run, lambda: None, report)] if job.stop_early else [])
+    return job.attempt(run, out, job.track, [_Tell(run, None, report)] if job.stop_early else [])
 
-# %% ../nbs/07a_cluster.ipynb #7e67ffb7
+# %% ../nbs/07a_cluster.ipynb #083ce685
 def _streamed(job, run, report):
     "Do a run in a temporary folder, of which every epoch is sent to the remote one"
     here = Path(tempfile.gettempdir())/f'fgvc_fisher-{job.key}'
@@ -187,7 +188,7 @@ def _streamed(job, run, report):
             _stream(job.out, folder, name, sent)
             _share(job.out, here/'sources')
         try:
-            said = job.attempt(run, here, job.track, [_Tell(run, stream, report if job.stop_early else lambda row: None)])
+            said = job.attempt(run, here, job.track, [_Tell(run, stream, report if job.stop_early else None)])
             stream()
             return said
         finally: shutil.rmtree(folder, ignore_errors=True)
@@ -205,13 +206,14 @@ def _trial(config, job):
         said = dict(ended=str(e))                                      # no other run would fare better
     tune.report(said)
 
-# %% ../nbs/07a_cluster.ipynb #18f23258
+# %% ../nbs/07a_cluster.ipynb #a8dcdb66
 def _check_address(address):
     "`ValueError` if nobody answers at the address"
     left = Path(os.environ.get('RAY_TMPDIR', '/tmp'))/'ray'/'ray_current_cluster'        # what 'auto' reads
     if address=='auto': address = left.read_text().strip() if left.exists() else ''
     if not address: return                                            # Ray looks for a process and says if there is none
-    host,_,port = address.removeprefix('ray://').rpartition(':')
+    if address.startswith('ray://'): raise ValueError(f"address={address!r}: a sweep cannot be driven from outside; start it on a machine of the cluster, or by `ray job submit`, with 'auto'")
+    host,_,port = address.rpartition(':')
     if not host or not port.isdigit():
         raise ValueError(f"address={address!r}: give host:port of the cluster's head, such as '10.0.0.1:6379', or 'auto' on one of its machines")
     try: socket.create_connection((host.strip('[]'), int(port)), timeout=10).close()
@@ -275,7 +277,7 @@ def _asha(options, runs, before):
         for o in curve.itertuples(): asha.on_trial_result(None, trial, dict(epoch=o.epoch+1, accuracy=o.accuracy))
     return asha
 
-# %% ../nbs/07a_cluster.ipynb #451accc1
+# %% ../nbs/07a_cluster.ipynb #9c8466e7
 class _Outcome:
     "Lines for the user, files for the folder, and whether to end it all"
     def __init__(self, job, bar): self.job,self.bar,self.ended = job,bar,''
@@ -283,7 +285,9 @@ class _Outcome:
         run = self.job.runs[trial.config['run']]
         self.bar.write(f'{run.arm}, seed {run.seed}: {sentence}')
         sys.stdout.flush()
-    def note(self, trial, name, text): _note(self.job.out, f"runs/{trial.config['run']}/{name}", text)
+    def note(self, trial, name, text):
+        try: _note(self.job.out, f"runs/{trial.config['run']}/{name}", text)
+        except OSError as e: self.ended = str(e)
 
 # %% ../nbs/07a_cluster.ipynb #a2b1436f
 @patch
@@ -298,23 +302,27 @@ def done(self:_Outcome, trial):
     self.say(trial, told['said'])
     self.bar.update()
 
-# %% ../nbs/07a_cluster.ipynb #e48bb938
+# %% ../nbs/07a_cluster.ipynb #7f675afe
 @patch
-def lost(self:_Outcome, trial, retries):
-    "Its worker died once more than it may"
-    why = f'WorkerDied: its process or its machine died {retries+1} times, for want of memory perhaps'
-    self.note(trial, 'error.txt', f'{trial.get_error()}\n{why}\n')
+def lost(self:_Outcome, trial, again=False):
+    "Its worker died, or could not reach the folder: does it go on, or was that once too often?"
+    text = Path(trial.error_file).read_text()
+    away = Unreachable.__name__ in text.rsplit('Failure #', 1)[-1]
+    if again: return self.say(trial, ('the folder was out of reach' if away else 'its worker died') + '; it goes on')
+    if away: self.ended = text.strip().splitlines()[-1]; return
+    why = f'WorkerDied: its process or its machine died {trial.num_failures} times, for want of memory perhaps'
+    self.note(trial, 'error.txt', f'{text}\n{why}\n')
     self.say(trial, f'failed: {why}')
     self.bar.update()
 
-# %% ../nbs/07a_cluster.ipynb #1a50f55f
-def _listeners(outcome, retries):
+# %% ../nbs/07a_cluster.ipynb #2c77a81f
+def _listeners(outcome):
     "The outcome as Tune wants to tell it, and be told"
     from ray import tune
     class Listener(tune.Callback):
         def on_trial_complete(self, iteration, trials, trial, **info): outcome.done(trial)
-        def on_trial_error(self, iteration, trials, trial, **info): outcome.lost(trial, retries)
-        def on_trial_recover(self, iteration, trials, trial, **info): outcome.say(trial, 'its worker died; it goes on elsewhere')
+        def on_trial_error(self, iteration, trials, trial, **info): outcome.lost(trial)
+        def on_trial_recover(self, iteration, trials, trial, **info): outcome.lost(trial, again=True)
     class Enough(tune.Stopper):
         def __call__(self, trial_id, result): return False
         def stop_all(self): return bool(outcome.ended)
@@ -334,7 +342,7 @@ def _quietly():
         for o,level in zip(loggers, levels): o.setLevel(level)
         for k,v in before.items(): os.environ.pop(k) if v is None else os.environ.__setitem__(k, v)
 
-# %% ../nbs/07a_cluster.ipynb #f36c0542
+# %% ../nbs/07a_cluster.ipynb #3e003122
 def _fit(job, asked, retries, asha, outcome):
     "Have Tune do them"
     from ray import tune
@@ -343,11 +351,11 @@ def _fit(job, asked, retries, asha, outcome):
     with _quietly(), tempfile.TemporaryDirectory() as state:
         tuner = tune.Tuner(trainable, param_space=dict(run=tune.grid_search(list(job.runs))),
             tune_config=tune.TuneConfig(scheduler=asha, reuse_actors=True, trial_dirname_creator=lambda o: o.trial_id),
-            run_config=tune.RunConfig(storage_path=state, verbose=0, failure_config=tune.FailureConfig(max_failures=retries), **_listeners(outcome, retries)))
+            run_config=tune.RunConfig(storage_path=state, verbose=0, failure_config=tune.FailureConfig(max_failures=retries), **_listeners(outcome)))
         tuner.fit()
     if outcome.ended: raise OSError(outcome.ended)
 
-# %% ../nbs/07a_cluster.ipynb #80ac0a12
+# %% ../nbs/07a_cluster.ipynb #1fbed461
 def run_on_ray(
     runs:list, # `Run`s that are not finished
     out:str|Path, # Folder of the experiment, a path that all machines share or an address
@@ -366,11 +374,10 @@ def run_on_ray(
     asked = _resources(runs, cpus, gpus)
     with _connected(address) as alone, tqdm(total=len(runs), disable=quiet, unit='run') as bar:
         _check_room(asked, alone)
-        asha = _asha(stop_early, runs, before) if stop_early not in (False, None) else None
+        asha = _asha(stop_early, runs, before) if stop_early else None
         for o in runs if not is_remote(out) else (): (Path(out)/'runs'/o.id).mkdir(parents=True, exist_ok=True)
         threads = {k: max(1, int(v.get('CPU', 1))) for k,v in asked.items()}
-        key = os.urandom(4).hex()
-        job = Job(out, attempt, {o.id: o for o in runs}, threads, track, asha is not None, os.getcwd(), key)
+        job = Job(out, attempt, {o.id: o for o in runs}, threads, track, bool(stop_early), os.getcwd(), os.urandom(4).hex())
         _fit(job, asked, retries, asha, _Outcome(job, bar))
 
 # %% ../nbs/07a_cluster.ipynb #de94e0be
