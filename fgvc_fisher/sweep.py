@@ -1,4 +1,4 @@
-"""A grid of runs, done one after the other or side by side, stopped and gone on with at will
+"""A grid of runs, done one after the other, side by side or on a cluster, stopped and gone on with at will
 
 Docs: https://fgvc-fisher.github.io/fgvc_fisher/sweep.html.md"""
 
@@ -9,7 +9,7 @@ __all__ = ['grid', 'read_grid', 'sweep']
 
 # %% ../nbs/07b_sweep.ipynb #19760f43
 import difflib, errno, json, os, subprocess, sys, threading, time, traceback
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields
 from importlib.util import find_spec
@@ -19,6 +19,8 @@ import pandas as pd, torch
 from filelock import FileLock, Timeout
 
 # %% ../nbs/07b_sweep.ipynb #0cf370b5
+from .cluster import Unreachable, is_remote, run_on_ray, _check_ray, _local, _note, _shown
+from .processes import from_first, processes
 from .runs import Run, _do, _result, _tidy, _write
 if sys.version_info >= (3,11): import tomllib
 else: import tomli as tomllib
@@ -88,7 +90,7 @@ def read_grid(
     except (ValueError, TypeError) as e: raise ValueError(f"{file}: {e}") from e
 
 # %% ../nbs/07b_sweep.ipynb #bda39765
-def _finished(folder): return (folder/'result.json').exists() or (folder/'error.txt').exists()
+def _finished(folder, stop_early=False): return any((folder/o).exists() for o in ('result.json','error.txt', *['stopped.json']*bool(stop_early)))
 
 # %% ../nbs/07b_sweep.ipynb #68718daf
 @contextmanager
@@ -96,11 +98,12 @@ def _claimed(folder):
     "Hold a run's lock: whether it could be had, and the run is not finished"
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder/'lock')
-    try: lock.acquire(timeout=0)
-    except Timeout: yield False; return
-    try:
+    def take():
+        try: lock.acquire(timeout=0)
+        except Timeout: return False
         if (folder/'result.json').exists(): _tidy(folder)               # a process may have died just before it did
-        yield not _finished(folder)
+        return not _finished(folder)
+    try: yield from_first(take)
     finally: lock.release()
 
 # %% ../nbs/07b_sweep.ipynb #ae364b85
@@ -136,16 +139,24 @@ def _check_tracker(track):
     if track and not find_spec(track): raise ValueError(f"track {track!r} is not installed: pip install {track}")
 
 # %% ../nbs/07b_sweep.ipynb #6f9538ac
-def _attempt(run, out, track, quiet):
+def _attempt(run, out, track, quiet, cbs=()):
     "Do a run, or write down why it failed; a sentence about it"
     folder = out/'runs'/run.id
-    try: row = _do(run, folder, out/'sources', [_TRACKERS[track](run, out)] if track else [], quiet)
+    n,i = processes()
+    (folder/'stopped.json').unlink(missing_ok=True)
+    try: row = _do(run, folder, out/'sources', [*cbs, *([_TRACKERS[track](run, out)] if track and not i else [])], quiet)
     except Exception as e:
-        if getattr(e, 'errno', None)==errno.ENOSPC: raise
+        if isinstance(e, Unreachable) or getattr(e, 'errno', None)==errno.ENOSPC: raise
         _write(folder/'error.txt', traceback.format_exc())
+        if n>1: raise                                                   # the others wait for this one
         return f'failed: {type(e).__name__}: {e}'
     said = ', '.join(f'{k} {100*row[k]:.1f} %' for k in ('best','last','test','retention_target_bn') if row.get(k)==row.get(k) and k in row)
     return f"{said or 'diverged'} ({row['seconds']:.0f} s)"
+
+# %% ../nbs/07b_sweep.ipynb #70eeaf72
+def _say(text):
+    "A line for the user, once"
+    if not processes()[1]: print(text, flush=True)
 
 # %% ../nbs/07b_sweep.ipynb #5430bec8
 def _work(runs, out, track, quiet):
@@ -154,9 +165,19 @@ def _work(runs, out, track, quiet):
     while left:
         for run in list(left):
             with _claimed(out/'runs'/run.id) as mine:
-                if mine: print(f'{run.arm}, seed {run.seed}: {_attempt(run, out, track, quiet)}', flush=True)
-            if _finished(out/'runs'/run.id): left.remove(run)
+                if mine: _say(f'{run.arm}, seed {run.seed}: {_attempt(run, out, track, quiet)}')
+            if from_first(lambda: _finished(out/'runs'/run.id)): left.remove(run)
         if left: time.sleep(1)
+
+# %% ../nbs/07b_sweep.ipynb #7db624a3
+def _alone(run, out, track, cbs):
+    "The same for one run, without bars; a sentence about it"
+    folder = out/'runs'/run.id
+    while True:
+        with _claimed(folder) as mine:
+            if mine: return _attempt(run, out, track, True, cbs)
+        if _finished(folder): return 'done by another process'
+        time.sleep(1)
 
 # %% ../nbs/07b_sweep.ipynb #1c389cbe
 def _helper():
@@ -191,25 +212,62 @@ def _helpers(n, runs, out, track):
             o.terminate()
             o.communicate()
 
+# %% ../nbs/07b_sweep.ipynb #4f97f79a
+_CLUSTER = dict(address=None, cpus=1., gpus=0., retries=3, stop_early=False)
+def _check_engine(engine, out, jobs, track, cluster):
+    "`ValueError` for what cannot be meant together"
+    if engine not in ('local','ray'): raise ValueError(f"engine={engine!r}: choose 'local' or 'ray'")
+    if (engine=='ray' or jobs>1) and processes()[0]>1: raise ValueError(f"engine={engine!r}, jobs={jobs}: these processes do every run together, and start no others; leave out torchrun or accelerate launch")
+    if engine=='ray':
+        if jobs!=1: raise ValueError(f"jobs={jobs} is for engine='local'; Ray does as many runs side by side as their `cpus` and `gpus` leave room for")
+        if track and is_remote(out): raise ValueError(f"track={track!r} writes into the folder of the experiment, and {_shown(out)} is an address: leave it out")
+        return _check_ray(cluster['retries'])
+    if is_remote(out): raise ValueError(f"{_shown(out)}: an address needs engine='ray', which works on one machine too")
+    for k,v in cluster.items():
+        if v!=_CLUSTER[k]: raise ValueError(f"{k}={v!r} needs engine='ray'")
+
+# %% ../nbs/07b_sweep.ipynb #44533bfa
+def _summary(runs, out):
+    "The table of those that have a result, and a line about the others"
+    here = _local(out)/'runs'
+    done = [o.id for o in runs if (here/o.id/'result.json').exists()]
+    stopped = [o.id for o in runs if o.id not in done and (here/o.id/'stopped.json').exists()]
+    failed = [o.id for o in runs if o.id not in done+stopped]
+    if stopped: _say(f"{len(stopped)} of {len(runs)} runs were stopped early; they go on in a sweep without stop_early")
+    if failed: _say(f"{len(failed)} of {len(runs)} runs failed, see {_shown(str(out))}/runs/{failed[0]}/error.txt; retry=True tries them again")
+    rows = pd.DataFrame([_result(here/o) for o in done])
+    rows.attrs['failed'] = len(failed)
+    return rows
+
 # %% ../nbs/07b_sweep.ipynb #8420133f
 def sweep(
     runs:Iterable, # `Run`s, from `grid`
-    out:str|Path, # Folder of the experiment: gets `runs/ID/` and `sources/`
+    out:str|Path, # Folder of the experiment: gets `runs/ID/` and `sources/`; with Ray also an address such as s3://bucket/folder
     jobs:int=1, # Processes that work side by side
     retry:bool=False, # Try those again that have failed before?
     track:str|None=None, # 'tensorboard' (below `out`) or 'wandb'
     quiet:bool=False, # Show a line a run instead of bars and tables?
-)->pd.DataFrame: # A row a run that has a result, in the order of `runs`
+    engine:str='local', # 'local', or 'ray': a cluster, see `07a_cluster`
+    address:str|None=None, # Of the Ray cluster, `host:port` or 'auto'; None: this machine
+    cpus:float|Callable=1., # With Ray: processors a run, which has as many threads, or a function of the run
+    gpus:float|Callable=0., # With Ray: GPUs a run, or a function of the run; a fraction shares one
+    retries:int=3, # With Ray: how often a run whose worker died goes on
+    stop_early:bool|dict=False, # With Ray: stop what is not promising by ASHA? Or its options
+)->pd.DataFrame: # A row a run that has a result, in the order of `runs`; `attrs['failed']` is the number of those that failed
     "Do the runs that are not done yet. A run that fails is recorded in its `error.txt`, and the rest goes on."
-    runs,out = list(runs),Path(out)
+    runs,cluster = list(runs),dict(address=address, cpus=cpus, gpus=gpus, retries=retries, stop_early=stop_early)
     if not runs: raise ValueError("there are no runs to do")
     if not isinstance(jobs, int) or jobs<1: raise ValueError(f"jobs={jobs!r}: a whole number above 0")
     _check_tracker(track)
-    folders = [out/'runs'/o.id for o in runs]
-    for o in folders:
-        if retry: (o/'error.txt').unlink(missing_ok=True)
-    print(f"{len(runs)} runs, {sum(map(_finished, folders))} of them done before", flush=True)
-    with _helpers(jobs-1, runs, out, track): _work(runs, out, track, quiet or jobs>1)
-    if failed := [o for o in folders if not (o/'result.json').exists()]:
-        print(f"{len(failed)} of {len(runs)} runs failed, see {failed[0]/'error.txt'}; retry=True tries them again", flush=True)
-    return pd.DataFrame([_result(o) for o in folders if (o/'result.json').exists()])
+    _check_engine(engine, out, jobs, track, cluster)
+    here = _local(out)/'runs'
+    def begin():
+        again = {o.id for o in runs if retry and (here/o.id/'error.txt').exists()}
+        for o in again: _note(out, f'runs/{o}/error.txt', None)
+        return [o for o in runs if o.id in again or not _finished(here/o.id, stop_early)]
+    left = from_first(begin)
+    _say(f"{len(runs)} runs, {len(runs)-len(left)} of them done before")
+    if engine=='ray' and left: run_on_ray(left, out, _alone, track, quiet, before=[here/o.id for o in runs if o not in left], **cluster)
+    if engine=='local':
+        with _helpers(jobs-1, runs, Path(out), track): _work(runs, Path(out), track, quiet or jobs>1)
+    return from_first(lambda: _summary(runs, out))

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest, fgvc_fisher
 
 ROAD = ['archive', 'tables', 'check', 'pictures', 'transforms', 'data', 'synthetic', 'learner', 'budget', 'squares', 'parts', 'processes', 'fisher', 'shards', 'hub', 'penalty', 'merging',
-        'callback', 'retention', 'seeds', 'published', 'runs', 'sweep', 'results', 'experiment', 'panels', 'compromise', 'live', 'recognise', 'explore']
+        'callback', 'retention', 'seeds', 'published', 'runs', 'cluster', 'sweep', 'results', 'experiment', 'panels', 'compromise', 'live', 'recognise', 'explore']
 folder = Path(fgvc_fisher.__file__).parent
 
 def imported(module):
