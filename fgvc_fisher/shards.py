@@ -67,7 +67,7 @@ def _tar_sample(files, url):
     label = files.get(LABEL)
     return Sample(name, files[found[0]], None if label is None else int(label))
 
-# %% ../nbs/03a_shards.ipynb #acced9eb
+# %% ../nbs/03a_shards.ipynb #18b242a8
 def _tar_samples(url):
     "The samples of one tar file; `OSError` if it ends too early"
     wds = _needs('webdataset.tariterators', 'streams')
@@ -76,6 +76,7 @@ def _tar_samples(url):
         files = (o | dict(__url__=url) for o in wds.tar_file_iterator(blocks))
         for o in wds.group_by_keys(files): yield _tar_sample(o, url)
         if blocks.last!=bytes(512): raise OSError(f"{url} is damaged or cut short: it does not end as a tar file does")
+        if any(o.strip(b'\0') for o in iter(lambda: blocks.f.read(2**20), b'')): raise OSError(f"{url} goes on after its end: give each archive a file of its own")
 
 # %% ../nbs/03a_shards.ipynb #df16e12a
 @dataclass(frozen=True)
@@ -113,9 +114,10 @@ def tar_shards(
     _check_number('num_shards', n, len(urls), ', as many as there are tar files')
     return [TarShard(tuple(urls[i*len(urls)//n:(i+1)*len(urls)//n])) for i in range(n)]
 
-# %% ../nbs/03a_shards.ipynb #d208b817
+# %% ../nbs/03a_shards.ipynb #69acccec
 def _bytes(picture):
     "Of an undecoded picture: `bytes`, or a `path` to them"
+    if not isinstance(picture, dict): raise ValueError("the stream decodes its pictures: cast their column to datasets.Image(decode=False) before it is filtered or mapped")
     if picture['bytes'] is not None: return picture['bytes']
     with _needs('fsspec', 'streams').open(picture['path'], 'rb') as f: return f.read()
 
@@ -244,15 +246,17 @@ def _nodes_there(folder, n):
         if node[1]-node[0]>1: todo += _children(node)
     return sorted(nodes, key=lambda o: o[0]-o[1])
 
-# %% ../nbs/03a_shards.ipynb #4ce9ff5e
+# %% ../nbs/03a_shards.ipynb #fd52c738
 def _load(folder, node):
     "What a node holds, None if it is no picture; a damaged file is removed, so that its shards are done again"
     file = _file(folder, node)
     if not file.exists(): return None
-    try: return DiagFisher.load(file)
+    try: fisher = DiagFisher.load(file)
     except ValueError as e:
         file.unlink()
-        raise ValueError(f"{e}. It was removed: call again, and its shards are done again.") from e
+        raise ValueError(f"{e}. It was removed, so that its shards are done again") from e
+    kept = {k: v.clone() for k,v in fisher.sums.items()}                # as loaded they are the file, mapped into memory; it may go
+    return DiagFisher(kept, fisher.n_images, fisher.kind, fisher.provenance, fisher.moments.clone(), fisher.rules)
 
 # %% ../nbs/03a_shards.ipynb #ab99e2b1
 def _save(folder, node, fisher):
@@ -272,14 +276,15 @@ def _locked(folder, node, n, timeout=-1):
             with suppress(OSError): os.unlink(lock.lock_file)        # whoever waits for it finds the node done
         lock.release()
 
-# %% ../nbs/03a_shards.ipynb #0d6b9456
+# %% ../nbs/03a_shards.ipynb #82e4f082
 def _add(folder, node, n):
     "Make a node from its children; whether it is done"
     with _locked(folder, node, n):
         children,done = _children(node),_is_done(folder, node, n)
         if not done and not all(_is_there(folder, o) for o in children): return False
         if not done:
-            left,right = [_load(folder, o) for o in children]
+            try: left,right = [_load(folder, o) for o in children]
+            except ValueError as e: print(e, flush=True); return False
             _save(folder, node, left+right if left is not None and right is not None else left or right)
         for o in children: _remove(folder, o)
         return True
@@ -347,8 +352,11 @@ def _settle(work):
         except ValueError as e: raise ValueError(f"{file} cannot be read ({e}). Remove the folder, or name another.") from e
         if differs := _other(was, now): raise ValueError(f"{work.folder} belongs to another estimate: {differs}. Remove it, or name another folder.")
 
-# %% ../nbs/03a_shards.ipynb #27f9ad3e
+# %% ../nbs/03a_shards.ipynb #ad764f41
 def _is_over(work, i): return _file(work.folder, (i,i+1), '.error').exists() or _is_done(work.folder, (i,i+1), len(work.shards))
+def _add_all(work):
+    "Add up what is there, as far as that goes"
+    for o in _nodes_there(work.folder, len(work.shards)): _climb(work.folder, o, len(work.shards))
 def _attempt(work, i):
     "Do a shard; what fails is done again, and in the end written down"
     for k in range(work.retries+1):
@@ -359,19 +367,18 @@ def _attempt(work, i):
             print(f'shard {i}, {work.shards[i]}, attempt {k+1} of {work.retries+1}: {said}', flush=True)
             if k==work.retries: _write_json(_file(work.folder, (i,i+1), '.error'), dict(said=said, traceback=traceback.format_exc()))
 
-# %% ../nbs/03a_shards.ipynb #0baa9a4e
+# %% ../nbs/03a_shards.ipynb #bd0105d7
 def _take_part(work):
     "Do what is not done; at the end wait for what others are at, and take it over if they die"
-    n,left = len(work.shards),list(range(len(work.shards)))
-    for o in _nodes_there(work.folder, n): _climb(work.folder, o, n)
-    while left:
-        for i in list(left):
-            if not _is_over(work, i):
-                with _locked(work.folder, (i,i+1), n, timeout=0) as mine:
-                    if mine and not _is_over(work, i): _attempt(work, i)
-            if _is_over(work, i): left.remove(i)
-        if left: time.sleep(0.2)
-    for o in _nodes_there(work.folder, n): _climb(work.folder, o, n)
+    n = len(work.shards)
+    _add_all(work)
+    while left := [i for i in range(n) if not _is_over(work, i)]:
+        for i in left:
+            if _is_over(work, i): continue
+            with _locked(work.folder, (i,i+1), n, timeout=0) as mine:
+                if mine and not _is_over(work, i): _attempt(work, i)
+        if all(_is_over(work, i) for i in left): _add_all(work)
+        else: time.sleep(0.3)
 
 # %% ../nbs/03a_shards.ipynb #8fc8cb78
 def _pack(work, device):
@@ -454,12 +461,12 @@ def _ray(address):
     finally:
         if started: ray.shutdown()
 
-# %% ../nbs/03a_shards.ipynb #828f5dfa
+# %% ../nbs/03a_shards.ipynb #5b45a658
 def _by_ray(work, address, cpus, gpus):
     "Do what is not done as tasks; what failed is written down"
     gpus = float(next(work.model.parameters()).is_cuda) if gpus is None else gpus
     n,tasks = len(work.shards),{}
-    for o in _nodes_there(work.folder, n): _climb(work.folder, o, n)
+    _add_all(work)
     with _ray(address) as ray:
         there = ray.put(replace(work, model=copy.deepcopy(work.model).cpu()))
         shard = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=work.retries, retry_exceptions=True)(_ray_shard)
@@ -469,7 +476,7 @@ def _by_ray(work, address, cpus, gpus):
             try: ray.get(o)
             except Exception as e: _write_json(_file(work.folder, (i,i+1), '.error'), dict(said=_cause(e), traceback=str(e)))
         if root is not None: ray.wait([root])
-    for o in _nodes_there(work.folder, n): _climb(work.folder, o, n)
+    _add_all(work)
 
 # %% ../nbs/03a_shards.ipynb #2e5f1bdd
 def _cause(e):
