@@ -109,6 +109,16 @@ def test_the_command_with_one_bar_and_one_table(run, tmp_path):
     assert done.stdout.count('train_loss')==1 and done.stdout.count('Written to')==1 and done.stdout.count('L2SPFisherCallback:')==1
     assert json.loads((tmp_path/'out/result.json').read_text())['machine'].startswith('2 processes')
 
+def test_a_sweep_ends_with_a_run_that_fails_and_goes_on_with_the_rest(run, tmp_path):
+    common = [f"{o} = {json.dumps(getattr(run, o))}" for o in ('data','source','arch','weights','size','bs','num_workers')]
+    arms = ['[[arm]]','arm = "too few"','beta = 1','n_fisher = 999', '[[arm]]','arm = "L2"','alpha = 0.001']
+    (tmp_path/'grid.toml').write_text('\n'.join([*common, 'epochs = 1', 'seeds = [1]', *arms]))
+    command = [*map(str, (BIN/'torchrun', '--nproc-per-node', '2', '--no-python', BIN/'fgvc-sweep', '--grid', tmp_path/'grid.toml', '--out', tmp_path/'out'))]
+    first,second = [subprocess.run(command, capture_output=True, text=True, env=os.environ|dict(OMP_NUM_THREADS='1')) for _ in range(2)]
+    assert first.returncode and 'source pictures for the Fisher' in first.stderr and '2 runs, 0 of them done before' in first.stdout
+    assert second.stdout.count('2 runs, 1 of them done before')==1 and second.stdout.count('L2, seed 1: best')==1 and second.stdout.count('1 of 2 runs failed')==1
+    assert len(list((tmp_path/'out/runs').glob('*/result.json')))==1 and len(list((tmp_path/'out/runs').glob('*/error.txt')))==1
+
 @pytest.mark.parametrize('kw,said', [(dict(bs=3), 'bs=3: 2 processes cannot share a batch alike; choose a multiple of 2'), (dict(step='published'), 'start one process')])
 def test_what_several_processes_cannot_do(run, monkeypatch, kw, said):
     monkeypatch.setattr('fgvc_fisher.runs.processes', lambda: (2,0))
