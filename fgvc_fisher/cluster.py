@@ -193,7 +193,10 @@ def _streamed(job, run, report):
             return said
         finally: shutil.rmtree(folder, ignore_errors=True)
 
-# %% ../nbs/07a_cluster.ipynb #5d5c409a
+# %% ../nbs/07a_cluster.ipynb #f3e5bed8
+def _last_line(text): return text.strip().splitlines()[-1].strip()
+
+# %% ../nbs/07a_cluster.ipynb #d4779a1b
 def _trial(config, job):
     "A run as a trial of Tune"
     from ray import tune
@@ -202,14 +205,16 @@ def _trial(config, job):
     if os.path.isdir(job.cwd): os.chdir(job.cwd)
     try: said = dict(said=(_streamed if is_remote(job.out) else _shared)(job, run, tune.report))
     except OSError as e:
-        if not isinstance(e, Unreachable) and e.errno!=errno.ENOSPC: raise
-        said = dict(ended=str(e))                                      # no other run would fare better
+        full,astray = e.errno==errno.ENOSPC,isinstance(e, Unreachable) and not is_remote(job.out)
+        if not (full or astray): raise                                 # Tune tries again
+        said = dict(ended=_last_line(str(e)))                          # no other run would fare better
     tune.report(said)
 
-# %% ../nbs/07a_cluster.ipynb #a8dcdb66
+# %% ../nbs/07a_cluster.ipynb #3dd2ff87
 def _check_address(address):
     "`ValueError` if nobody answers at the address"
-    left = Path(os.environ.get('RAY_TMPDIR', '/tmp'))/'ray'/'ray_current_cluster'        # what 'auto' reads
+    home = os.environ.get('RAY_TMPDIR') or os.environ.get('TMPDIR') or '/tmp'
+    left = Path(home)/'ray'/'ray_current_cluster'                      # what 'auto' reads
     if address=='auto': address = left.read_text().strip() if left.exists() else ''
     if not address: return                                            # Ray looks for a process and says if there is none
     if address.startswith('ray://'): raise ValueError(f"address={address!r}: a sweep cannot be driven from outside; start it on a machine of the cluster, or by `ray job submit`, with 'auto'")
@@ -302,14 +307,14 @@ def done(self:_Outcome, trial):
     self.say(trial, told['said'])
     self.bar.update()
 
-# %% ../nbs/07a_cluster.ipynb #7f675afe
+# %% ../nbs/07a_cluster.ipynb #a5af5927
 @patch
 def lost(self:_Outcome, trial, again=False):
     "Its worker died, or could not reach the folder: does it go on, or was that once too often?"
     text = Path(trial.error_file).read_text()
     away = Unreachable.__name__ in text.rsplit('Failure #', 1)[-1]
     if again: return self.say(trial, ('the folder was out of reach' if away else 'its worker died') + '; it goes on')
-    if away: self.ended = text.strip().splitlines()[-1]; return
+    if away: self.ended = _last_line(text); return
     why = f'WorkerDied: its process or its machine died {trial.num_failures} times, for want of memory perhaps'
     self.note(trial, 'error.txt', f'{text}\n{why}\n')
     self.say(trial, f'failed: {why}')
@@ -355,7 +360,7 @@ def _fit(job, asked, retries, asha, outcome):
         tuner.fit()
     if outcome.ended: raise OSError(outcome.ended)
 
-# %% ../nbs/07a_cluster.ipynb #1fbed461
+# %% ../nbs/07a_cluster.ipynb #bdb3c053
 def run_on_ray(
     runs:list, # `Run`s that are not finished
     out:str|Path, # Folder of the experiment, a path that all machines share or an address
@@ -372,13 +377,13 @@ def run_on_ray(
     "Do runs on a cluster. Raises `ValueError` for what cannot be meant, `OSError` for a full disk or a folder out of reach."
     if not is_remote(out): out = str(Path(out).absolute())
     asked = _resources(runs, cpus, gpus)
-    with _connected(address) as alone, tqdm(total=len(runs), disable=quiet, unit='run') as bar:
+    with _connected(address) as alone:
         _check_room(asked, alone)
         asha = _asha(stop_early, runs, before) if stop_early else None
         for o in runs if not is_remote(out) else (): (Path(out)/'runs'/o.id).mkdir(parents=True, exist_ok=True)
         threads = {k: max(1, int(v.get('CPU', 1))) for k,v in asked.items()}
         job = Job(out, attempt, {o.id: o for o in runs}, threads, track, bool(stop_early), os.getcwd(), os.urandom(4).hex())
-        _fit(job, asked, retries, asha, _Outcome(job, bar))
+        with tqdm(total=len(runs), disable=quiet, unit='run') as bar: _fit(job, asked, retries, asha, _Outcome(job, bar))
 
 # %% ../nbs/07a_cluster.ipynb #de94e0be
 def _check_ray(retries):

@@ -1,5 +1,5 @@
 "A sweep on a Ray cluster of two machines, of which workers, machines and drivers are taken away"
-import json, os, re, subprocess, sys, threading, time
+import errno, json, os, re, subprocess, sys, threading, time
 from dataclasses import replace
 from pathlib import Path
 import pandas as pd, pytest, timm, torch
@@ -256,6 +256,20 @@ def test_a_folder_that_is_not_shared(common, tmp_path):
     job = Job(str(tmp_path/'nowhere'), None, {run.id: run}, {run.id: 1}, None, False, '.', '')
     with pytest.raises(Unreachable, match='does not see .*nowhere: it has to be on a disk that all machines share'): on_cluster._shared(job, run, None)
 
+@pytest.mark.parametrize('out,error,ends', [('s3://bucket/x', Unreachable('no answer'), False), ('/x', Unreachable('not shared'), True), ('s3://bucket/x', OSError(errno.ENOSPC, 'full'), True), ('/x', OSError('broken'), False)])
+def test_what_ends_a_sweep_and_what_is_tried_again(out, error, ends, monkeypatch):
+    told,run = [],Run('tree')
+    def fails(job, run, report): raise error
+    for o in ('_shared','_streamed'): monkeypatch.setattr(on_cluster, o, fails)
+    monkeypatch.setattr(ray.tune, 'report', told.append)
+    job = Job(out, None, {run.id: run}, {run.id: torch.get_num_threads()}, None, False, os.getcwd(), '')
+    if ends:
+        on_cluster._trial(dict(run=run.id), job)
+        assert list(told[0])==['ended']
+    else:
+        with pytest.raises(type(error)): on_cluster._trial(dict(run=run.id), job)
+        assert not told
+
 RUNS = [Run('tree')]
 @pytest.mark.parametrize('kw,sentence', [(dict(engine='dask'), "engine='dask': choose 'local' or 'ray'"), (dict(gpus=1), "gpus=1 needs engine='ray'"), (dict(address='auto'), "address='auto' needs"),
     (dict(stop_early=True), 'stop_early=True needs'), (dict(engine='ray', jobs=2), "jobs=2 is for engine='local'"), (dict(engine='ray', retries=-1), 'retries=-1'),
@@ -265,6 +279,12 @@ RUNS = [Run('tree')]
 def test_nonsense_is_refused_at_once(kw, sentence, tmp_path):
     with pytest.raises(ValueError, match=re.escape(sentence)): sweep(RUNS, tmp_path/'out', **kw)
     assert not (tmp_path/'out').exists()
+
+def test_an_address_that_a_cluster_left_behind(tmp_path, monkeypatch):
+    monkeypatch.setenv('RAY_TMPDIR', str(tmp_path))
+    (tmp_path/'ray').mkdir()
+    (tmp_path/'ray/ray_current_cluster').write_text('127.0.0.1:9')
+    with pytest.raises(ValueError, match='no Ray cluster answers at 127.0.0.1:9'): sweep(RUNS, tmp_path/'out', engine='ray', address='auto')
 
 @pytest.mark.parametrize('out,kw,sentence', [('s3://bucket/x', {}, "an address needs engine='ray'"), ('ftp://ann:secret@127.0.0.1:9/x', dict(engine='ray'), 'ann:...@127.0.0.1:9/x does not answer'),
     ('nonsense://x', dict(engine='ray'), 'nonsense'), ('s3://bucket/x', dict(engine='ray', track='tensorboard'), 'is an address: leave it out')])
