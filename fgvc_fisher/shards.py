@@ -8,8 +8,8 @@ Docs: https://fgvc-fisher.github.io/fgvc_fisher/shards.html.md"""
 __all__ = ['PICTURES', 'LABEL', 'Sample', 'TarShard', 'tar_shards', 'StreamShard', 'stream_shards', 'shard_batches',
            'shard_fisher']
 
-# %% ../nbs/03a_shards.ipynb #dcdf5693
-import copy, errno, gzip, importlib, json, os, pickle, shutil, subprocess, sys, threading, time, traceback
+# %% ../nbs/03a_shards.ipynb #1a51c53a
+import copy, errno, gzip, importlib, json, os, pickle, subprocess, sys, threading, time, traceback
 from collections import deque
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor

@@ -10,7 +10,7 @@ from fgvc_fisher.data import read_pictures
 from fgvc_fisher.fisher import DiagFisher, estimate_fisher, _draw
 from fgvc_fisher.hub import fgvc_fisher
 from fgvc_fisher.learner import source_dl
-from fgvc_fisher.shards import Sample, TarShard, shard_batches, shard_fisher, stream_shards, tar_shards
+from fgvc_fisher.shards import TarShard, shard_batches, shard_fisher, stream_shards, tar_shards
 
 BIN = Path(sys.executable).parent
 
