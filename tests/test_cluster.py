@@ -5,7 +5,7 @@ from pathlib import Path
 import pandas as pd, pytest, timm, torch
 from safetensors.torch import save_file
 from fgvc_fisher import cluster as on_cluster
-from fgvc_fisher.cluster import Job, Unreachable, fetch_results
+from fgvc_fisher.cluster import Job, Unreachable
 from fgvc_fisher.experiment import Run, fgvc_sweep, grid, read_curves, read_runs, sweep, table
 
 pytest.importorskip('ray.tune', reason="Ray is not installed: pip install 'fgvc_fisher[cluster]'")
@@ -14,8 +14,7 @@ import psutil, ray
 from ray.cluster_utils import Cluster
 
 NETWORKS = '''
-import errno, os, timm
-def plain(**kw): return timm.create_model('test_resnet', **kw)
+import errno, os
 def dies(**kw): os._exit(1)
 def full(**kw): raise OSError(errno.ENOSPC, 'No space left on device')
 '''
