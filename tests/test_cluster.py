@@ -5,7 +5,7 @@ from pathlib import Path
 import pandas as pd, pytest, timm, torch
 from safetensors.torch import save_file
 from fgvc_fisher import cluster as on_cluster
-from fgvc_fisher.cluster import Job, Unreachable, fetch_results
+from fgvc_fisher.cluster import Job, Unreachable
 from fgvc_fisher.experiment import Run, fgvc_sweep, grid, read_curves, read_runs, sweep, table
 
 pytest.importorskip('ray.tune', reason="Ray is not installed: pip install 'fgvc_fisher[cluster]'")
@@ -14,8 +14,7 @@ import psutil, ray
 from ray.cluster_utils import Cluster
 
 NETWORKS = '''
-import errno, os, timm
-def plain(**kw): return timm.create_model('test_resnet', **kw)
+import errno, os
 def dies(**kw): os._exit(1)
 def full(**kw): raise OSError(errno.ENOSPC, 'No space left on device')
 '''
@@ -76,13 +75,13 @@ def begun(folder):
 def holder(folder):
     "The worker that holds a run's lock"
     def is_it(p):
-        try: return any(o.path==str(folder/'lock') for o in p.open_files())
-        except psutil.Error: return False
-    return next((p for p in psutil.process_iter() if p.name().startswith('ray::') and is_it(p)), None)
+        try: return p.name().startswith('ray::') and any(o.path==str(folder/'lock') for o in p.open_files())
+        except psutil.Error: return False                              # it has just ended
+    return next(filter(is_it, psutil.process_iter()), None)
 def is_on(machine, folder):
     "Is a run at work on a machine of the cluster?"
     worker = holder(folder)
-    return worker is not None and worker.ppid()==machine.all_processes['raylet'][0].process.pid
+    return worker is not None and worker.pid in [o.pid for o in psutil.Process(machine.all_processes['raylet'][0].process.pid).children()]
 def went_on(folder, curve):
     "The epochs that were there are the ones that are there: their seconds are those of the first time"
     pd.testing.assert_frame_equal(pd.read_csv(folder/'curve.csv')[:len(curve)], curve, check_exact=True)
@@ -114,8 +113,8 @@ def test_workers_and_machines_come_and_go(two, common, alone, tmp_path):
     common = common | dict(epochs=10)
     runs = grid(ARMS, seeds=[1,2], **common)
     with driver(two, tmp_path/'grid.toml', tmp_path/'out', [1,2], common) as process:
-        killed,curve = until(lambda: begun(tmp_path/'out'))[0]
-        holder(killed).kill()
+        killed,curve,worker = until(lambda: [(*o, p) for o in begun(tmp_path/'out') if (p := holder(o[0]))])[0]
+        worker.kill()
         other,other_curve = until(lambda: [o for o in begun(tmp_path/'out') if is_on(two.second, o[0])])[0]
         two.remove_node(two.second, allow_graceful=False)
         two.second = two.add_node(num_cpus=1)
