@@ -171,11 +171,11 @@ def stream_shards(
     stream = stream.select_columns([image, *([label] if label else [])]).cast_column(image, datasets.Image(decode=False))
     return [StreamShard(stream.shard(n, i), f'{name}, {i} of {n}', image, label) for i in range(n)]
 
-# %% ../nbs/03a_shards.ipynb #d60b3958
+# %% ../nbs/03a_shards.ipynb #c5a628fd
 def _see(sample, item):
     "The pixels of a sample"
     try: return item(open_picture(BytesIO(sample.data)))
-    except OSError as e: raise OSError(f"{sample.name} cannot be decoded ({e.__cause__ or e})") from e
+    except OSError as e: raise OSError(f"{sample.name} cannot be decoded ({str(e.__cause__ or e).partition(' <')[0]})") from e
 
 # %% ../nbs/03a_shards.ipynb #ef099f8a
 def _ahead(f, items, workers, n):
