@@ -377,8 +377,8 @@ def _take_part(work):
             if _is_over(work, i): continue
             with _locked(work.folder, (i,i+1), n, timeout=0) as mine:
                 if mine and not _is_over(work, i): _attempt(work, i)
-        if all(_is_over(work, i) for i in left): _add_all(work)
-        else: time.sleep(0.3)
+        if not all(_is_over(work, i) for i in left): time.sleep(0.3)
+    _add_all(work)                                                     # others may have done the last shards and not yet added them up
 
 # %% ../nbs/03a_shards.ipynb #8fc8cb78
 def _pack(work, device):

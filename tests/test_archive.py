@@ -190,7 +190,7 @@ def test_two_processes_at_once(server, tmp_path):
 @pytest.mark.parametrize('how', [signal.SIGINT, signal.SIGKILL])
 def test_stopped_at_any_time(server, tmp_path, how):
     "Again and again; a tree is there whole or not at all, and what came is not asked for again"
-    server.pause,n = 0.1,0
+    server.pause,n = 0.2,0
     while not (tmp_path/NAME).exists() and n<20:
         n,p,before = n+1,process(tmp_path, server),len(server.asked)
         while len(server.asked)==before and p.poll() is None: time.sleep(0.01)

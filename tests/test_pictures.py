@@ -144,7 +144,7 @@ cache_images(pd.DataFrame({'path': sorted(Path(sys.argv[1]).glob('*.jpg'))}), 30
 def many(tmp_path):
     (tmp_path/'many').mkdir()
     photo(0, 900, 600).effect_spread(30).save(tmp_path/'many/0.jpg', quality=98)       # no smooth picture: copies of some 50 kB
-    for i in range(1, 150): shutil.copy(tmp_path/'many/0.jpg', tmp_path/f'many/{i}.jpg')
+    for i in range(1, 400): shutil.copy(tmp_path/'many/0.jpg', tmp_path/f'many/{i}.jpg')
     return tmp_path/'many'
 
 @pytest.mark.parametrize('how', [signal.SIGKILL, signal.SIGINT])
@@ -156,19 +156,19 @@ def test_killed_in_the_middle(many, how):
     job.send_signal(how)
     assert job.wait(20)!=0
     there = {o: o.stat().st_mtime_ns for o in copies.glob('*.jpg')}
-    assert 10 <= len(there) < 150
+    assert 10 <= len(there) < 400
     for o in there: Image.open(o).load()
     known = {json.loads(o)[0] for o in (copies/'manifest.jsonl').read_text().splitlines() if o.endswith(']')}
     assert len(known)>=len(there)-4                                                   # at most the threads' own are not written down
     cache(pd.DataFrame({'path': sorted(many.glob('*.jpg'))}), 300)
-    assert len(list(copies.glob('*.jpg')))==150 and not list(copies.glob('*.part'))
+    assert len(list(copies.glob('*.jpg')))==400 and not list(copies.glob('*.part'))
     assert all(o.stat().st_mtime_ns==t for o,t in there.items() if o.name in known)
 
 def test_two_processes_at_once(many):
     jobs = [subprocess.Popen([sys.executable, '-c', SCRIPT, many]) for _ in range(2)]
     assert [o.wait(120) for o in jobs]==[0,0]
     lines = [json.loads(o)[0] for o in (many.with_name('many_300')/'manifest.jsonl').read_text().splitlines() if o]
-    assert sorted(lines)==sorted(f'{i}.jpg' for i in range(150))                      # nobody did what the other had done
+    assert sorted(lines)==sorted(f'{i}.jpg' for i in range(400))                      # nobody did what the other had done
 
 def test_full_disk(many):
     "A limit on the size of files stands in for it: no half-written copy is taken for whole"

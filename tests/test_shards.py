@@ -5,6 +5,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 import pytest, timm, torch
+from filelock import FileLock
 from fgvc_fisher import shards as S
 from fgvc_fisher.data import read_pictures
 from fgvc_fisher.fisher import DiagFisher, estimate_fisher, _draw
@@ -114,6 +115,19 @@ def test_ray_then_processes_to_the_bit(net, tars, tmp_path):
     torch.set_num_threads(1)                                           # as many as a task of Ray's has
     try: assert same(run(net, shards, a), run(net, shards, tmp_path/'b')) and files(a)==['000000-000004.safetensors']
     finally: torch.set_num_threads(threads)
+
+def test_a_sum_that_somebody_else_is_about_to_make(net, tars, tmp_path, monkeypatch):
+    "Another process has done the last shard, and is not yet at adding it up"
+    shards = drawn(tars, 2)
+    theirs = estimate_fisher(net, shard_batches(shards[1], net, 32), 'exact', progress=False)
+    (tmp_path/'a').mkdir()
+    lock = FileLock(S._file(tmp_path/'a', (1,2), '.lock'))
+    lock.acquire()
+    def meanwhile(_):
+        S._save(tmp_path/'a', (1,2), theirs)
+        lock.release()
+    monkeypatch.setattr(S.time, 'sleep', meanwhile)
+    assert same(run(net, shards, tmp_path/'a', kind='exact'), run(net, shards, tmp_path/'b', kind='exact'))
 
 # Failures
 
