@@ -91,8 +91,9 @@ def main(
 ):
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    on_paper().to_csv(out/'paper.csv', index=False, float_format='%.4g')
-    if not photos: return print(on_paper().to_string(index=False))
+    paper = on_paper()
+    paper.to_csv(out/'paper.csv', index=False, float_format='%.4g')
+    if not photos: return print(paper.to_string(index=False))
     with tempfile.TemporaryDirectory() as folder:
         file,(x,y) = f'{folder}/pictures.pt',decoded(photos, pictures, size)
         torch.save(dict(x=x, y=y, weights=str(Path(photos)/'weights/mobilenetv1_075_imagenet.safetensors')), file)
