@@ -27,6 +27,7 @@ def two(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv('PYTHONPATH', os.pathsep.join([str(home), *filter(None, sys.path)]))
         patch.setenv('OMP_NUM_THREADS', '1')
+        patch.setenv('RAY_worker_niceness', '0')                       # 15 without: on a busy machine no run would ever begin
         patch.syspath_prepend(home)
         there = Cluster(initialize_head=True, head_node_args=dict(num_cpus=1, include_dashboard=False))
         there.second = there.add_node(num_cpus=1)
