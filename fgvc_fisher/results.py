@@ -6,10 +6,10 @@ Docs: https://fgvc-fisher.github.io/fgvc_fisher/results.html.md"""
 
 # %% auto #0
 __all__ = ['ACCURACIES', 'MEASURES', 'STYLES', 'read_runs', 'read_curves', 'read_errors', 'table', 'show_table', 'differences',
-           'conclusions', 'at_retention', 'style', 'curves', 'frontier']
+           'conclusions', 'at_retention', 'equal_retention', 'style', 'curves', 'frontier']
 
 # %% ../nbs/07c_results.ipynb #3b9af843
-import json, math, os, textwrap
+import math, os, textwrap
 from pathlib import Path
 import matplotlib.pyplot as plt, numpy as np, pandas as pd
 
@@ -179,6 +179,21 @@ def _read_off(r, level, target, measure):
     return float(np.interp(level, r.index, r, left=math.nan, right=math.nan))
 
 # %% ../nbs/07c_results.ipynb #f67ae5dd
+def _all_at(runs, level, target, measure, weakest):
+    "Accuracy of each family and seed at a level of retention, as far as they reach"
+    first,runs = runs[runs.arm==weakest],runs[~runs.diverged]
+    families = [f for f,r in runs.groupby('family', sort=False) if r.arm.nunique()>1]
+    found = [dict(arm=f, seed=s, **{target: _read_off(pd.concat([r, first[first.seed==s]]), level, target, measure)})
+             for f in families for s,r in runs[runs.family==f].groupby('seed')]
+    return pd.DataFrame(found, columns=['arm','seed',target]).dropna().reset_index(drop=True)
+def _families(out, *measures):
+    "The runs, with their families; `ValueError` for a measure that they have not got"
+    runs = _runs(out)
+    for o in measures:
+        if o not in runs: raise ValueError(f"the runs have no {o!r}, only {', '.join(runs)}")
+    return runs.assign(family=[o.split(',')[0] for o in runs.arm])
+
+# %% ../nbs/07c_results.ipynb #08001116
 def at_retention(
     out, # Folder of the experiment, or its runs as a table or a list of dicts
     level:float, # Of retention, a share from 0 to 1
@@ -187,18 +202,33 @@ def at_retention(
     weakest:str|None='plain', # The arm that is every family's weakest member; None: there is none
 )->pd.DataFrame: # `arm`, `seed` and the accuracy, a row a family and seed; seeds that do not reach the level are left out
     "Accuracy on the target where a family keeps so much of the source, by linear interpolation between its arms. `ValueError` if no family does."
-    runs = _runs(out)
-    for o in (target, measure):
-        if o not in runs: raise ValueError(f"the runs have no {o!r}, only {', '.join(runs)}")
-    runs['family'] = [o.split(',')[0] for o in runs.arm]
-    first,runs = runs[runs.arm==weakest],runs[~runs.diverged]
-    families = [f for f,r in runs.groupby('family', sort=False) if r.arm.nunique()>1]
-    found = [dict(arm=f, seed=s, **{target: _read_off(pd.concat([r, first[first.seed==s]]), level, target, measure)})
-             for f in families for s,r in runs[runs.family==f].groupby('seed')]
-    found = pd.DataFrame(found, columns=['arm','seed',target]).dropna().reset_index(drop=True)
+    runs = _families(out, target, measure)
+    found = _all_at(runs, level, target, measure, weakest)
     if found.empty: raise ValueError(f"level: no family keeps {level:g} between its weakest and its strongest arm; {measure} goes "
                                      f"from {runs[measure].min():g} to {runs[measure].max():g}")
     return found
+
+# %% ../nbs/07c_results.ipynb #3d242b39
+def equal_retention(
+    out, # Folder of the experiment, or its runs as a table or a list of dicts
+    first:str, # A family of arms, such as 'L2-SP'
+    second:str, # Another, such as 'L2-SP-Fisher'
+    levels=(0.1,0.2,0.3,0.4,0.5), # Of retention, shares from 0 to 1
+    target:str='last', # Which accuracy on the target
+    measure:str='retention_target_bn', # Which retention
+    weakest:str|None='plain', # The arm that is every family's weakest member; None: there is none
+)->pd.DataFrame: # By `retention`: the mean accuracy of either family; the `difference` of the second from the first, `low`, `high`, `seeds`
+    "Where both keep equally much, which is better on the target? With 95 % intervals, paired by seed. `ValueError` for a family that is not there."
+    runs,found = _families(out, target, measure),[]
+    for o in (first, second):
+        if o not in set(runs.family): raise ValueError(f"there is no family {o!r}; there are {', '.join(runs.family.unique())}")
+    seeds = runs[runs.family.isin([first, second])].seed.nunique()
+    for level in levels:
+        got = _all_at(runs[runs.family.isin([first, second, weakest])], level, target, measure, weakest).set_index('seed')
+        a,b = [got[got.arm==o][target] for o in (first, second)]
+        if len(a)==len(b)==seeds: found.append(dict(retention=level) | {first: a.mean(), second: b.mean()} | _difference(b, a))
+    columns = ['retention',first,second,'difference','low','high','seeds']
+    return pd.DataFrame(found, columns=columns, dtype=float).set_index('retention').astype(dict(seeds=int))
 
 # %% ../nbs/07c_results.ipynb #d6fc0dd3
 STYLES = { # Family, the name of an arm up to its comma -> colour and mark

@@ -9,7 +9,7 @@ __all__ = ['PICTURES', 'LABEL', 'Sample', 'TarShard', 'tar_shards', 'StreamShard
            'shard_fisher']
 
 # %% ../nbs/03a_shards.ipynb #1a51c53a
-import copy, errno, gzip, importlib, json, os, pickle, subprocess, sys, threading, time, traceback
+import copy, errno, gzip, importlib, json, os, time, traceback
 from collections import deque
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -31,6 +31,7 @@ from torch import nn
 
 # %% ../nbs/03a_shards.ipynb #d5fec522
 from .fisher import DiagFisher, estimate_fisher, weights_sha256, _check_settings
+from .helpers import helpers, _path
 from .learner import picture_stats
 from .pictures import open_picture
 from .transforms import InPlaceNormalize, named_transforms
@@ -381,28 +382,21 @@ def _take_part(work):
     _add_all(work)                                                     # others may have done the last shards and not yet added them up
 
 # %% ../nbs/03a_shards.ipynb #8fc8cb78
-def _pack(work, device):
-    "As bytes for another process; `ValueError` for what cannot be sent"
+def _for_others(work):
+    "With a network in main memory; `ValueError` for what other processes cannot find"
     here = [type(o).__name__ for o in (*work.model.modules(), *work.shards) if type(o).__module__=='__main__']
     if here: raise ValueError(f"jobs: {here[0]} is defined in this notebook or script, where other processes cannot find it. Put it in a module, or use jobs=1.")
-    work = replace(work, model=copy.deepcopy(work.model).cpu())
-    try: return pickle.dumps((work, device))
-    except Exception as e: raise ValueError(f"jobs: the network or the shards cannot be sent to another process ({e}). Use jobs=1.") from e
+    return replace(work, model=copy.deepcopy(work.model).cpu())
 
 # %% ../nbs/03a_shards.ipynb #8c2c1bb5
-def _helper():
-    "A further process; what to do comes through its standard input"
-    work,device = pickle.load(sys.stdin.buffer)
-    def watch():
-        os.read(sys.stdin.fileno(), 1)                                # nothing more is ever sent: it returns at the end of the pipe
-        os._exit(1)
-    threading.Thread(target=watch, daemon=True).start()
+def _help(task):
+    "What a helper does: its own device is the second part of the task"
+    work,device = task
     if device.type=='cuda': torch.cuda.set_device(device)
     work.model.to(device)
     _take_part(work)
 
 # %% ../nbs/03a_shards.ipynb #ee972c1b
-def _path(): return os.pathsep.join(o for o in sys.path if o)          # where other processes of this machine are to look for modules
 def _devices(model, jobs):
     "A device for each process, the first for this one"
     own = next(model.parameters()).device
@@ -410,25 +404,11 @@ def _devices(model, jobs):
     return [torch.device('cuda', ((own.index or 0)+i)%torch.cuda.device_count()) for i in range(jobs)]
 
 # %% ../nbs/03a_shards.ipynb #7354b64b
-@contextmanager
-def _helpers(work, jobs):
-    "`jobs` processes, this one among them, that end with this one's work; the processors are shared out"
-    threads,mine = max(1, (os.cpu_count() or 1)//jobs),torch.get_num_threads()
-    env = os.environ | dict(OMP_NUM_THREADS=str(threads), PYTHONPATH=_path())
-    command = [sys.executable, '-c', 'from fgvc_fisher.shards import _helper; _helper()']
-    packed = [_pack(work, o) for o in _devices(work.model, jobs)[1:]]
-    there = [subprocess.Popen(command, stdin=subprocess.PIPE, env=env) for _ in packed]
-    if jobs>1: torch.set_num_threads(threads)
-    try:
-        for o,p in zip(there, packed):
-            with suppress(BrokenPipeError): o.stdin.write(p); o.stdin.flush()
-        yield
-        if any(o.poll() for o in there): print('a helper process ended with an error, see above; its shards were done by others', flush=True)
-    finally:
-        torch.set_num_threads(mine)
-        for o in there:
-            o.terminate()
-            with suppress(BrokenPipeError): o.communicate()
+def _side_by_side(work, jobs):
+    "Work with `jobs` processes, this one among them"
+    others = _devices(work.model, jobs)[1:]
+    tasks = [(_for_others(work), o) for o in others]
+    with helpers('fgvc_fisher.shards:_help', tasks, 'shards'): _take_part(work)
 
 # %% ../nbs/03a_shards.ipynb #a5480c26
 def _ray_shard(work, i, gpu, threads):
@@ -540,6 +520,5 @@ def shard_fisher(
     _settle(work)
     for o in out.glob('*.error'): o.unlink(missing_ok=True)
     if engine=='ray': _by_ray(work, address, cpus, gpus)
-    else:
-        with _helpers(work, jobs): _take_part(work)
+    else: _side_by_side(work, jobs)
     return _result(work)

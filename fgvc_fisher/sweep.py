@@ -8,18 +8,19 @@ Docs: https://fgvc-fisher.github.io/fgvc_fisher/sweep.html.md"""
 __all__ = ['grid', 'read_grid', 'sweep']
 
 # %% ../nbs/07b_sweep.ipynb #19760f43
-import difflib, errno, json, os, subprocess, sys, threading, time, traceback
+import difflib, errno, sys, time, traceback
 from collections.abc import Callable, Iterable
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, fields
 from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
-import pandas as pd, torch
+import pandas as pd
 from filelock import FileLock, Timeout
 
 # %% ../nbs/07b_sweep.ipynb #0cf370b5
 from .cluster import Unreachable, is_remote, run_on_ray, _check_ray, _local, _note, _shown
+from .helpers import helpers
 from .processes import from_first, processes
 from .runs import Run, _do, _result, _tidy, _write
 if sys.version_info >= (3,11): import tomllib
@@ -180,37 +181,14 @@ def _alone(run, out, track, cbs):
         time.sleep(1)
 
 # %% ../nbs/07b_sweep.ipynb #1c389cbe
-def _helper():
-    "A further process of a sweep; what to do comes through its standard input"
-    told = json.loads(sys.stdin.readline())
-    def watch():
-        os.read(sys.stdin.fileno(), 1)                                # nothing more is ever sent: it returns at the end of the pipe
-        os._exit(1)
-    threading.Thread(target=watch, daemon=True).start()
-    _work([Run(**o) for o in told['runs']], Path(told['out']), told['track'], True)
+def _help(task): _work(*task, quiet=True)
 
 # %% ../nbs/07b_sweep.ipynb #47d6d7f9
-@contextmanager
-def _helpers(n, runs, out, track):
-    "`n` further processes, that end with this one's work; the processors are shared out"
-    if not n: yield; return
-    threads = max(1, (os.cpu_count() or 1)//(n+1))
-    env = os.environ | dict(OMP_NUM_THREADS=str(threads), PYTHONPATH=os.pathsep.join(o for o in sys.path if o))
-    command = [sys.executable, '-c', 'from fgvc_fisher.sweep import _helper; _helper()']
-    there = [subprocess.Popen(command, stdin=subprocess.PIPE, text=True, env=env) for _ in range(n)]
-    mine = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        told = json.dumps(dict(runs=[asdict(r) for r in runs], out=str(out), track=track))
-        for o in there:
-            with suppress(BrokenPipeError): print(told, file=o.stdin, flush=True)  # one that is dead already is told of below
-        yield
-        if any([o.wait() for o in there]): print('a helper process ended with an error, see above; its runs were done here', flush=True)
-    finally:
-        torch.set_num_threads(mine)
-        for o in there:
-            o.terminate()
-            o.communicate()
+def _side_by_side(jobs, runs, out, track, quiet):
+    "Work with `jobs` processes, this one among them"
+    with helpers('fgvc_fisher.sweep:_help', [(runs, out, track)]*(jobs-1), 'runs') as there:
+        _work(runs, out, track, quiet or jobs>1)
+        for o in there: o.wait()
 
 # %% ../nbs/07b_sweep.ipynb #4f97f79a
 _CLUSTER = dict(address=None, cpus=1., gpus=0., retries=3, stop_early=False)
@@ -268,6 +246,5 @@ def sweep(
     left = from_first(begin)
     _say(f"{len(runs)} runs, {len(runs)-len(left)} of them done before")
     if engine=='ray' and left: run_on_ray(left, out, _alone, track, quiet, before=[here/o.id for o in runs if o not in left], **cluster)
-    if engine=='local':
-        with _helpers(jobs-1, runs, Path(out), track): _work(runs, Path(out), track, quiet or jobs>1)
+    if engine=='local': _side_by_side(jobs, runs, Path(out), track, quiet)
     return from_first(lambda: _summary(runs, out))
