@@ -22,6 +22,7 @@ from fastai.torch_core import set_seed
 from fastcore.script import call_parse
 
 # %% ../nbs/07d_experiment.ipynb #113c0709
+from .callback import BETA
 from .data import aircraft_dls, picture_dl, pick_split, read_pictures
 from .learner import aircraft_learner, picture_stats, source_model
 from .processes import part, processes
@@ -156,7 +157,7 @@ def fgvc_finetune(
     weights:str='', # File with its pretrained weights (safetensors or a PyTorch state dict); empty: timm downloads its own
     source:str='', # Folder of pictures the network was pretrained on, with labels.csv (path,class_index), or ImageNet's own folders: half for the Fisher, half for the retention
     alpha:float=0., # Strength of L2, towards zero
-    beta:float=10., # Strength of L2-SP-Fisher, towards the pretrained weights; needs --source
+    beta:float=BETA, # Strength of L2-SP-Fisher, towards the pretrained weights; needs --source
     l2sp:float=0., # Strength of plain L2-SP, towards the pretrained weights
     epochs:int=4, # Passes over the training split
     lr:float=0.02, # Greatest learning rate

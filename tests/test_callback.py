@@ -4,7 +4,7 @@ import pytest, torch
 from fastai.basics import load_learner
 from fastai.callback.tracker import SaveModelCallback
 from fastai.torch_core import set_seed
-from fgvc_fisher.callback import L2SPFisherCallback
+from fgvc_fisher.callback import BETA, L2SPFisherCallback
 from fgvc_fisher.data import aircraft_dls
 from fgvc_fisher.fisher import estimate_fisher
 from fgvc_fisher.learner import aircraft_learner, source_dl, source_model
@@ -55,6 +55,12 @@ def test_columns_come_and_go(drawn, parts):
     assert [o.name for o in learn.metrics]==['accuracy']
     fit(learn)
     assert learn.recorder.metric_names==['epoch','train_loss','valid_loss','accuracy','time']
+
+def test_without_a_beta_it_is_the_default(drawn, parts):
+    source,dl,fisher = parts
+    a,b,none = [dict(fit(learner(drawn, source), L2SPFisherCallback(**kw)).model.named_parameters()) for kw in (dict(fisher=fisher), dict(fisher=fisher, beta=BETA), {})]
+    assert all(torch.equal(a[k], b[k]) for k in a) and not all(torch.equal(a[k], none[k]) for k in a)
+    with pytest.raises(ValueError, match='give beta'): L2SPFisherCallback(fisher=fisher, normalize=True)
 
 def test_columns_after_an_interrupted_training(drawn, parts):
     "Ctrl-C leaves the columns; the next training has each of them once"

@@ -5,7 +5,7 @@ from scipy import integrate, stats
 import matplotlib
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt
-from fgvc_fisher.results import (ACCURACIES, MEASURES, STYLES, at_retention, curves, differences, frontier, read_curves, read_errors, read_runs, show_table,
+from fgvc_fisher.results import (ACCURACIES, MEASURES, STYLES, at_retention, curves, differences, equal_retention, frontier, read_curves, read_errors, read_runs, show_table,
                                  style, table)
 from fgvc_fisher.seeds import interval, paired, seeds_needed
 
@@ -386,6 +386,22 @@ class TestAtRetention:
         found = at_retention(self.curve('L2-SP') + self.curve('L2-SP-Fisher', top=0.93), 0.3)
         d = differences(found, 'L2-SP').loc['L2-SP-Fisher','last']
         assert d.difference==pytest.approx(0.03) and d.seeds==2
+
+    def test_along_the_curves_is_level_by_level(self):
+        runs,levels = self.curve('L2-SP') + self.curve('L2-SP-Fisher', slope=np.random.default_rng().uniform(-1, 1)),(0.2,0.35,0.6)
+        found = equal_retention(runs, 'L2-SP', 'L2-SP-Fisher', levels)
+        assert found.index.tolist()==list(levels)
+        for level in levels:
+            one = at_retention(runs, level)
+            d,means = differences(one, 'L2-SP').loc['L2-SP-Fisher','last'],one.groupby('arm')['last'].mean()
+            assert found.loc[level].tolist()==pytest.approx([means['L2-SP'], means['L2-SP-Fisher'], d.difference, d.low, d.high, 2], abs=1e-12)
+
+    def test_a_level_that_one_seed_does_not_reach_is_left_out(self):
+        short = [o for o in self.curve('L2-SP-Fisher') if o['seed']==0 or o['retention_target_bn']<0.5]
+        assert equal_retention(self.curve('L2-SP') + short, 'L2-SP', 'L2-SP-Fisher', (0.3,0.6)).index.tolist()==[0.3]
+        found = equal_retention(self.curve('L2-SP') + short, 'L2-SP', 'L2-SP-Fisher', (0.9,))
+        assert found.empty and found.difference.dtype==float
+        with pytest.raises(ValueError, match="no family 'L1'; there are L2-SP"): equal_retention(short + self.curve('L2-SP'), 'L1', 'L2-SP')
 
     def test_the_control_is_the_weak_end_of_all(self):
         runs = rows(last=0.9, retention_target_bn=0.) + [dict(arm=f'L2-SP, {k}', seed=0, last=0.9-k, retention_target_bn=k) for k in (0.2,0.4)]
