@@ -7,7 +7,7 @@ batch from its arrival to the end of its step, without the loading of pictures, 
 round. Memory is the greatest that a process of its own had in the same epoch, so it holds Python and its libraries, too. The Fisher's pace is that of
 its estimation, with the loading, beside the pace of a plain training epoch with the loading.
 """
-import json, resource, subprocess, sys, tempfile, time
+import json, re, subprocess, sys, tempfile, time
 from pathlib import Path
 from statistics import median
 import pandas as pd, torch
@@ -47,14 +47,15 @@ def epoch(run, source):
 def memory(photos, network, arm, size, shared):
     "Greatest memory of a process that does an epoch, in MB"
     told = json.dumps([str(photos), network, arm, size, str(shared)])
-    found = subprocess.run([sys.executable, __file__, '', '--alone', told], check=True, capture_output=True, text=True).stdout
+    found = subprocess.run([sys.executable, __file__, str(photos), '--alone', told], check=True, capture_output=True, text=True).stdout
     return float(found.split()[-1])
 
 def greatest(photos, network, arm, size, shared):
     "MB that this process had at most, after an epoch"
     run = a_run(Path(photos), network, arm, size)
     epoch(run, run_source(run, shared, progress=False))
-    return torch.cuda.max_memory_allocated()/1e6 if torch.cuda.is_available() else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1000
+    if torch.cuda.is_available(): return torch.cuda.max_memory_allocated()/1e6
+    return int(re.search(r'VmHWM:\s+(\d+)', Path('/proc/self/status').read_text())[1])/1000    # Linux; `getrusage` would begin at what the parent had
 
 def steps(photos, network, size, rounds, shared):
     "A row an arm"
