@@ -3,7 +3,7 @@ import ast
 from pathlib import Path
 import pytest, fgvc_fisher
 
-ROAD = ['archive', 'tables', 'check', 'pictures', 'transforms', 'data', 'synthetic', 'learner', 'budget', 'squares', 'parts', 'processes', 'fisher', 'shards', 'hub', 'penalty', 'merging',
+ROAD = ['archive', 'tables', 'check', 'pictures', 'transforms', 'data', 'synthetic', 'learner', 'budget', 'squares', 'parts', 'processes', 'helpers', 'fisher', 'shards', 'hub', 'penalty', 'merging',
         'callback', 'retention', 'seeds', 'published', 'runs', 'cluster', 'sweep', 'results', 'experiment', 'panels', 'compromise', 'live', 'recognise', 'explore']
 folder = Path(fgvc_fisher.__file__).parent
 
