@@ -111,12 +111,16 @@ def test_the_table_is_the_local_engines(two, common, alone, tmp_path, capfd):
     assert '5 of them done before' in capfd.readouterr().out and len(list((tmp_path/'out/sources').glob('*.safetensors')))==1
 
 def test_workers_and_machines_come_and_go(two, common, alone, tmp_path):
-    common = common | dict(epochs=10)
+    common = common | dict(epochs=30)
     runs = grid(ARMS, seeds=[1,2], **common)
     with driver(two, tmp_path/'grid.toml', tmp_path/'out', [1,2], common) as process:
-        killed,curve,worker = until(lambda: [(*o, p) for o in begun(tmp_path/'out') if (p := holder(o[0]))])[0]
+        def at_work():
+            "A run on the first machine with its worker, and one on the second"
+            there = [(*o, p) for o in begun(tmp_path/'out') if (p := holder(o[0]))]
+            second = [is_on(two.second, o[0]) for o in there]
+            return set(second)=={True,False} and (there[second.index(False)], there[second.index(True)])
+        (killed,curve,worker),(other,other_curve,_) = until(at_work)
         worker.kill()
-        other,other_curve = until(lambda: [o for o in begun(tmp_path/'out') if is_on(two.second, o[0])])[0]
         two.remove_node(two.second, allow_graceful=False)
         two.second = two.add_node(num_cpus=1)
         said = process.communicate(timeout=300)[0]
