@@ -26,7 +26,7 @@ def _main(do):
 def _path(): return os.pathsep.join(o for o in sys.path if o)          # where other processes of this machine are to look for modules
 def _packed(task):
     try: return pickle.dumps(task)
-    except Exception as e: raise ValueError(f"jobs: what other processes are to do cannot be sent to them ({e}). Use jobs=1.") from e
+    except Exception as e: raise ValueError(f"jobs: a task cannot be sent to another process ({e}). Use jobs=1.") from e
 
 # %% ../nbs/02e_helpers.ipynb #58aae859
 @contextmanager

@@ -22,6 +22,7 @@ from fastai.callback.core import Callback
 from fastai.torch_core import get_model, no_random
 from fastcore.basics import patch
 from filelock import FileLock, Timeout
+from .helpers import _path
 from .results import _curve
 from .retention import Retention, accuracy_on, with_source_head
 from .runs import KeepEpochs, Run, run_source, _do, _load, _result
@@ -114,7 +115,7 @@ class _Process:
     "A process that has loaded the libraries and waits for a run"
     def __init__(self, hear, ended):
         self.printed = TemporaryFile()
-        env = os.environ | dict(PYTHONPATH=os.pathsep.join(o for o in sys.path if o))
+        env = os.environ | dict(PYTHONPATH=_path())
         self.popen = subprocess.Popen([sys.executable, '-c', _CODE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.printed,
                                       text=True, encoding='utf-8', env=env, **_APART)
         threading.Thread(target=self.read, args=(hear,ended), daemon=True).start()

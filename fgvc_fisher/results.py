@@ -222,9 +222,9 @@ def equal_retention(
     runs,found = _families(out, target, measure),[]
     for o in (first, second):
         if o not in set(runs.family): raise ValueError(f"there is no family {o!r}; there are {', '.join(runs.family.unique())}")
-    seeds = runs[runs.family.isin([first, second])].seed.nunique()
+    seeds,runs = runs[runs.family.isin([first, second])].seed.nunique(),runs[runs.family.isin([first, second, weakest])]
     for level in levels:
-        got = _all_at(runs[runs.family.isin([first, second, weakest])], level, target, measure, weakest).set_index('seed')
+        got = _all_at(runs, level, target, measure, weakest).set_index('seed')
         a,b = [got[got.arm==o][target] for o in (first, second)]
         if len(a)==len(b)==seeds: found.append(dict(retention=level) | {first: a.mean(), second: b.mean()} | _difference(b, a))
     columns = ['retention',first,second,'difference','low','high','seeds']

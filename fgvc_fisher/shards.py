@@ -407,8 +407,8 @@ def _devices(model, jobs):
 def _side_by_side(work, jobs):
     "Work with `jobs` processes, this one among them"
     others = _devices(work.model, jobs)[1:]
-    tasks = [(_for_others(work), o) for o in others]
-    with helpers('fgvc_fisher.shards:_help', tasks, 'shards'): _take_part(work)
+    sent = _for_others(work) if others else None                       # one copy of the network for all
+    with helpers('fgvc_fisher.shards:_help', [(sent, o) for o in others], 'shards'): _take_part(work)
 
 # %% ../nbs/03a_shards.ipynb #a5480c26
 def _ray_shard(work, i, gpu, threads):

@@ -79,10 +79,9 @@ def holder(folder):
         try: return p.name().startswith('ray::') and any(o.path==str(folder/'lock') for o in p.open_files())
         except psutil.Error: return False                              # it has just ended
     return next(filter(is_it, psutil.process_iter()), None)
-def is_on(machine, folder):
-    "Is a run at work on a machine of the cluster?"
-    worker = holder(folder)
-    return worker is not None and worker.pid in [o.pid for o in psutil.Process(machine.all_processes['raylet'][0].process.pid).children()]
+def is_on(machine, worker):
+    "Is a worker one of a machine of the cluster?"
+    return worker.pid in [o.pid for o in psutil.Process(machine.all_processes['raylet'][0].process.pid).children()]
 def went_on(folder, curve):
     "The epochs that were there are the ones that are there: their seconds are those of the first time"
     pd.testing.assert_frame_equal(pd.read_csv(folder/'curve.csv')[:len(curve)], curve, check_exact=True)
@@ -117,7 +116,7 @@ def test_workers_and_machines_come_and_go(two, common, alone, tmp_path):
         def at_work():
             "A run on the first machine with its worker, and one on the second"
             there = [(*o, p) for o in begun(tmp_path/'out') if (p := holder(o[0]))]
-            second = [is_on(two.second, o[0]) for o in there]
+            second = [is_on(two.second, p) for *_,p in there]
             return set(second)=={True,False} and (there[second.index(False)], there[second.index(True)])
         (killed,curve,worker),(other,other_curve,_) = until(at_work)
         worker.kill()

@@ -300,7 +300,7 @@ def test_nonsense(net, tars, tmp_path, monkeypatch):
 def test_what_cannot_be_sent(net, tars, tmp_path):
     class Local(torch.nn.Linear): pass
     model = torch.nn.Sequential(torch.nn.Flatten(), Local(3*32*32, 4))
-    with pytest.raises(ValueError, match='cannot be sent to them'): run(model, drawn(tars, 2), tmp_path/'a', jobs=2)
+    with pytest.raises(ValueError, match='cannot be sent to another process'): run(model, drawn(tars, 2), tmp_path/'a', jobs=2)
     assert run(model, drawn(tars, 2), tmp_path/'a').n_images==4
 
 def test_streams_of_other_kinds(drawn_source, tars, tmp_path):
