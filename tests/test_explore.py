@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np, pytest, torch
 from PIL import Image
 from fgvc_fisher import explore
-from fgvc_fisher.compromise import read_compromise
+from fgvc_fisher.compromise import MEASURED, read_compromise
 from fgvc_fisher.experiment import Run, draw_task
 from fgvc_fisher.explore import explore_fisher, explore_penalty, explore_published, explore_training, try_classifier, try_run
 from fgvc_fisher.fisher import DiagFisher
@@ -31,11 +31,13 @@ def fisher(home, compromise): return DiagFisher.load(next((home/'sources').glob(
 # The penalty
 
 def test_penalty_moves(compromise):
+    "The distances always do; the points if other pictures are right"
     p = explore_penalty(compromise)
-    sent = [bytes(o.widget.value) for o in p.pictures]
+    sent,before = [bytes(o.widget.value) for o in p.pictures],compromise.at(**p.values)
     p.controls['beta'].value = compromise.betas[-1]
     p.wait()
-    assert all(bytes(o.widget.value)!=a for o,a in zip(p.pictures, sent))
+    frontier,layers = [bytes(o.widget.value)!=a for o,a in zip(p.pictures, sent)]
+    assert layers and frontier==any(compromise.at(**p.values)[o]!=before[o] for o in MEASURED)
 
 def test_penalty_is_estimated_then_measured(compromise):
     said = []
