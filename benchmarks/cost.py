@@ -8,6 +8,7 @@ round. Memory is the greatest that a process of its own had in the same epoch, s
 its estimation, with the loading, beside the pace of a plain training epoch with the loading.
 """
 import json, re, subprocess, sys, tempfile, time
+from itertools import product
 from pathlib import Path
 from statistics import median
 import pandas as pd, torch
@@ -18,7 +19,7 @@ from fgvc_fisher.experiment import Run
 from fgvc_fisher.fisher import estimate_fisher
 from fgvc_fisher.learner import source_dl
 from fgvc_fisher.runs import fine_tune, run_source
-from evidence import NETWORKS, settings
+from evidence import rows_of, settings
 from warbirds import machine
 
 ARMS = {'plain': {}, 'L2': dict(alpha=5e-4), 'L2-SP': dict(l2sp=0.1), 'L2-SP-Fisher': dict(beta=10.), 'explicit step': dict(beta=0.01, step='grad'),
@@ -79,17 +80,24 @@ def fishers(photos, network, size, rounds, shared):
             turns[-1][name] = fisher.n_images/(time.perf_counter()-start)
     return [dict(network=network, what=o, pictures_s=median(t[o] for t in turns), ratio=median(t[o]/t['training'] for t in turns)) for o in turns[0]]
 
+def put(rows, file, size):
+    "Write the rows of a network beside those of others, in place of its own of another time"
+    new = pd.DataFrame(rows).assign(size=size, machine=machine('cuda' if torch.cuda.is_available() else 'cpu'))
+    old = rows_of(file)
+    others = old[~old.network.isin(new.network)] if len(old) else old
+    pd.concat([others, new]).to_csv(file, index=False, float_format='%.4g')
+    print(new.to_string(index=False, float_format='{:.4g}'.format))
+
 @call_parse
 def main(
     photos:str, # Folder with data/ and weights/
     out:str='results/evidence', # Folder for the tables
+    networks:str='mobilenet,squeezenet', # What to measure, with commas between
     size:int=128, # Side of the pictures in pixels
     rounds:int=5, # Of an epoch each, after one that is not counted
     alone:str='', # For the script itself: one epoch of one arm, to see its memory
 ):
     if alone: print(greatest(*json.loads(alone))); return
     with tempfile.TemporaryDirectory() as shared:
-        for file,rows in (('cost', steps), ('cost_fisher', fishers)):
-            table = pd.DataFrame([o for n in NETWORKS for o in rows(Path(photos), n, size, rounds, shared)])
-            table.assign(size=size, machine=machine('cuda' if torch.cuda.is_available() else 'cpu')).to_csv(Path(out)/f'{file}.csv', index=False, float_format='%.4g')
-            print(table.to_string(index=False, float_format='{:.4g}'.format))
+        for network,(file,rows) in product(networks.split(','), (('cost', steps), ('cost_fisher', fishers))):
+            put(rows(Path(photos), network, size, rounds, shared), Path(out)/f'{file}.csv', size)
