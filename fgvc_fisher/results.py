@@ -367,9 +367,11 @@ def frontier(
     target:str|None=None, # Accuracy on the target; None: 'test_last' if the runs have it, else 'last'
     before:float|None=None, # The source model's own accuracy on the source pictures, a line; None: as the runs say
     ax:plt.Axes|None=None, # Where to draw, over what is there already; None: a new figure
-)->plt.Axes: # A mark an arm: filled with the target's BatchNorm statistics, hollow with the source's
+)->plt.Axes: # A mark an arm: filled with the target's BatchNorm statistics, hollow with the source's if there are any
     "Accuracy on the target against retention. `ValueError` if the runs have no retention or no such accuracy."
     runs = _runs(out)
+    both = 'retention_source_bn' in runs and not runs.retention_source_bn.equals(runs.retention_target_bn)    # without BatchNorm there is one
+    if not both: runs = runs.drop(columns='retention_source_bn', errors='ignore')
     target,measures = _target(runs, target),['retention_target_bn','retention_source_bn']
     if ax is None: ax = plt.subplots(figsize=(8.5,4.8), layout='constrained', dpi=100)[1]
     if before is None and 'before' in runs and runs.before.notna().any(): before = runs.before.mean()
@@ -383,7 +385,7 @@ def frontier(
         _marks(ax, family, f, target)
     lost = textwrap.fill('not shown, diverged: ' + '; '.join(t.index[t['diverged','']>0]), 80) if t['diverged',''].any() else ''
     ax.set(xlabel=f"retention: accuracy on source pictures\n{lost}".strip(), ylabel=f'accuracy on the target ({ACCURACIES.get(target, target)})',
-           title="What is learnt against what is still known\n(hollow, dotted: source's BatchNorm statistics put back)")
+           title='What is learnt against what is still known' + both*"\n(hollow, dotted: source's BatchNorm statistics put back)")
     ax.legend(loc='upper left', bbox_to_anchor=(1.01,1), frameon=False, fontsize=8)
     texts = [(x, y, arm.partition(',')[2].strip(), style(arm)['color'])
              for arm,x,y in zip(shown.index, shown['retention_target_bn','mean'], shown[target,'mean'])]

@@ -257,7 +257,13 @@ class TestFrontier:
         assert list(texts(ax)) == ['beta = 10']
         marks = [o.get_offsets()[0].tolist() for o in ax.collections if len(o.get_offsets())==1 and hasattr(o, 'get_sizes')]
         assert marks == [pytest.approx(o) for o in ([0.1,0.72],[0.05,0.72],[0.4,0.61],[0.2,0.61])]
-        assert 'last epoch on val' in ax.get_ylabel()
+        assert 'last epoch on val' in ax.get_ylabel() and 'hollow' in ax.get_title()
+
+    def test_without_batchnorm_there_is_one_retention(self, out):
+        runs = read_runs(out)
+        ax = frontier(runs.assign(retention_source_bn=runs.retention_target_bn))
+        marks = [o.get_offsets()[0].tolist() for o in ax.collections if len(o.get_offsets())==1 and hasattr(o, 'get_sizes')]
+        assert marks == [pytest.approx(o) for o in ([0.1,0.72],[0.4,0.61])] and 'hollow' not in ax.get_title()
 
     def test_target(self, out):
         runs = read_runs(out).assign(test_last=0.3)
