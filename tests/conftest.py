@@ -1,9 +1,9 @@
 "What the tests share: where the real photographs are, and models of every kind"
 import os
-from functools import partial
 from pathlib import Path
-import pytest, torch
+import pytest, timm, torch
 from fastai.callback.fp16 import MixedPrecision
+from safetensors.torch import save_file
 from torch.amp import GradScaler, autocast
 
 # A folder with data/ and weights/; CI sets it, elsewhere the tests that need photographs are skipped.
@@ -24,6 +24,22 @@ def drawn(tmp_path_factory):
 def drawn_source(tmp_path_factory):
     from fgvc_fisher.synthetic import draw_source
     return draw_source(tmp_path_factory.mktemp('drawn')/'source', n_classes=4, n_per_split=4)
+
+@pytest.fixture(scope='session')
+def tiny_weights(tmp_path_factory):
+    "A file of weights for timm's `test_resnet`, as if it had been pretrained on `drawn_source`"
+    file = tmp_path_factory.mktemp('weights')/'tiny.safetensors'
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        save_file(timm.create_model('test_resnet', num_classes=4).state_dict(), file)
+    return file
+
+@pytest.fixture(scope='session')
+def tiny_run(drawn, drawn_source, tiny_weights):
+    "A whole run in about a second: L2-SP-Fisher, three epochs of four batches"
+    from fgvc_fisher.experiment import Run
+    return Run(drawn, 'L2-SP-Fisher, beta = 10', beta=10, arch='test_resnet', weights=str(tiny_weights), source=drawn_source, test='test',
+               size=32, bs=4, epochs=3, num_workers=0)
 
 def mobilenet(**kw):
     "MobileNet-v1 0.75 as its ImageNet weights in FGVC_FISHER_PHOTOS want it: depthwise and `Conv2dSame`"

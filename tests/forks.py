@@ -1,0 +1,81 @@
+"""Processes for the tests, forked from one that has already imported torch, fastai and this package, so that each begins at once.
+
+A forked process is as good as a fresh one for being killed, for sharing a folder and for being one of several ranks. A test of what only a fresh
+interpreter shows (what a command imports, how a script ends) starts one by `subprocess`.
+"""
+import multiprocessing, os, runpy, socket, sys
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import NamedTuple
+
+BIN = Path(sys.executable).parent
+CONTEXT = multiprocessing.get_context('forkserver' if 'forkserver' in multiprocessing.get_all_start_methods() else 'spawn')
+PRELOAD = ['pytest', 'accelerate', 'fastai.vision.all', 'timm', 'fgvc_fisher.explore', 'fgvc_fisher.hub']
+
+def _begin(target, args, env, cwd, threads, printed):
+    "What a new process does first: the environment, the folder and the output that it was given"
+    import torch
+    os.environ.clear()
+    os.environ.update(env)
+    os.chdir(cwd)
+    for fd,name in ((1,'out'), (2,'err')): os.dup2(os.open(printed/name, os.O_WRONLY|os.O_CREAT|os.O_APPEND), fd)
+    for o in (sys.stdout, sys.stderr): o.reconfigure(line_buffering=True)
+    torch.set_num_threads(threads)
+    target(*args)
+
+class Forked:
+    "A process that calls `target(*args)`; a function of a module, which the process imports"
+    def __init__(self, target, *args, env=None, cwd=None, threads=None):
+        import torch
+        self.printed = Path(mkdtemp(prefix='forked-'))
+        CONTEXT.set_forkserver_preload(PRELOAD)
+        all_args = (target, args, os.environ|(env or {}), str(cwd or os.getcwd()), threads or torch.get_num_threads(), self.printed)
+        self.process = CONTEXT.Process(target=_begin, args=all_args)
+        self.process.start()
+    @property
+    def pid(self): return self.process.pid
+    @property
+    def out(self): return self._read('out')
+    @property
+    def err(self): return self._read('err')
+    def _read(self, name): return (self.printed/name).read_text() if (self.printed/name).exists() else ''
+    def poll(self):
+        "Its exit code, None while it runs"
+        return self.process.exitcode
+    def wait(self, timeout=120):
+        "Its exit code, negative for a signal. One that does not end is killed, and `TimeoutError` has what it printed"
+        self.process.join(timeout)
+        if self.poll() is not None: return self.poll()
+        self.kill()
+        raise TimeoutError(f'still running after {timeout} s\n{self.out[-2000:]}\n{self.err[-2000:]}')
+    def kill(self):
+        "End it by SIGKILL, and wait until it has"
+        self.process.kill()
+        self.process.join()
+    def signal(self, number):
+        os.kill(self.pid, number)
+
+def ranks(target, *args, n=2, **kwargs):
+    "`n` processes that know each other, as `torchrun` would have started them"
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        port = s.getsockname()[1]
+    common = dict(WORLD_SIZE=str(n), LOCAL_WORLD_SIZE=str(n), MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), ACCELERATE_USE_CPU='true')
+    return [Forked(target, *args, env=common|dict(RANK=str(i), LOCAL_RANK=str(i)), threads=1, **kwargs) for i in range(n)]
+
+class Said(NamedTuple):
+    "What a command came to"
+    code:int
+    out:str
+    err:str
+
+def _command(name, args):
+    "A console script, as the shell runs it"
+    sys.argv = [str(BIN/name), *args]
+    runpy.run_path(str(BIN/name), run_name='__main__')
+
+def shell(name, *args, timeout=120, **kwargs):
+    "Run a command of this package, and wait for it"
+    process = Forked(_command, name, [str(o) for o in args], **kwargs)
+    code = process.wait(timeout)
+    return Said(code, process.out, process.err)
