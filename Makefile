@@ -6,7 +6,9 @@ BROWSER_READY := .venv/.browser-ready
 IPYWIDGETS7 := .venv/ipywidgets7
 PANEL_TESTS := tests/test_panels.py tests/test_explore.py
 
-.PHONY: demo app test notebooks pytest test-browser test-ipywidgets7 sync clean
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
+
+.PHONY: demo app test test-all notebooks pytest browser test-browser test-ipywidgets7 sync in-sync clean
 
 demo: $(READY)    ## The whole method on drawn aircraft, offline: a table, pictures and demo/report.html
 	$(BIN)/fgvc-demo --out demo
@@ -17,24 +19,35 @@ app: $(if $(FGVC_FISHER_RUN),,demo/report.html) $(BROWSER_READY)    ## The class
 demo/report.html: $(READY)
 	$(BIN)/fgvc-demo --out demo
 
-test: notebooks pytest    ## Every notebook top to bottom, then the test suite
+test: notebooks pytest    ## Every notebook from top to bottom, then the tests that are neither slow nor need a browser: minutes
+
+test-all: notebooks browser $(IPYWIDGETS7)    ## Everything: also the slow tests, the panels in a browser and with Colab's ipywidgets, and whether all is in sync
+	$(PYTEST) -m '' --cov=fgvc_fisher --cov-report=term:skip-covered
+	$(MAKE) test-ipywidgets7 in-sync
 
 notebooks: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/nbdev-test --n-workers 2 --do-print
+	OMP_NUM_THREADS=1 $(BIN)/nbdev-test --n-workers 2 --timing
 
 pytest: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+	$(PYTEST)
 
-test-browser: $(BROWSER_READY)    ## The panels in a headless Chromium, under Voila and in JupyterLab
+browser: $(BROWSER_READY)    ## A headless Chromium, installed if there is none, or a sentence that says what to install
 	$(BIN)/python tools/browser.py
+
+test-browser: browser    ## The panels in a headless Chromium alone, under Voila and in JupyterLab
 	$(BIN)/python -m pytest tests/browser -m browser
 
 test-ipywidgets7: $(IPYWIDGETS7)    ## The panels' tests with the ipywidgets that Colab has
 	PYTHONPATH=$(CURDIR)/$(IPYWIDGETS7) $(BIN)/python -c "import ipywidgets; assert ipywidgets.__version__=='7.7.1', ipywidgets"
-	PYTHONPATH=$(CURDIR)/$(IPYWIDGETS7) $(BIN)/python -m pytest $(PANEL_TESTS)
+	PYTHONPATH=$(CURDIR)/$(IPYWIDGETS7) $(PYTEST) $(PANEL_TESTS)
 
 sync: $(READY)    ## After a change of a notebook: export, clean, README.md
 	$(BIN)/nbdev-export && $(BIN)/nbdev-clean && $(BIN)/python tools/readme.py
+
+in-sync: $(READY)    ## Fail if `make sync` has anything to do
+	@state() { git status --porcelain; git diff; }; before="$$(state)"; $(MAKE) sync; \
+	if [ "$$before" != "$$(state)" ]; then git status --short; git --no-pager diff --stat; \
+		echo 'Notebooks, modules and README.md were not in sync: commit what `make sync` has changed.'; exit 1; fi
 
 $(READY): settings.ini pyproject.toml setup.py
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
