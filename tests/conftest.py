@@ -1,5 +1,5 @@
 "What the tests share: where the real photographs are, and models of every kind"
-import os
+import importlib, os
 from pathlib import Path
 import pytest, timm, torch
 from fastai.callback.fp16 import MixedPrecision
@@ -50,6 +50,17 @@ def mobilenet(**kw):
 def mobilenet_075(photos):
     from fgvc_fisher.learner import source_model
     return source_model(mobilenet, photos/'weights/mobilenetv1_075_imagenet.safetensors')
+
+def narrow_inception(**kw):
+    "Inception-v4 with all its 449 parameters, by name, and a sixteenth of its channels"
+    module = importlib.import_module('timm.models.inception_v4')
+    with pytest.MonkeyPatch.context() as patch:
+        full = module.ConvNormAct
+        patch.setattr(module, 'ConvNormAct', lambda i, o, **conv: full(i if i==3 else i//16, o//16, **conv))
+        model = timm.create_model('inception_v4', **kw)
+    model.num_features //= 16
+    model.reset_classifier(model.num_classes)
+    return model
 
 class OnCpu(MixedPrecision):
     "fastai's mixed precision, which knows CUDA alone, on a CPU"

@@ -21,6 +21,7 @@ def _begin(target, args, env, cwd, threads, printed):
     for fd,name in ((1,'out'), (2,'err')): os.dup2(os.open(printed/name, os.O_WRONLY|os.O_CREAT|os.O_APPEND), fd)
     for o in (sys.stdout, sys.stderr): o.reconfigure(line_buffering=True)
     torch.set_num_threads(threads)
+    multiprocessing.set_start_method(None, force=True)     # what this process starts is started as usual
     target(*args)
 
 class Forked:
