@@ -1,23 +1,26 @@
 "Whatever lies on disk becomes one kind of table"
-import os
+import shutil
+from io import BytesIO
 import numpy as np, pandas as pd, pytest
 from PIL import Image
 from fgvc_fisher.data import aircraft_dls, folder_dls, table_dls
-from fgvc_fisher.tables import class_weights, crop_to_boxes, hold_out, read_aircraft, read_image_folder, read_table, take_fraction
+from fgvc_fisher.tables import (class_weights, crop_to_boxes, hold_out, pick_split, read_aircraft, read_image_folder, read_table,
+                                take_fraction)
 
 @pytest.fixture(scope='module')
 def whole_archive(tmp_path_factory):
-    "10,000 names of two pictures, 100 variants: what the real archive is known by; the lower 20 rows are white"
+    "10,000 copies of a picture, 100 variants: what the real archive is known by; the lower 20 rows are white"
     root = tmp_path_factory.mktemp('archive')/'fgvc-aircraft-2013b/data'
     (root/'images').mkdir(parents=True)
     pixels = np.zeros((70,90,3), np.uint8)
     pixels[50:] = 255
-    Image.fromarray(pixels).save(root/'images/0000000.jpg', quality=95)
-    for i in range(1, 10_000): os.link(root/'images/0000000.jpg', root/f'images/{i:07}.jpg')
+    Image.fromarray(pixels).save(jpeg := BytesIO(), 'JPEG', quality=95)
+    for i in range(10_000): (root/f'images/{i:07}.jpg').write_bytes(jpeg.getvalue())
     for level,n in (('variant',100), ('family',70), ('manufacturer',41)):
         stem = {'variant':'variants', 'family':'families', 'manufacturer':'manufacturers'}[level]
         (root/f'{stem}.txt').write_text('\n'.join(f'{level} {k}' for k in range(n)))
-        for split,these in (('train',range(3334)), ('val',range(3334,6667)), ('trainval',range(6667)), ('test',range(6667,10_000))):
+        splits = dict(train=range(3334), val=range(3334, 6667), trainval=range(6667), test=range(6667, 10_000))
+        for split,these in splits.items():
             (root/f'images_{level}_{split}.txt').write_text(''.join(f'{i:07} {level} {i%n}\n' for i in these))
     return root.parent.parent
 
@@ -30,10 +33,11 @@ def test_credit_strip_is_cut_off_the_real_archive(whole_archive):
     assert with_strip.max()>0.9 and without.max()<0.1
 
 def test_cache_of_the_real_archive(whole_archive, tmp_path):
-    dls = aircraft_dls(whole_archive, size=32, bs=8, cache=tmp_path, fraction=0.15, num_workers=0)
-    row = dls.train_ds.items[0]
+    "Two pictures of each variant for training and two to measure on"
+    table = read_aircraft(whole_archive)
+    table = pd.concat([pick_split(table, o).head(200) for o in ('train','val')])
+    row = table_dls(table, size=32, bs=8, cache=tmp_path, num_workers=0).train_ds.items[0]
     assert row.path.parent.name=='images_48_cut20' and Image.open(row.path).size==(86,48) and not hasattr(row, 'credit')
-    assert len(dls.train_ds)==sum(round(0.15*n) for n in [34]*34+[33]*66)
 
 def test_no_strip_elsewhere(drawn, photos):
     assert set(read_aircraft(drawn).credit)=={0} and set(read_aircraft(photos/'data/warbirds30').credit)=={0}
@@ -46,13 +50,12 @@ def test_boxes(drawn):
     assert (whole-boxed).abs().mean()>0.01
 
 def test_missing_boxes(drawn, tmp_path):
-    import shutil
     tree = shutil.copytree(drawn, tmp_path/'tree')
     lines = (tree/'data/images_box.txt').read_text().splitlines()
     (tree/'data/images_box.txt').write_text('\n'.join(lines[1:]))
-    with pytest.raises(ValueError, match=f'1 pictures have none in images_box.txt: {lines[0].split()[0]}'): aircraft_dls(tree, box=True)
+    with pytest.raises(ValueError, match=f'images_box.txt.*{lines[0].split()[0]}'): aircraft_dls(tree, box=True)
     (tree/'data/images_box.txt').unlink()
-    with pytest.raises(ValueError, match='has no images_box.txt'): aircraft_dls(tree, box=True)
+    with pytest.raises(ValueError, match='images_box.txt'): aircraft_dls(tree, box=True)
 
 def random_table(seed, n=400, classes=7):
     rng = np.random.default_rng(seed)
@@ -74,23 +77,30 @@ def test_fractions_are_stratified_nested_and_seeded(seed):
 
 @pytest.mark.parametrize('fraction', [0, -1, 1.5, 15])
 def test_wrong_fraction(fraction, drawn):
-    with pytest.raises(ValueError, match='take one above 0, at most 1'): aircraft_dls(drawn, fraction=fraction)
+    with pytest.raises(ValueError, match=f'fraction={fraction}'): aircraft_dls(drawn, fraction=fraction)
 
 def test_hold_out():
+    "Every picture is dealt once, to one side"
     table = random_table(3)
-    for label,rows in hold_out(table, 0.2).groupby('label', observed=True):
+    dealt = hold_out(table, 0.2)
+    assert dealt.drop(columns='split').equals(table.drop(columns='split')) and set(dealt.split)=={'train','val'}
+    assert dealt.equals(hold_out(table, 0.2)) and not dealt.equals(hold_out(table, 0.2, seed=1))
+    train,val = [set(pick_split(dealt, o).image) for o in ('train','val')]
+    assert not train & val and train | val==set(table.image)
+    for label,rows in dealt.groupby('label', observed=True):
         assert (rows.split=='val').sum()==min(max(1, round(0.2*len(rows))), len(rows)-1)
     alone = pd.DataFrame({'image': ['a','b','c'], 'label': pd.Categorical(['x','y','y']), 'split': 'train'})
     assert set(hold_out(alone).query("label=='x'").split)=={'train'}
-    with pytest.raises(ValueError, match='hold_out=1: take a fraction above 0 and below 1'): hold_out(table, 1)
+    with pytest.raises(ValueError, match='hold_out=1'): hold_out(table, 1)
 
 def test_class_weights():
     from sklearn.utils.class_weight import compute_class_weight
     table = random_table(4)
-    table = table[table.label!=6].assign(label=lambda o: o.label.cat.remove_categories([6])).pipe(lambda o: o.assign(label=o.label.cat.remove_unused_categories()))
+    table = table[table.label!=6]
+    table = table.assign(label=table.label.cat.remove_unused_categories())
     expected = compute_class_weight('balanced', classes=np.array(table.label.cat.categories), y=table.label.to_numpy())
     np.testing.assert_allclose(class_weights(table), expected, rtol=1e-6)
-    with pytest.raises(ValueError, match='1 classes have no picture: 9'):
+    with pytest.raises(ValueError, match=r'\b9\b'):
         class_weights(table.assign(label=table.label.cat.add_categories([9])))
 
 def test_weighted_loss(drawn):
@@ -98,7 +108,8 @@ def test_weighted_loss(drawn):
     from fastai.losses import CrossEntropyLossFlat
     from fgvc_fisher.learner import aircraft_learner
     dls = aircraft_dls(drawn, size=32, bs=4, num_workers=0)
-    learn = aircraft_learner(dls, 'test_resnet', weights=None, loss_func=CrossEntropyLossFlat(weight=class_weights(read_aircraft(drawn))))
+    loss_func = CrossEntropyLossFlat(weight=class_weights(read_aircraft(drawn)))
+    learn = aircraft_learner(dls, 'test_resnet', weights=None, loss_func=loss_func)
     with learn.no_bar(), learn.no_logging(): learn.fit(1, 0.01)
 
 @pytest.fixture
@@ -119,7 +130,7 @@ def test_image_folder(flowers):
     assert len(folder_dls(flowers/'train', size=16, bs=4, num_workers=0).valid_ds)==3     # no splits: a fifth of each class, held out
 
 def test_image_folder_without(flowers, tmp_path):
-    with pytest.raises(FileNotFoundError, match='there is no folder .*nowhere'): folder_dls(tmp_path/'nowhere')
+    with pytest.raises(FileNotFoundError, match='nowhere'): folder_dls(tmp_path/'nowhere')
     (tmp_path/'empty').mkdir()
     with pytest.raises(FileNotFoundError): folder_dls(tmp_path/'empty')
     for o in (flowers/'train/rose').iterdir(): o.unlink()
@@ -142,19 +153,10 @@ def test_csv_with_numbers_for_labels(flowers):
     assert list(read_table(table).label.cat.categories)==list(range(1,13))
 
 def test_csv_without(flowers):
-    with pytest.raises(FileNotFoundError, match='there is no file .*none.csv'): table_dls(flowers/'none.csv')
+    with pytest.raises(FileNotFoundError, match='none.csv'): table_dls(flowers/'none.csv')
     (flowers/'a.csv').write_text('path,label,split\ntrain/rose/0.png,rose,train\ntrain/rose/9.png,rose,val\n')
-    with pytest.raises(FileNotFoundError, match='1 pictures are listed in .*a.csv but missing: .*9.png'): table_dls(flowers/'a.csv')
+    with pytest.raises(FileNotFoundError, match='a.csv.*9.png'): table_dls(flowers/'a.csv')
     (flowers/'a.csv').write_text('path,label,split\ntrain/rose/0.png,rose,train\ntrain/rose/1.png,rose,dev\n')
-    with pytest.raises(ValueError, match="split 'val': there is no val, only train, dev"): table_dls(flowers/'a.csv')
+    with pytest.raises(ValueError, match="'val'.*train, dev"): table_dls(flowers/'a.csv')
     (flowers/'a.csv').write_text('path,label,split\ntrain/rose/0.png,rose,train\ntrain/rose/0.png,rose,val\n')
-    with pytest.raises(ValueError, match='1 pictures are in the training and in the validation split: train/rose/0.png'): table_dls(flowers/'a.csv')
-
-def test_without_duplicates_trains(photos):
-    "The tables fit together: check, leave out, load"
-    from fgvc_fisher.check import check_aircraft, without_duplicates
-    tree = photos/'data/airliners17'
-    check = check_aircraft(tree, quiet=True)
-    table = without_duplicates(read_aircraft(tree), check.pairs)
-    dls = table_dls(table, size=32, bs=8, num_workers=0)
-    assert len(dls.train_ds)==476-3 and len(dls.valid_ds)==102 and dls.c==17
+    with pytest.raises(ValueError, match='train/rose/0.png'): table_dls(flowers/'a.csv')
