@@ -188,12 +188,11 @@ def fgvc_sweep(
     cpus:float=1., # With ray: processors a run
     gpus:float=0., # With ray: GPUs a run; 0.5 is half of one
     retries:int=3, # With ray: how often a run whose process or machine died goes on
-    stop_early:bool=False, # With ray: stop runs that are not promising, by ASHA
 ):
     "Do the runs of a grid that are not done yet, and show the table."
     if not grid: sys.exit('fgvc-sweep: give --grid FILE, a TOML file with `data` and a table [[arm]] for each arm')
     runs = _said(read_grid, grid)
-    cluster = dict(engine=engine, address=address or None, cpus=cpus, gpus=gpus, retries=retries, stop_early=stop_early)
+    cluster = dict(engine=engine, address=address or None, cpus=cpus, gpus=gpus, retries=retries)
     rows = _said(sweep, runs, out, jobs, retry, track or None, **cluster)
     if len(rows) and not processes()[1]: print(f'\n{show_table(table(rows)).to_string()}')
     part()

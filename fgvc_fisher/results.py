@@ -16,7 +16,6 @@ import matplotlib.pyplot as plt, numpy as np, pandas as pd
 # %% ../nbs/07c_results.ipynb #33089b82
 from fastcore.basics import listify
 from matplotlib.transforms import Bbox
-from .cluster import _local, _shown
 from .runs import _load
 from .seeds import interval, paired, seeds_needed
 
@@ -26,8 +25,9 @@ def _strength(run):
     return *(run.get(o) or 0 for o in ('alpha','l2sp','beta')), *(str(run.get(o) or '') for o in ('step','arm')), run['seed']
 def _folders(out):
     "The folders of all runs and their settings, in order"
-    runs = _local(out)/'runs'
-    if not runs.is_dir(): raise FileNotFoundError(f"{_shown(str(out))}/runs: there is no such folder; give the folder that the experiment was written to")
+    runs = Path(out)/'runs'
+    if not runs.is_dir():
+        raise FileNotFoundError(f"{runs}: there is no such folder; give the folder that the experiment was written to")
     found = [(o.parent,_load(o)) for o in sorted(runs.glob('*/run.json'))]
     for folder,run in found:
         if not {'arm','seed'}<=run.keys(): raise ValueError(f"{folder/'run.json'}: has no `arm` or no `seed`; run it again with a current version")

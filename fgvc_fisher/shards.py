@@ -1,4 +1,4 @@
-"""Shards of pictures, each with a partial sum of its own in a file, added up in a tree by plain processes or by Ray
+"""The Fisher of a data set that comes in many files, by several processes or a Ray cluster
 
 Docs: https://fgvc-fisher.github.io/fgvc_fisher/shards.html.md"""
 
@@ -6,7 +6,7 @@ Docs: https://fgvc-fisher.github.io/fgvc_fisher/shards.html.md"""
 
 # %% auto #0
 __all__ = ['PICTURES', 'LABEL', 'Sample', 'TarShard', 'tar_shards', 'StreamShard', 'stream_shards', 'shard_batches',
-           'shard_fisher']
+           'PartialSums', 'shard_fisher']
 
 # %% ../nbs/03a_shards.ipynb #1a51c53a
 import copy, errno, gzip, importlib, json, os, time, traceback
@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from glob import glob
 from io import BytesIO
-from itertools import chain
+from itertools import chain, count
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +27,7 @@ import torch
 from fastai.data.all import Pipeline
 from fastcore.basics import chunked
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 # %% ../nbs/03a_shards.ipynb #d5fec522
@@ -38,21 +39,22 @@ from .transforms import InPlaceNormalize, named_transforms
 
 # %% ../nbs/03a_shards.ipynb #e6e5fe0c
 def _needs(module, extra):
-    "Import what only some users have"
+    "Import an optional requirement"
     try: return importlib.import_module(module)
     except ImportError as e:
-        raise ImportError(f"{module.partition('.')[0]} cannot be imported ({e}): pip install 'fgvc_fisher[{extra}]'") from e
+        name = module.partition('.')[0]
+        raise ImportError(f"{name} cannot be imported ({e}): pip install 'fgvc_fisher[{extra}]'") from e
 
 # %% ../nbs/03a_shards.ipynb #03c4211b
 class Sample(NamedTuple):
-    "A picture of a shard"
-    name:str # To tell which it is
-    data:bytes # Its file, undecoded
+    "A picture of a shard."
+    name:str # For error messages
+    data:bytes # The picture's file, undecoded
     label:int|None=None # Its class number
 
 # %% ../nbs/03a_shards.ipynb #f071fe72
 class _Blocks:
-    "A tar file, read a block at a time, that knows the last"
+    "A tar file, read in blocks of 512 bytes, that remembers the last one"
     def __init__(self, f): self.f,self.last = f,b''
     def read(self, n):
         self.last = self.f.read(min(n, 512))
@@ -61,23 +63,27 @@ class _Blocks:
 # %% ../nbs/03a_shards.ipynb #0a5c0612
 PICTURES,LABEL = ('jpg','jpeg','png','webp','bmp','tif','tiff'),'cls'
 def _tar_sample(files, url):
-    "What WebDataset grouped -> a `Sample`"
+    "The files that WebDataset grouped, as a `Sample`"
     name = f"{url}: {files['__key__']}"
     found = [k for k in files if k.rpartition('.')[2] in PICTURES]
-    if len(found)!=1: raise ValueError(f"{name} has {len(found)} pictures, not one, among its files {', '.join(k for k in files if k[:2]!='__')}")
+    if len(found)!=1:
+        names = ', '.join(k for k in files if k[:2]!='__')
+        raise ValueError(f"{name} has {len(found)} pictures instead of one, among the files {names}")
     label = files.get(LABEL)
     return Sample(name, files[found[0]], None if label is None else int(label))
 
 # %% ../nbs/03a_shards.ipynb #18b242a8
 def _tar_samples(url):
-    "The samples of one tar file; `OSError` if it ends too early"
+    "The samples of one tar file; `OSError` if it is not complete"
     wds = _needs('webdataset.tariterators', 'streams')
     with _needs('webdataset.gopen', 'streams').gopen(url) as f:
         blocks = _Blocks(gzip.GzipFile(fileobj=f) if url.endswith(('.gz','.tgz')) else f)
         files = (o | dict(__url__=url) for o in wds.tar_file_iterator(blocks))
         for o in wds.group_by_keys(files): yield _tar_sample(o, url)
         if blocks.last!=bytes(512): raise OSError(f"{url} is damaged or cut short: it does not end as a tar file does")
-        if any(o.strip(b'\0') for o in iter(lambda: blocks.f.read(2**20), b'')): raise OSError(f"{url} goes on after its end: give each archive a file of its own")
+        rest = iter(lambda: blocks.f.read(2**20), b'')
+        if any(o.strip(b'\0') for o in rest):
+            raise OSError(f"{url} has more data after its end: write each archive to a file of its own")
 
 # %% ../nbs/03a_shards.ipynb #df16e12a
 @dataclass(frozen=True)
@@ -90,46 +96,53 @@ class TarShard:
 # %% ../nbs/03a_shards.ipynb #1c196b90
 def _is_local(url): return '://' not in url and not url.startswith(('pipe:','file:'))
 def _expand(urls):
-    "A pattern as a list of addresses; local ones as absolute paths that are there"
+    "A pattern as a list of addresses; local ones as absolute paths of files that exist"
     for url in _needs('webdataset.shardlists', 'streams').expand_urls(str(urls)):
-        if not _is_local(url): yield url; continue
+        if not _is_local(url):
+            yield url
+            continue
         found = sorted(glob(url)) if '*' in url else [url]
-        if missing := [o for o in found if not Path(o).is_file()] or ([] if found else [url]): raise FileNotFoundError(f"there is no tar file {missing[0]}")
+        missing = [o for o in found if not Path(o).is_file()] or ([] if found else [url])
+        if missing: raise FileNotFoundError(f"there is no tar file {missing[0]}")
         yield from map(os.path.abspath, found)
 
 # %% ../nbs/03a_shards.ipynb #813ee615
-def _check_number(name, n, most, why=''):
-    "`ValueError` for what is no number of things to make"
-    if isinstance(n, bool) or not isinstance(n, int) or not 1<=n<=most: raise ValueError(f"{name}={n!r}: a whole number from 1 to {most}{why}")
+def _check_number(name, n, most, why):
+    "`ValueError` unless n is a whole number from 1 to `most`"
+    if isinstance(n, bool) or not isinstance(n, int) or not 1<=n<=most:
+        raise ValueError(f"{name}={n!r}: a whole number from 1 to {most}, {why}")
 
 # %% ../nbs/03a_shards.ipynb #f5330082
 def tar_shards(
     urls:str|Path|Iterable, # Paths or addresses: 'pictures-{000000..001281}.tar', 'local/*.tar', or a list of such
-    num_shards:int|None=None, # How many shards to make of them, neighbours together; None: each file is one
+    num_shards:int|None=None, # How many shards to make of them, neighbours together; default: each file is one
 )->list: # Of `TarShard`s
-    "WebDataset tar files as shards. Raises `FileNotFoundError` for a local file that is not there, `ValueError` for one that is there twice."
+    """WebDataset tar files as shards. Raises `FileNotFoundError` for a local file that does not exist, `ValueError` for
+    one that is named twice."""
     urls = [o for u in ([urls] if isinstance(urls, (str,Path)) else urls) for o in _expand(u)]
     if not urls: raise ValueError("urls: no tar files were named")
-    if twice := [o for i,o in enumerate(urls) if o in urls[:i]]: raise ValueError(f"{twice[0]} is in the list twice: its pictures would count twice")
+    if twice := [o for i,o in enumerate(urls) if o in urls[:i]]: raise ValueError(f"{twice[0]} is in the list twice")
     n = len(urls) if num_shards is None else num_shards
-    _check_number('num_shards', n, len(urls), ', as many as there are tar files')
+    _check_number('num_shards', n, len(urls), 'the number of tar files')
     return [TarShard(tuple(urls[i*len(urls)//n:(i+1)*len(urls)//n])) for i in range(n)]
 
 # %% ../nbs/03a_shards.ipynb #69acccec
 def _bytes(picture):
-    "Of an undecoded picture: `bytes`, or a `path` to them"
-    if not isinstance(picture, dict): raise ValueError("the stream decodes its pictures: cast their column to datasets.Image(decode=False) before it is filtered or mapped")
+    "The bytes of an undecoded picture"
+    if not isinstance(picture, dict):
+        raise ValueError("the stream decodes its pictures: cast their column to datasets.Image(decode=False) "
+                         "before you filter or map it")
     if picture['bytes'] is not None: return picture['bytes']
     with _needs('fsspec', 'streams').open(picture['path'], 'rb') as f: return f.read()
 
 # %% ../nbs/03a_shards.ipynb #44b434e0
 @dataclass(frozen=True)
 class StreamShard:
-    "A part of a Hugging Face dataset that is streamed."
+    "Part of a streaming Hugging Face dataset."
     stream:Any # A `datasets.IterableDataset` with undecoded pictures
-    name:str # What and which part it is
-    image:str # The column of pictures
-    label:str|None=None # The column of class numbers
+    name:str # Of the dataset, and which part of it
+    image:str # Column of pictures
+    label:str|None=None # Column of class numbers
     def __str__(self): return self.name
     def __iter__(self):
         for i,o in enumerate(self.stream):
@@ -137,8 +150,9 @@ class StreamShard:
 
 # %% ../nbs/03a_shards.ipynb #9dfd9b3e
 def _column(features, column, types, names):
-    "The column of that name, or else the first of a type or with a usual name; None if there is none"
-    if column is not None and column not in features: raise ValueError(f"there is no column {column!r}: choose from {', '.join(features)}")
+    "The named column, or else the first of a type or with a usual name, or None"
+    if column is not None and column not in features:
+        raise ValueError(f"there is no column {column!r}: choose from {', '.join(features)}")
     usual = [k for k,v in features.items() if isinstance(v, types)] + [o for o in names if o in features]
     return column or next(iter(usual), None)
 
@@ -149,37 +163,42 @@ def _load_stream(data, split, load):
     if isinstance(data, datasets.IterableDataset): return data,data.info.dataset_name or 'stream'
     name = ', '.join([str(data), split, *(f'{k}={v}' for k,v in sorted(load.items()))])
     try: stream = datasets.load_dataset(str(data), split=split, streaming=True, **load)
-    except Exception as e: raise ValueError(f"the dataset {name} cannot be opened: {type(e).__name__}: {e}") from e
+    except Exception as e: raise ValueError(f"cannot open the dataset {name}: {type(e).__name__}: {e}") from e
     return stream,name
 
 # %% ../nbs/03a_shards.ipynb #6e33676f
 def stream_shards(
     data, # A name on the Hub, a loader ('webdataset', 'parquet', 'imagefolder'), or a `datasets.IterableDataset`
-    num_shards:int|None=None, # How many shards to make of its files, neighbours together; None: each file is one
+    num_shards:int|None=None, # How many shards to make of its files, neighbours together; default: each file is one
     split:str='train', # Which split
-    image:str|None=None, # Column of pictures; None: the first there is
-    label:str|None=None, # Column of class numbers; None: the first of class labels, or 'label' or 'cls'
+    image:str|None=None, # Column of pictures; default: the first one
+    label:str|None=None, # Column of class numbers; default: the first of class labels, or 'label' or 'cls'
     **load # To `datasets.load_dataset`, such as `data_files`, `data_dir`, `name` or `revision`
 )->list: # Of `StreamShard`s
-    "A Hugging Face dataset as shards. Raises `ValueError` for what cannot be opened, has no pictures or fewer files than `num_shards`."
+    """A Hugging Face dataset as shards. Raises `ValueError` if it cannot be opened, has no pictures or fewer files than
+    `num_shards`."""
     datasets = _needs('datasets', 'streams')
     stream,name = _load_stream(data, split, load)
     if stream.features is None: stream = stream._resolve_features()
     n = stream.num_shards if num_shards is None else num_shards
-    _check_number('num_shards', n, stream.num_shards, f', as many as the files of {name}')
-    image,label = _column(stream.features, image, datasets.Image, ()),_column(stream.features, label, datasets.ClassLabel, ('label',LABEL))
-    if image is None: raise ValueError(f"{name} has no column of pictures, but {', '.join(stream.features)}")
-    stream = stream.select_columns([image, *([label] if label else [])]).cast_column(image, datasets.Image(decode=False))
+    _check_number('num_shards', n, stream.num_shards, f'the number of files of {name}')
+    image = _column(stream.features, image, datasets.Image, ())
+    label = _column(stream.features, label, datasets.ClassLabel, ('label',LABEL))
+    if image is None: raise ValueError(f"{name} has no column of pictures, only {', '.join(stream.features)}")
+    columns = [image, *([label] if label else [])]
+    stream = stream.select_columns(columns).cast_column(image, datasets.Image(decode=False))
     return [StreamShard(stream.shard(n, i), f'{name}, {i} of {n}', image, label) for i in range(n)]
 
 # %% ../nbs/03a_shards.ipynb #c5a628fd
-def _see(sample, item):
+def _decode(sample, item):
     "The pixels of a sample"
     try: return item(open_picture(BytesIO(sample.data)))
-    except OSError as e: raise OSError(f"{sample.name} cannot be decoded ({str(e.__cause__ or e).partition(' <')[0]})") from e
+    except OSError as e:
+        why = str(e.__cause__ or e).partition(' <')[0]
+        raise OSError(f"{sample.name} cannot be decoded ({why})") from e
 
 # %% ../nbs/03a_shards.ipynb #ef099f8a
-def _ahead(f, items, workers, n):
+def _map_ahead(f, items, workers, n):
     "`map` in threads, in order, at most `n` items ahead"
     running = deque()
     with ThreadPoolExecutor(workers) as pool:
@@ -203,137 +222,152 @@ def _norm(model, device):
 def shard_batches(
     shard, # Yields `Sample`s
     model:nn.Module, # Whose size and normalisation to use
-    size:int|None=None, # Side of the pictures in pixels; None: as in pretraining
+    size:int|None=None, # Side of the pictures in pixels; default: as in pretraining
     bs:int=32, # Pictures a batch
     num_workers:int=1, # Threads that decode
-): # Batches `(x, y)` on the model's device, x (B, 3, size, size) normalised; y (B,), or None where a picture has no label
-    "The pictures of a shard as `source_dl` would make them. Raises `OSError` that names a picture that cannot be decoded."
+): # Batches `(x, y)` on the model's device, x (B, 3, size, size) normalised; y (B,), or None if a picture has no label
+    """The pictures of a shard as `source_dl` would make them. Raises `OSError` that names a picture that cannot be
+    decoded."""
     device = next(model.parameters()).device
     item,batch,_ = named_transforms('plain', size or picture_stats(model)['size'], False, 1)
-    see,finish = partial(_see, item=Pipeline(item, split_idx=1)),Pipeline([*batch, _norm(model, device)], split_idx=1)
-    for part in chunked(_ahead(lambda o: (see(o), o.label), shard, num_workers, 2*bs), bs):
+    item_pipe = Pipeline(item, split_idx=1)
+    batch_pipe = Pipeline([*batch, _norm(model, device)], split_idx=1)
+    decoded = _map_ahead(lambda o: (_decode(o, item_pipe), o.label), shard, num_workers, 2*bs)
+    for part in chunked(decoded, bs):
         x,y = zip(*part)
-        yield finish(torch.stack(x).to(device)), None if None in y else torch.tensor(y, device=device)
+        yield batch_pipe(torch.stack(x).to(device)), None if None in y else torch.tensor(y, device=device)
 
-# %% ../nbs/03a_shards.ipynb #93dc54f0
-def _children(node):
-    "The two parts of a range (a, b), b not included"
-    a,b = node
-    half = 1<<((b-a-1).bit_length()-1)
-    return (a,a+half),(a+half,b)
+# %% ../nbs/03a_shards.ipynb #851a022a
+def _shards_in(file):
+    "The shards in a running sum, as its header lists them; `ValueError` for a damaged file"
+    try:
+        with safe_open(file, 'pt') as f: return json.loads(json.loads(f.metadata()['provenance'])['shards'])
+    except (SafetensorError, KeyError, TypeError, ValueError) as e: raise ValueError(f"{file} is damaged ({e})") from e
 
-# %% ../nbs/03a_shards.ipynb #df62f841
-def _upwards(node, n):
-    "A node, its parent, and so on up to all `n` shards"
-    path = [(0,n)]
-    while path[-1]!=node: path.append(next(o for o in _children(path[-1]) if o[0]<=node[0]<o[1]))
-    return path[::-1]
+# %% ../nbs/03a_shards.ipynb #72597258
+def _load_sum(file):
+    "A running sum and the shards in it; `ValueError` for a damaged file"
+    shards,fisher = _shards_in(file),DiagFisher.load(file)
+    about = {k: v for k,v in fisher.provenance.items() if k!='shards'}
+    sums = {k: v.clone() for k,v in fisher.sums.items()}              # as loaded they are the file, mapped into memory
+    return DiagFisher(sums, fisher.n_images, fisher.kind, about, fisher.moments.clone(), fisher.rules),shards
 
-# %% ../nbs/03a_shards.ipynb #32a9204e
-def _file(folder, node, suffix='.safetensors'): return Path(folder)/f'{node[0]:06}-{node[1]-1:06}{suffix}'
-def _is_there(folder, node): return _file(folder, node).exists() or _file(folder, node, '.empty').exists()
-def _is_done(folder, node, n): return any(_is_there(folder, o) for o in _upwards(node, n))
-def _remove(folder, node):
-    for o in ('.safetensors','.empty'): _file(folder, node, o).unlink(missing_ok=True)
-
-# %% ../nbs/03a_shards.ipynb #967663bc
-def _nodes_there(folder, n):
-    "The nodes whose files are there, the largest first"
-    nodes,todo = [],[(0,n)]
-    names = {o.name for o in Path(folder).iterdir()}
-    while todo:
-        node = todo.pop()
-        if not names.isdisjoint([_file('', node, o).name for o in ('.safetensors','.empty')]): nodes.append(node)
-        if node[1]-node[0]>1: todo += _children(node)
-    return sorted(nodes, key=lambda o: o[0]-o[1])
-
-# %% ../nbs/03a_shards.ipynb #fd52c738
-def _load(folder, node):
-    "What a node holds, None if it is no picture; a damaged file is removed, so that its shards are done again"
-    file = _file(folder, node)
+# %% ../nbs/03a_shards.ipynb #15195836
+def _sum_lock(file): return FileLock(file.with_suffix('.lock'))
+def _read_sum(file, read):
+    "`read(file)`, while its lock is held; None if there is no such file, or if it was damaged and is removed"
     if not file.exists(): return None
-    try: fisher = DiagFisher.load(file)
+    try: return read(file)
     except ValueError as e:
         file.unlink()
-        raise ValueError(f"{e}. It was removed, so that its shards are done again") from e
-    kept = {k: v.clone() for k,v in fisher.sums.items()}                # as loaded they are the file, mapped into memory; it may go
-    return DiagFisher(kept, fisher.n_images, fisher.kind, fisher.provenance, fisher.moments.clone(), fisher.rules)
+        print(f'{e}: it was removed, and its shards will be done again', flush=True)
 
-# %% ../nbs/03a_shards.ipynb #ab99e2b1
-def _save(folder, node, fisher):
-    if fisher is None: _file(folder, node, '.empty').touch()
-    else: fisher.save(_file(folder, node))
+# %% ../nbs/03a_shards.ipynb #11556836
+class PartialSums:
+    "The running sums of an estimate over shards, in the files of a folder."
+    def __init__(self,
+        folder:str|Path, # Shared by all workers
+    ):
+        self.folder = Path(folder)
 
-# %% ../nbs/03a_shards.ipynb #f1faee10
+    def _empty(self): return {int(o.stem) for o in self.folder.glob('*.empty')}
+    def done(self)->set: # Of shard numbers
+        "The shards that are in a sum, or have no picture."
+        done = self._empty()
+        for file in self.folder.glob('sum-*.safetensors'):
+            with _sum_lock(file): done.update(_read_sum(file, _shards_in) or ())
+        return done
+
+    def add(self,
+        i:int, # Number of a shard that is not done
+        fisher:DiagFisher|None, # Its Fisher; None: it has no picture
+    ):
+        "Add a shard to the first sum that can be locked. When this returns, the shard is done."
+        if fisher is None: return (self.folder/f'{i:06}.empty').touch()
+        for k in count():
+            file = self.folder/f'sum-{k:03}.safetensors'
+            with suppress(Timeout), _sum_lock(file).acquire(timeout=0):
+                before,shards = _read_sum(file, _load_sum) or (None,[])
+                after = fisher if before is None else before+fisher
+                about = after.provenance | dict(shards=json.dumps([*shards, i]))
+                return DiagFisher(after.sums, after.n_images, after.kind, about, after.moments, after.rules).save(file)
+
+    def total(self)->tuple: # The sum as a `DiagFisher`, None without a picture, and the set of shards that it covers
+        "Add up the files. Raises `ValueError` if a shard is in two of them."
+        total,file_of = None,{}
+        for file in sorted(self.folder.glob('sum-*.safetensors')):
+            with _sum_lock(file): fisher,shards = _read_sum(file, _load_sum) or (None,[])
+            if twice := file_of.keys() & shards:
+                i = min(twice)
+                raise ValueError(f"shard {i} is in {file_of[i]} and in {file}: remove one of these and call again")
+            file_of |= dict.fromkeys(shards, file)
+            if fisher is not None: total = fisher if total is None else total+fisher
+        return total,set(file_of) | self._empty()
+
+# %% ../nbs/03a_shards.ipynb #28dd2303
 @contextmanager
-def _locked(folder, node, n, timeout=-1):
-    "Hold the lock of a node, if it can be had in time; whether it could"
-    lock = FileLock(_file(folder, node, '.lock'))
+def _claimed(sums, i, timeout=0.):
+    "Hold a shard's lock, if it can be had in so many seconds (-1: however long it takes); whether it could"
+    lock = FileLock(sums.folder/f'{i:06}.lock')
     try: lock.acquire(timeout=timeout)
-    except Timeout: yield False; return
+    except Timeout:
+        yield False
+        return
     try: yield True
     finally:
-        if _is_done(folder, node, n):
-            with suppress(OSError): os.unlink(lock.lock_file)        # whoever waits for it finds the node done
+        if i in sums.done():                       # whoever still waits for this file will find the shard done
+            with suppress(OSError): os.unlink(lock.lock_file)
         lock.release()
-
-# %% ../nbs/03a_shards.ipynb #82e4f082
-def _add(folder, node, n):
-    "Make a node from its children; whether it is done"
-    with _locked(folder, node, n):
-        children,done = _children(node),_is_done(folder, node, n)
-        if not done and not all(_is_there(folder, o) for o in children): return False
-        if not done:
-            try: left,right = [_load(folder, o) for o in children]
-            except ValueError as e: print(e, flush=True); return False
-            _save(folder, node, left+right if left is not None and right is not None else left or right)
-        for o in children: _remove(folder, o)
-        return True
-
-# %% ../nbs/03a_shards.ipynb #6c2e1f7a
-def _climb(folder, node, n):
-    "Add up as far as there are siblings; what lies below a node that is there is removed"
-    for parent in _upwards(node, n)[1:]:
-        if not _add(folder, parent, n): return
 
 # %% ../nbs/03a_shards.ipynb #b11426ed
 @dataclass
 class _Work:
-    "What everybody who takes part has to know"
-    model:nn.Module # In the memory of whoever has this
+    "What every worker has to know"
+    model:nn.Module
     shards:list
-    folder:Path # Of the partial sums
+    folder:Path # Of the running sums
     settings:dict # To `estimate_fisher`: kind, n_samples, mass, seed
     size:int # Side of the pictures in pixels
-    bs:int
+    bs:int # Pictures a batch
     num_workers:int # Threads that decode, a process
-    retries:int
-    about:dict # For the header
-    quiet:bool
+    retries:int # How often a shard that fails is done again
+    about:dict # Provenance, for the header of the files
+    quiet:bool # Print no line for a shard?
+    @property
+    def sums(self): return PartialSums(self.folder)
+    def error_file(self, i): return self.folder/f'{i:06}.error'
+    def todo(self):
+        "The shards that are neither done nor given up"
+        over = self.sums.done() | {int(o.stem) for o in self.folder.glob('*.error')}
+        return [i for i in range(len(self.shards)) if i not in over]
 
 # %% ../nbs/03a_shards.ipynb #f3c063c7
 def _do_shard(work, i):
-    "Estimate one shard, write it down, and add up as far as there are siblings"
-    begin,n,shard = time.perf_counter(),len(work.shards),work.shards[i]
+    "Estimate one shard, and add it to a running sum"
+    began,shard,fisher = time.perf_counter(),work.shards[i],None
     batches = shard_batches(shard, work.model, work.size, work.bs, work.num_workers)
-    some,fisher = next(batches, None),None
-    if some is not None:
-        fisher = estimate_fisher(work.model, chain([some], batches), **work.settings, first=i<<32, progress=False, provenance=work.about)
+    if (first_batch := next(batches, None)) is not None:
+        fisher = estimate_fisher(work.model, chain([first_batch], batches), **work.settings, first=i<<32,
+                                 progress=False, provenance=work.about)
         fisher.provenance.pop('first', None)
-    _save(work.folder, (i,i+1), fisher)
-    _file(work.folder, (i,i+1), '.error').unlink(missing_ok=True)
-    if not work.quiet: print(f'shard {i}, {shard}: {fisher.n_images if fisher else 0} pictures, {time.perf_counter()-begin:.1f} s', flush=True)
-    _climb(work.folder, (i,i+1), n)
+    work.sums.add(i, fisher)
+    if work.quiet: return
+    n_images = fisher.n_images if fisher else 0
+    print(f'shard {i}, {shard}: {n_images} pictures, {time.perf_counter()-began:.1f} s', flush=True)
 
 # %% ../nbs/03a_shards.ipynb #5d7bef8c
 def _write_json(file, o):
     part = file.with_name(f'{file.name}.part')
     part.write_text(json.dumps(o, indent=1), encoding='utf-8')
     os.replace(part, file)
+def _give_up(work, i, e, trace):
+    "Note why a shard failed"
+    lines = str(e).strip().splitlines() or ['']
+    _write_json(work.error_file(i), dict(said=f'{type(e).__name__}: {lines[0]}', traceback=trace))
 
 # %% ../nbs/03a_shards.ipynb #e21fae4f
-def _other(was, now):
-    "What differs between two estimates, in words; empty if nothing does"
+def _mismatch(was, now):
+    "How two estimates differ, in words; empty if they do not"
     for k in ('kind','n_samples','mass','seed','size','weights_sha256'):
         if was.get(k)!=now[k]: return f"{k} {was.get(k)}, not {now[k]}"
     a,b = was.get('shards', []),now['shards']
@@ -341,56 +375,55 @@ def _other(was, now):
     return next((f"shard {i} is {x}, not {y}" for i,(x,y) in enumerate(zip(a, b)) if x!=y), '')
 
 # %% ../nbs/03a_shards.ipynb #598cf388
-def _settle(work):
-    "Make the folder this estimate's, or find that it is"
-    now = work.settings | dict(size=work.size, weights_sha256=weights_sha256(work.model), shards=[str(o) for o in work.shards])
-    if work.folder.exists() and not work.folder.is_dir(): raise ValueError(f"out: {work.folder} is a file; name a folder for the partial sums")
+def _check_folder(work):
+    "Note in a new folder which estimate it is for; `ValueError` if it is for another one"
+    about = dict(size=work.size, weights_sha256=weights_sha256(work.model), shards=[str(o) for o in work.shards])
+    now = work.settings | about
+    if work.folder.is_file(): raise ValueError(f"out: {work.folder} is a file; name a folder")
     work.folder.mkdir(parents=True, exist_ok=True)
     file = work.folder/'estimate.json'
     with FileLock(work.folder/'estimate.lock'):
         if not file.exists(): _write_json(file, now)
         try: was = json.loads(file.read_text(encoding='utf-8'))
-        except ValueError as e: raise ValueError(f"{file} cannot be read ({e}). Remove the folder, or name another.") from e
-        if differs := _other(was, now): raise ValueError(f"{work.folder} belongs to another estimate: {differs}. Remove it, or name another folder.")
+        except ValueError as e:
+            raise ValueError(f"{file} cannot be read ({e}): remove the folder, or name another one") from e
+    if differs := _mismatch(was, now):
+        raise ValueError(f"{work.folder} belongs to another estimate: {differs}. Remove it, or name another folder.")
 
 # %% ../nbs/03a_shards.ipynb #ad764f41
-def _is_over(work, i): return _file(work.folder, (i,i+1), '.error').exists() or _is_done(work.folder, (i,i+1), len(work.shards))
-def _add_all(work):
-    "Add up what is there, as far as that goes"
-    for o in _nodes_there(work.folder, len(work.shards)): _climb(work.folder, o, len(work.shards))
 def _attempt(work, i):
-    "Do a shard; what fails is done again, and in the end written down"
+    "Do a shard, again if it fails, and give it up in the end"
     for k in range(work.retries+1):
         try: return _do_shard(work, i)
         except Exception as e:
             if getattr(e, 'errno', None)==errno.ENOSPC: raise
-            said = f'{type(e).__name__}: {e}'
-            print(f'shard {i}, {work.shards[i]}, attempt {k+1} of {work.retries+1}: {said}', flush=True)
-            if k==work.retries: _write_json(_file(work.folder, (i,i+1), '.error'), dict(said=said, traceback=traceback.format_exc()))
+            tried = f'attempt {k+1} of {work.retries+1}'
+            print(f'shard {i}, {work.shards[i]}, {tried}: {type(e).__name__}: {e}', flush=True)
+            if k==work.retries: _give_up(work, i, e, traceback.format_exc())
 
 # %% ../nbs/03a_shards.ipynb #bd0105d7
 def _take_part(work):
-    "Do what is not done; at the end wait for what others are at, and take it over if they die"
-    n = len(work.shards)
-    _add_all(work)
-    while left := [i for i in range(n) if not _is_over(work, i)]:
-        for i in left:
-            if _is_over(work, i): continue
-            with _locked(work.folder, (i,i+1), n, timeout=0) as mine:
-                if mine and not _is_over(work, i): _attempt(work, i)
-        if not all(_is_over(work, i) for i in left): time.sleep(0.3)
-    _add_all(work)                                                     # others may have done the last shards and not yet added them up
+    "Do shards that no other worker is at until none is left, also those of workers that die"
+    while todo := work.todo():
+        for i in todo:
+            with _claimed(work.sums, i) as mine:
+                if not mine: continue
+                if i in work.todo(): _attempt(work, i)              # another worker may have done it in between
+                break
+        else: time.sleep(0.3)
 
 # %% ../nbs/03a_shards.ipynb #8fc8cb78
 def _for_others(work):
-    "With a network in main memory; `ValueError` for what other processes cannot find"
-    here = [type(o).__name__ for o in (*work.model.modules(), *work.shards) if type(o).__module__=='__main__']
-    if here: raise ValueError(f"jobs: {here[0]} is defined in this notebook or script, where other processes cannot find it. Put it in a module, or use jobs=1.")
+    "With the network in main memory; `ValueError` for classes that other processes cannot import"
+    local = [type(o).__name__ for o in (*work.model.modules(), *work.shards) if type(o).__module__=='__main__']
+    if local:
+        raise ValueError(f"jobs: other processes cannot import {local[0]}, defined in this notebook or script. "
+                         "Put it in a module, or use jobs=1.")
     return replace(work, model=copy.deepcopy(work.model).cpu())
 
 # %% ../nbs/03a_shards.ipynb #8c2c1bb5
 def _help(task):
-    "What a helper does: its own device is the second part of the task"
+    "What a helper does with its task, the work and a device"
     work,device = task
     if device.type=='cuda': torch.cuda.set_device(device)
     work.model.to(device)
@@ -401,7 +434,8 @@ def _devices(model, jobs):
     "A device for each process, the first for this one"
     own = next(model.parameters()).device
     if own.type!='cuda': return [own]*jobs
-    return [torch.device('cuda', ((own.index or 0)+i)%torch.cuda.device_count()) for i in range(jobs)]
+    n = torch.cuda.device_count()
+    return [torch.device('cuda', ((own.index or 0)+i)%n) for i in range(jobs)]
 
 # %% ../nbs/03a_shards.ipynb #7354b64b
 def _side_by_side(work, jobs):
@@ -412,112 +446,97 @@ def _side_by_side(work, jobs):
 
 # %% ../nbs/03a_shards.ipynb #a5480c26
 def _ray_shard(work, i, gpu, threads):
-    if not (work.folder/'estimate.json').exists(): raise FileNotFoundError(f"{work.folder} is not seen from here: it has to be a folder that all machines share")
+    if not (work.folder/'estimate.json').exists():
+        raise FileNotFoundError(f"{work.folder} is not visible from here: it must be on a disk that all machines share")
     torch.set_num_threads(threads)
     work = replace(work, model=copy.deepcopy(work.model).to('cuda' if gpu else 'cpu'))
-    with _locked(work.folder, (i,i+1), len(work.shards)):
-        if not _is_done(work.folder, (i,i+1), len(work.shards)): _do_shard(work, i)
-def _ray_add(folder, node, n, *children): return _add(folder, node, n)
+    with _claimed(work.sums, i, timeout=-1):
+        if i not in work.sums.done(): _do_shard(work, i)
 
 # %% ../nbs/03a_shards.ipynb #e9388003
-def _plan(work, node, shard, add, tasks):
-    "The task that makes a node, None if it is done; `tasks` gets those of the shards"
-    n = len(work.shards)
-    if _is_done(work.folder, node, n): return None
-    if node[1]-node[0]==1: return tasks.setdefault(node[0], shard(node[0]))
-    return add(str(work.folder), node, n, *[_plan(work, o, shard, add, tasks) for o in _children(node)])
-
-# %% ../nbs/03a_shards.ipynb #b5b59eda
-def _local_ray(): return dict(include_dashboard=False, runtime_env=dict(env_vars=dict(PYTHONPATH=_path())))
-
-# %% ../nbs/03a_shards.ipynb #e06c4be7
 @contextmanager
 def _ray(address):
-    "Ray, as it runs already or started for the occasion"
+    "Ray, as this process is connected to it already, or else connected or started while the block runs"
     ray = _needs('ray', 'cluster')
     started = not ray.is_initialized()
-    if started: ray.init(address or 'local', log_to_driver=False, logging_level='error', **({} if address else _local_ray()))
+    local = {} if address else dict(include_dashboard=False, runtime_env=dict(env_vars=dict(PYTHONPATH=_path())))
+    if started: ray.init(address or 'local', log_to_driver=False, logging_level='error', **local)
     try: yield ray
     finally:
         if started: ray.shutdown()
 
 # %% ../nbs/03a_shards.ipynb #5b45a658
 def _by_ray(work, address, cpus, gpus):
-    "Do what is not done as tasks; what failed is written down"
-    gpus = float(next(work.model.parameters()).is_cuda) if gpus is None else gpus
-    n,tasks = len(work.shards),{}
-    _add_all(work)
+    "Do the shards as tasks of Ray"
+    if not work.todo(): return
+    if gpus is None: gpus = float(next(work.model.parameters()).is_cuda)
     with _ray(address) as ray:
-        there = ray.put(replace(work, model=copy.deepcopy(work.model).cpu()))
-        shard = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=work.retries, retry_exceptions=True)(_ray_shard)
-        root = _plan(work, (0,n), lambda i: shard.remote(there, i, gpus>0, cpus), ray.remote(num_cpus=0)(_ray_add).remote, tasks)
-        if tasks: ray.wait(list(tasks.values()), num_returns=len(tasks))
-        for i,o in tasks.items():
-            try: ray.get(o)
-            except Exception as e: _write_json(_file(work.folder, (i,i+1), '.error'), dict(said=_cause(e), traceback=str(e)))
-        if root is not None: ray.wait([root])
-    _add_all(work)
-
-# %% ../nbs/03a_shards.ipynb #2e5f1bdd
-def _cause(e):
-    "What went wrong in a task, in a line"
-    e = getattr(e, 'cause', None) or e
-    return f'{type(e).__name__}: {str(e).strip().splitlines()[0] if str(e).strip() else ""}'
+        sent = ray.put(replace(work, model=copy.deepcopy(work.model).cpu()))
+        options = dict(num_cpus=cpus, num_gpus=gpus, max_retries=work.retries, retry_exceptions=True)
+        start = ray.remote(**options)(_ray_shard).remote
+        while todo := work.todo():
+            tasks = {i: start(sent, i, gpus>0, cpus) for i in todo}
+            for i,task in tasks.items():
+                try: ray.get(task)
+                except Exception as e: _give_up(work, i, getattr(e, 'cause', None) or e, str(e))
 
 # %% ../nbs/03a_shards.ipynb #df424665
 def _check_call(shards, jobs, engine, retries, bs, address, cpus, gpus):
-    "`ValueError` for what makes no sense"
+    "`ValueError` for invalid arguments"
     if int(os.environ.get('WORLD_SIZE', 1))>1:
-        raise ValueError("shards have processes of their own: start this once, without torchrun or accelerate launch, with jobs= or engine='ray'")
+        raise ValueError("start this once, without torchrun or accelerate launch: jobs= starts further processes")
     if not shards: raise ValueError("there are no shards to do")
     if engine not in ('processes','ray'): raise ValueError(f"engine {engine!r}: choose 'processes' or 'ray'")
     for k,v,low in (('jobs',jobs,1), ('retries',retries,0), ('bs',bs,1), ('cpus',cpus,1)):
-        if isinstance(v, bool) or not isinstance(v, int) or v<low: raise ValueError(f"{k}={v!r}: a whole number, at least {low}")
-    if engine=='ray' and jobs>1: raise ValueError(f"jobs={jobs}: Ray runs as many tasks as its machines have room for; say with cpus= and gpus= what one needs")
+        if isinstance(v, bool) or not isinstance(v, int) or v<low:
+            raise ValueError(f"{k}={v!r}: a whole number from {low} on")
+    if engine=='ray' and jobs>1:
+        raise ValueError(f"jobs={jobs} is for engine='processes'; with Ray, cpus= and gpus= say what one shard needs")
     if engine!='ray' and (address or gpus is not None): raise ValueError("address and gpus are for engine='ray'")
 
 # %% ../nbs/03a_shards.ipynb #f73d2b57
 def _result(work):
-    "The sum over all shards; `RuntimeError` that names what failed"
+    "The sum over all shards; `RuntimeError` that names one that is missing, and why"
+    total,covered = work.sums.total()
     n = len(work.shards)
-    if failed := [i for i in range(n) if not _is_done(work.folder, (i,i+1), n)]:
-        file = _file(work.folder, (failed[0],failed[0]+1), '.error')
-        said = json.loads(file.read_text(encoding='utf-8'))['said'] if file.exists() else 'its process ended'
-        raise RuntimeError(f"{len(failed)} of {n} shards failed; shard {failed[0]}, {work.shards[failed[0]]}: {said}. "
-                           f"The others are done and kept in {work.folder}: the same call does the rest.")
-    fisher = _load(work.folder, (0,n))
-    if fisher is None: raise ValueError(f"none of the {n} shards has a picture")
-    return fisher
+    if missing := [i for i in range(n) if i not in covered]:
+        i,file = missing[0],work.error_file(missing[0])
+        why = json.loads(file.read_text(encoding='utf-8'))['said'] if file.exists() else 'the file with it was damaged'
+        raise RuntimeError(f"{len(missing)} of {n} shards failed; shard {i}, {work.shards[i]}: {why}. "
+                           f"The others are kept in {work.folder}: the same call does the rest.")
+    if total is None: raise ValueError(f"none of the {n} shards has a picture")
+    return total
 
 # %% ../nbs/03a_shards.ipynb #512a7cfd
 def shard_fisher(
     model:nn.Module, # A classifier with the head it was pretrained with, as in `estimate_fisher`
     shards:Iterable, # From `tar_shards` or `stream_shards`
-    out:str|Path, # Folder for the partial sums, from which a later call goes on; in the end it holds their sum
+    out:str|Path, # Folder of the running sums, from which a later call resumes
     kind:str='sampled', # 'sampled', 'empirical' (needs labels) or 'exact'
     n_samples:int=1, # Labels drawn for each picture, for kind 'sampled'
     mass:float=1., # Probability to cover, most probable classes first, for kind 'exact'
     seed:int=0, # Fixes the drawn labels
-    size:int|None=None, # Side of the pictures in pixels; None: as in pretraining
+    size:int|None=None, # Side of the pictures in pixels; default: as in pretraining
     bs:int=32, # Pictures a batch
-    jobs:int=1, # Processes that work side by side on this machine, each on a GPU of its own if there are several
+    jobs:int=1, # Processes of this machine, each on a GPU of its own if there are several
     engine:str='processes', # Or 'ray'
     retries:int=2, # How often a shard that fails is done again
-    address:str|None=None, # Of the Ray cluster: 'auto' for the one that this machine belongs to; None: this machine alone
+    address:str|None=None, # Of the Ray cluster: 'auto' for the one this machine belongs to; default: this machine alone
     cpus:int=1, # Processors for a shard, with Ray
-    gpus:float|None=None, # GPUs for a shard, with Ray; None: one, if the model is on a GPU
+    gpus:float|None=None, # GPUs for a shard, with Ray; default: one, if the model is on a GPU
     provenance:dict|None=None, # More to note down: which pictures, their licence, ...
-    quiet:bool=False, # Do not print a line a shard?
+    quiet:bool=False, # Print no line for a shard?
 )->DiagFisher: # The mean over the pictures of all shards, on the CPU
-    """The diagonal Fisher information over shards. Raises `ValueError` for what makes no sense and for a folder of another estimate; `RuntimeError` that
-    names a shard that failed, when all others are done."""
+    """The diagonal Fisher information over shards. Raises `ValueError` for invalid arguments and for a folder of
+    another estimate; `RuntimeError` that names a shard that failed, when all others are done."""
     shards,out = list(shards),Path(out).absolute()
     _check_settings(kind, n_samples, mass, None, None)
     _check_call(shards, jobs, engine, retries, bs, address, cpus, gpus)
     workers = cpus if engine=='ray' else max(1, (os.cpu_count() or 1)//jobs)
-    work = _Work(model, shards, out, dict(kind=kind, n_samples=n_samples, mass=mass, seed=seed), size or picture_stats(model)['size'], bs,
-                 workers, retries, provenance or {}, quiet)
-    _settle(work)
+    settings = dict(kind=kind, n_samples=n_samples, mass=mass, seed=seed)
+    size = size or picture_stats(model)['size']
+    work = _Work(model, shards, out, settings, size, bs, workers, retries, provenance or {}, quiet)
+    _check_folder(work)
     for o in out.glob('*.error'): o.unlink(missing_ok=True)
     if engine=='ray': _by_ray(work, address, cpus, gpus)
     else: _side_by_side(work, jobs)

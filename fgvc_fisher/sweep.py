@@ -1,4 +1,4 @@
-"""A grid of runs, done one after the other, side by side or on a cluster, stopped and gone on with at will
+"""A grid of runs, done one after the other, side by side or on a cluster, that can be interrupted and resumed
 
 Docs: https://fgvc-fisher.github.io/fgvc_fisher/sweep.html.md"""
 
@@ -8,7 +8,7 @@ Docs: https://fgvc-fisher.github.io/fgvc_fisher/sweep.html.md"""
 __all__ = ['grid', 'read_grid', 'sweep']
 
 # %% ../nbs/07b_sweep.ipynb #19760f43
-import difflib, errno, sys, time, traceback
+import difflib, errno, re, sys, time, traceback
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from dataclasses import asdict, fields
@@ -19,7 +19,7 @@ import pandas as pd
 from filelock import FileLock, Timeout
 
 # %% ../nbs/07b_sweep.ipynb #0cf370b5
-from .cluster import Unreachable, is_remote, run_on_ray, _check_ray, _local, _note, _shown
+from .cluster import run_on_ray, _check_ray
 from .helpers import helpers
 from .processes import from_first, processes
 from .runs import Run, _do, _result, _tidy, _write
@@ -29,14 +29,15 @@ else: import tomli as tomllib
 # %% ../nbs/07b_sweep.ipynb #1fcb6c62
 _FIELDS = [o.name for o in fields(Run)]
 def _known(name):
-    "`ValueError` for what is no field of a run"
+    "`ValueError` for an unknown field of a run"
     if name in _FIELDS: return
     near = difflib.get_close_matches(name, _FIELDS, n=1)
-    raise ValueError(f"{name!r} is nothing that a run has" + (f"; did you mean {near[0]!r}?" if near else f": choose from {', '.join(_FIELDS)}"))
+    advice = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(_FIELDS)}"
+    raise ValueError(f"unknown Run field {name!r}; {advice}")
 
 # %% ../nbs/07b_sweep.ipynb #49fd1774
 def _check_arm(arm, common):
-    "`ValueError` for an arm without a name, with a field that there is not, an empty list, or a seed of its own"
+    "`ValueError` for an arm without a name or data, with an unknown field, an empty list, or a seed of its own"
     if not isinstance(arm, dict) or not isinstance(arm.get('arm'), str) or not arm['arm']:
         raise ValueError(f"an arm is a dict with its name, such as arm='plain': {arm!r}")
     for k,v in (common|arm).items():
@@ -60,17 +61,19 @@ def grid(
     seeds:Iterable=(42,), # Each arm is run with each of them
     **common # Fields of all runs, among them `data`
 )->list: # Of `Run`s, seed by seed, so that a sweep that is cut off has whole comparisons
-    "The runs of a comparison. Raises `ValueError` for a field that there is not, an arm without a name and a run that is there twice."
+    "The runs of a comparison. Raises `ValueError` for an unknown field, a missing name and a run that occurs twice."
     arms = list(arms)
     for o in arms: _check_arm(o, common)
     runs = [Run(**common | arm | dict(seed=seed)) for seed in seeds for o in arms for arm in _strengths(o)]
     names = [(o.arm, o.seed) for o in runs]
-    if twice := [o for o in names if names.count(o)>1]: raise ValueError(f"{twice[0][0]!r} with seed {twice[0][1]} is in the grid twice; arms need names of their own")
+    if twice := [o for o in names if names.count(o)>1]:
+        arm,seed = twice[0]
+        raise ValueError(f"{arm!r} with seed {seed} is in the grid twice; arms need different names")
     return runs
 
 # %% ../nbs/07b_sweep.ipynb #19620709
 def _from(folder, v):
-    "A path, or each of a list of them, from a folder; what is no path as it is"
+    "A path, or each of a list of them, relative to a folder; anything else as it is"
     if isinstance(v, list): return [_from(folder, o) for o in v]
     return str(folder/Path(v).expanduser()) if isinstance(v, str) and v else v
 
@@ -86,23 +89,24 @@ def read_grid(
         arms,seeds = table.pop('arm', []),table.pop('seeds', [42])
         if not isinstance(arms, list) or not arms: raise ValueError("it has no [[arm]]")
         if not isinstance(seeds, list): raise ValueError(f"seeds = {seeds!r}: give a list, [42, 43]")
-        for part in (table, *arms): part |= {o: _from(file.parent, part[o]) for o in ('data','source','weights') if o in part}
+        for part in (table, *arms):
+            part |= {o: _from(file.parent, part[o]) for o in ('data','source','weights') if o in part}
         return grid(arms, seeds, **table)
     except (ValueError, TypeError) as e: raise ValueError(f"{file}: {e}") from e
 
 # %% ../nbs/07b_sweep.ipynb #bda39765
-def _finished(folder, stop_early=False): return any((folder/o).exists() for o in ('result.json','error.txt', *['stopped.json']*bool(stop_early)))
+def _finished(folder): return any((folder/o).exists() for o in ('result.json','error.txt'))
 
 # %% ../nbs/07b_sweep.ipynb #68718daf
 @contextmanager
 def _claimed(folder):
-    "Hold a run's lock: whether it could be had, and the run is not finished"
+    "Hold a run's lock; whether this process has it and the run is not finished"
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder/'lock')
     def take():
         try: lock.acquire(timeout=0)
         except Timeout: return False
-        if (folder/'result.json').exists(): _tidy(folder)               # a process may have died just before it did
+        if (folder/'result.json').exists(): _tidy(folder)               # a process may have died just before
         return not _finished(folder)
     try: yield from_first(take)
     finally: lock.release()
@@ -128,7 +132,8 @@ def _wandb(run, out):
         def after_fit(self):
             super().after_fit()
             wandb.finish()
-    wandb.init(project=out.resolve().name, dir=str(out), name=run.id, id=run.id, resume='allow', config=asdict(run), reinit=True)
+    wandb.init(project=out.resolve().name, dir=str(out), name=run.id, id=run.id, resume='allow', config=asdict(run),
+               reinit=True)
     return Board(log_preds=False, log_model=False)
 
 # %% ../nbs/07b_sweep.ipynb #fc801ac6
@@ -140,28 +145,30 @@ def _check_tracker(track):
     if track and not find_spec(track): raise ValueError(f"track {track!r} is not installed: pip install {track}")
 
 # %% ../nbs/07b_sweep.ipynb #6f9538ac
-def _attempt(run, out, track, quiet, cbs=()):
-    "Do a run, or write down why it failed; a sentence about it"
+def _attempt(run, out, track, quiet):
+    "Do a run, or record why it failed; a sentence about it"
     folder = out/'runs'/run.id
     n,i = processes()
-    (folder/'stopped.json').unlink(missing_ok=True)
-    try: row = _do(run, folder, out/'sources', [*cbs, *([_TRACKERS[track](run, out)] if track and not i else [])], quiet)
+    try:
+        trackers = [_TRACKERS[track](run, out)] if track and not i else []
+        row = _do(run, folder, out/'sources', trackers, quiet)
     except Exception as e:
-        if isinstance(e, Unreachable) or getattr(e, 'errno', None)==errno.ENOSPC: raise
+        if getattr(e, 'errno', None)==errno.ENOSPC: raise
         _write(folder/'error.txt', traceback.format_exc())
         if n>1: raise                                                   # the others wait for this one
         return f'failed: {type(e).__name__}: {e}'
-    said = ', '.join(f'{k} {100*row[k]:.1f} %' for k in ('best','last','test','retention_target_bn') if row.get(k)==row.get(k) and k in row)
+    measures = {k: row[k] for k in ('best','last','test','retention_target_bn') if k in row and row[k]==row[k]}
+    said = ', '.join(f'{k} {100*v:.1f} %' for k,v in measures.items())
     return f"{said or 'diverged'} ({row['seconds']:.0f} s)"
 
 # %% ../nbs/07b_sweep.ipynb #70eeaf72
 def _say(text):
-    "A line for the user, once"
+    "A line for the user, from the first of several processes"
     if not processes()[1]: print(text, flush=True)
 
 # %% ../nbs/07b_sweep.ipynb #5430bec8
 def _work(runs, out, track, quiet):
-    "Do what is not done; at the end wait for what other processes are at, and take it over if they die"
+    "Do what is not finished; at the end wait for other processes, and take over from those that die"
     left = list(runs)
     while left:
         for run in list(left):
@@ -171,12 +178,12 @@ def _work(runs, out, track, quiet):
         if left: time.sleep(1)
 
 # %% ../nbs/07b_sweep.ipynb #7db624a3
-def _alone(run, out, track, cbs):
+def _alone(run, out, track):
     "The same for one run, without bars; a sentence about it"
     folder = out/'runs'/run.id
     while True:
         with _claimed(folder) as mine:
-            if mine: return _attempt(run, out, track, True, cbs)
+            if mine: return _attempt(run, out, track, True)
         if _finished(folder): return 'done by another process'
         time.sleep(1)
 
@@ -191,60 +198,60 @@ def _side_by_side(jobs, runs, out, track, quiet):
         for o in there: o.wait()
 
 # %% ../nbs/07b_sweep.ipynb #4f97f79a
-_CLUSTER = dict(address=None, cpus=1., gpus=0., retries=3, stop_early=False)
-def _check_engine(engine, out, jobs, track, cluster):
-    "`ValueError` for what cannot be meant together"
+_CLUSTER = dict(address=None, cpus=1., gpus=0., retries=3)
+def _check_engine(engine, out, jobs, cluster):
+    "`ValueError` for arguments that do not go together"
     if engine not in ('local','ray'): raise ValueError(f"engine={engine!r}: choose 'local' or 'ray'")
-    if (engine=='ray' or jobs>1) and processes()[0]>1: raise ValueError(f"engine={engine!r}, jobs={jobs}: these processes do every run together, and start no others; leave out torchrun or accelerate launch")
+    if scheme := re.match(r'[a-z][a-z0-9+.-]+:/', str(out)):            # not `c:/`; what follows may hold a password
+        raise ValueError(f"out: {scheme[0]}/ is an address; name a folder, for a cluster one that its machines share")
+    if (engine=='ray' or jobs>1) and processes()[0]>1:
+        raise ValueError(f"engine={engine!r}, jobs={jobs}: these processes do every run together, and start no others; "
+                         "leave out torchrun or accelerate launch")
     if engine=='ray':
-        if jobs!=1: raise ValueError(f"jobs={jobs} is for engine='local'; Ray does as many runs side by side as their `cpus` and `gpus` leave room for")
-        if track and is_remote(out): raise ValueError(f"track={track!r} writes into the folder of the experiment, and {_shown(out)} is an address: leave it out")
+        if jobs!=1: raise ValueError(f"jobs={jobs} is for engine='local'; Ray does as many runs at a time as have room")
         return _check_ray(cluster['retries'])
-    if is_remote(out): raise ValueError(f"{_shown(out)}: an address needs engine='ray', which works on one machine too")
     for k,v in cluster.items():
         if v!=_CLUSTER[k]: raise ValueError(f"{k}={v!r} needs engine='ray'")
 
 # %% ../nbs/07b_sweep.ipynb #44533bfa
 def _summary(runs, out):
-    "The table of those that have a result, and a line about the others"
-    here = _local(out)/'runs'
-    done = [o.id for o in runs if (here/o.id/'result.json').exists()]
-    stopped = [o.id for o in runs if o.id not in done and (here/o.id/'stopped.json').exists()]
-    failed = [o.id for o in runs if o.id not in done+stopped]
-    if stopped: _say(f"{len(stopped)} of {len(runs)} runs were stopped early; they go on in a sweep without stop_early")
-    if failed: _say(f"{len(failed)} of {len(runs)} runs failed, see {_shown(str(out))}/runs/{failed[0]}/error.txt; retry=True tries them again")
-    rows = pd.DataFrame([_result(here/o) for o in done])
+    "The table of the runs that have a result, and a line about the others"
+    folders = [out/'runs'/o.id for o in runs]
+    done = [o for o in folders if (o/'result.json').exists()]
+    failed = [o for o in folders if o not in done]
+    if failed:
+        _say(f"{len(failed)} of {len(runs)} runs failed, see {failed[0]/'error.txt'}; retry=True tries them again")
+    rows = pd.DataFrame([_result(o) for o in done])
     rows.attrs['failed'] = len(failed)
     return rows
 
 # %% ../nbs/07b_sweep.ipynb #8420133f
 def sweep(
     runs:Iterable, # `Run`s, from `grid`
-    out:str|Path, # Folder of the experiment: gets `runs/ID/` and `sources/`; with Ray also an address such as s3://bucket/folder
+    out:str|Path, # Folder of the experiment: gets `runs/ID/` and `sources/`; with Ray on a disk that all machines share
     jobs:int=1, # Processes that work side by side
     retry:bool=False, # Try those again that have failed before?
     track:str|None=None, # 'tensorboard' (below `out`) or 'wandb'
     quiet:bool=False, # Show a line a run instead of bars and tables?
     engine:str='local', # 'local', or 'ray': a cluster, see `07a_cluster`
-    address:str|None=None, # Of the Ray cluster, `host:port` or 'auto'; None: this machine
+    address:str|None=None, # Of the Ray cluster, `host:port` or 'auto'; default: this machine
     cpus:float|Callable=1., # With Ray: processors a run, which has as many threads, or a function of the run
     gpus:float|Callable=0., # With Ray: GPUs a run, or a function of the run; a fraction shares one
-    retries:int=3, # With Ray: how often a run whose worker died goes on
-    stop_early:bool|dict=False, # With Ray: stop what is not promising by ASHA? Or its options
-)->pd.DataFrame: # A row a run that has a result, in the order of `runs`; `attrs['failed']` is the number of those that failed
-    "Do the runs that are not done yet. A run that fails is recorded in its `error.txt`, and the rest goes on."
-    runs,cluster = list(runs),dict(address=address, cpus=cpus, gpus=gpus, retries=retries, stop_early=stop_early)
+    retries:int=3, # With Ray: how often a run whose worker died is resumed
+)->pd.DataFrame: # A row for each run with a result, in the order of `runs`; `attrs['failed']`: how many failed
+    "Do the runs that are not finished yet. A run that fails is recorded in its `error.txt`, and the others go on."
+    runs,cluster = list(runs),dict(address=address, cpus=cpus, gpus=gpus, retries=retries)
     if not runs: raise ValueError("there are no runs to do")
     if not isinstance(jobs, int) or jobs<1: raise ValueError(f"jobs={jobs!r}: a whole number above 0")
     _check_tracker(track)
-    _check_engine(engine, out, jobs, track, cluster)
-    here = _local(out)/'runs'
+    _check_engine(engine, out, jobs, cluster)
+    out = Path(out)
     def begin():
-        again = {o.id for o in runs if retry and (here/o.id/'error.txt').exists()}
-        for o in again: _note(out, f'runs/{o}/error.txt', None)
-        return [o for o in runs if o.id in again or not _finished(here/o.id, stop_early)]
+        for o in runs:
+            if retry: (out/'runs'/o.id/'error.txt').unlink(missing_ok=True)
+        return [o for o in runs if not _finished(out/'runs'/o.id)]
     left = from_first(begin)
     _say(f"{len(runs)} runs, {len(runs)-len(left)} of them done before")
-    if engine=='ray' and left: run_on_ray(left, out, _alone, track, quiet, before=[here/o.id for o in runs if o not in left], **cluster)
-    if engine=='local': _side_by_side(jobs, runs, Path(out), track, quiet)
+    if engine=='ray' and left: run_on_ray(left, out, _alone, track, quiet, **cluster)
+    if engine=='local': _side_by_side(jobs, runs, out, track, quiet)
     return from_first(lambda: _summary(runs, out))

@@ -5,6 +5,7 @@ import pytest, timm, torch
 from fastai.callback.fp16 import MixedPrecision
 from safetensors.torch import save_file
 from torch.amp import GradScaler, autocast
+from ray_cluster import ray_cluster
 
 # A folder with data/ and weights/; CI sets it, elsewhere the tests that need photographs are skipped.
 PHOTOS = os.environ.get('FGVC_FISHER_PHOTOS', '')
@@ -40,6 +41,14 @@ def tiny_run(drawn, drawn_source, tiny_weights):
     from fgvc_fisher.experiment import Run
     return Run(drawn, 'L2-SP-Fisher, beta = 10', beta=10, arch='test_resnet', weights=str(tiny_weights), source=drawn_source, test='test',
                size=32, bs=4, epochs=3, num_workers=0)
+
+@pytest.fixture(scope='session')
+def tiny_done(tiny_run, tmp_path_factory):
+    "The folder of `tiny_run` when it is done; its Fisher is in `sources` beside. To be read only"
+    from fgvc_fisher.experiment import do_run
+    out = tmp_path_factory.mktemp('done')
+    do_run(tiny_run, out/'run', out/'sources', quiet=True)
+    return out/'run'
 
 def mobilenet(**kw):
     "MobileNet-v1 0.75 as its ImageNet weights in FGVC_FISHER_PHOTOS want it: depthwise and `Conv2dSame`"

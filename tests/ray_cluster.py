@@ -1,0 +1,59 @@
+"""One Ray cluster for all tests that need it
+
+A worker of Ray imports torch and fastai anew, some seconds each: these are slow tests.
+"""
+import os, sys, time
+from contextlib import contextmanager
+from pathlib import Path
+import pytest
+
+# A machine of the cluster passes its environment on to its workers. Their niceness is 15 by default: beside other work
+# they would never begin.
+PATH = [str(Path(__file__).parent), *filter(None, sys.path)]
+ENVIRONMENT = dict(PYTHONPATH=os.pathsep.join(PATH), OMP_NUM_THREADS='1', RAY_worker_niceness='0',
+                   RAY_USAGE_STATS_ENABLED='0')
+
+def patient(get_node, seconds=120):
+    "Ray gives a machine 30 seconds to begin, which beside other work is too little"
+    def wait(*args):
+        end = time.monotonic()+seconds
+        while True:
+            try: return get_node(*args)
+            except RuntimeError:
+                if time.monotonic()>end: raise
+            time.sleep(0.1)
+    return wait
+
+@contextmanager
+def beginning():
+    "Inside, machines of a cluster begin"
+    from ray._private import services
+    with pytest.MonkeyPatch.context() as patch:
+        for k,v in ENVIRONMENT.items(): patch.setenv(k, v)
+        patch.setattr(services, 'get_node', patient(services.get_node))
+        yield
+
+class OneCluster:
+    "A head with one processor, and further machines with one processor each"
+    def __init__(self):
+        from ray.cluster_utils import Cluster
+        head = dict(num_cpus=1, include_dashboard=False)
+        with beginning(): self.cluster = Cluster(initialize_head=True, head_node_args=head)
+    @property
+    def address(self): return self.cluster.address
+    def add_machine(self):
+        with beginning(): return self.cluster.add_node(num_cpus=1)
+    def remove_machine(self, machine):
+        "Without warning"
+        self.cluster.remove_node(machine, allow_graceful=False)
+
+@pytest.fixture(scope='session')
+def ray_cluster():
+    pytest.importorskip('ray.tune', reason="Ray is not installed: pip install 'fgvc_fisher[cluster]'")
+    there = OneCluster()
+    yield there
+    there.cluster.shutdown()
+
+def dies(**kwargs):
+    "A network that ends the process which makes it"
+    os._exit(1)
