@@ -97,24 +97,28 @@ NETWORKS = { # and the shape of a batch: small, since convolutions in float64 ar
     'two_inputs': (TwoInputs, (5,5)),
 }
 
+SLOW = {'inception_v3', 'inception_resnet_v2', 'resnet18', 'resnet50', 'resnext50_32x4d', 'densenet121', 'efficientnet_b0',
+        'vgg11_bn'} # the others have every rule that these have
+WHOLE = 'the whole network' # the beginning of what `coverage` says where there is no rule
+
 def given(shape): return randn(shape), torch.randint(3, (shape[0],))
 def randn(shape): return torch.randn(*shape, dtype=torch.float64)
 
-@pytest.mark.parametrize('name', NETWORKS)
+@pytest.mark.parametrize('name', [pytest.param(o, marks=pytest.mark.slow) if o in SLOW else o for o in NETWORKS])
 def test_empirical_against_autograd(name):
     make,shape = NETWORKS[name]
     model,(x,y) = randomised(make()),given(shape)
     with warnings.catch_warnings(record=True):
         fisher = estimate_fisher(model, zip(x.split(2), y.split(2)), kind='empirical', progress=False)
     agree(fisher, one_by_one(model, x, lambda i,_: [(y[i],1)]))
-    slow = fisher.coverage().rule.str.startswith('the whole network')
+    slow = fisher.coverage().rule.str.startswith(WHOLE)
     assert name=='two_inputs' or not slow.any()                    # GRU is one function with several outputs
 
 def test_tokens_against_autograd():
     model,x,y = Words().double(),torch.randint(9, (5,7)),torch.randint(4, (5,))
     fisher = estimate_fisher(model, [(x,y)], kind='empirical', progress=False)
     agree(fisher, one_by_one(model, x, lambda i,_: [(y[i],1)]))
-    assert not fisher.coverage().rule.str.startswith('the whole network').any()
+    assert not fisher.coverage().rule.str.startswith(WHOLE).any()
 
 @pytest.mark.parametrize('name', ['mobilenetv1_075', 'convnext_atto', 'branches'])
 def test_sampled_against_autograd_with_the_same_labels(name):
@@ -146,7 +150,7 @@ def test_exact_with_a_mass_of_probability():
 def test_memory_of_the_exact_kind_does_not_grow_with_the_classes():
     "Nothing of a round is left when the next begins"
     import gc
-    model,x = nn.Sequential(nn.Linear(4,8), nn.Tanh(), nn.Linear(8,60)).double(),torch.randn(7,4).double()
+    model,x = nn.Sequential(nn.Linear(4,8), nn.Tanh(), nn.Linear(8,16)).double(),torch.randn(7,4).double()
     alive = []
     class Counting(SquaredGradients):
         def add_round(self, *args, **kw):
@@ -155,7 +159,7 @@ def test_memory_of_the_exact_kind_does_not_grow_with_the_classes():
     with as_found(model):
         total = Counting(model)
         total.add_batch(x, lambda logits: _most_probable(logits.softmax(-1), 1.))
-    assert len(alive)==60 and max(alive[5:])-min(alive[5:]) < 10
+    assert len(alive)==16 and max(alive[5:])-min(alive[5:]) < 10
 
 def test_moments_are_the_spread_between_images():
     model,(x,y) = randomised(timm.create_model('test_resnet', num_classes=5)),given((6,3,32,32))
@@ -186,18 +190,18 @@ def test_a_normalisation_with_the_statistics_of_its_input():
     "Without running statistics a rule cannot hold: an image alone is what counts"
     model = nn.Sequential(nn.Conv2d(3,4,3), nn.BatchNorm2d(4, track_running_stats=False), nn.Flatten(), nn.Linear(64,3)).double()
     x,y = given((4,3,6,6))
-    with pytest.warns(UserWarning, match='which is slower'): fisher = estimate_fisher(model, [(x,y)], kind='empirical', progress=False)
+    with pytest.warns(UserWarning, match=r'1\.weight'):
+        fisher = estimate_fisher(model, [(x,y)], kind='empirical', progress=False)
     agree(fisher, one_by_one(model.eval(), x, lambda i,_: [(y[i],1)]))
 
 def test_what_the_rules_do_not_cover_is_said_once():
     model = TwoInputs()
     model.unused = nn.Linear(2,2)
     with pytest.warns(UserWarning) as said: fisher = estimate_fisher(model, torch.randn(3,4,5), progress=False)
-    slow,unused = [[str(o.message) for o in said if k in str(o.message)] for k in ('which is slower', 'do not depend')]
-    assert len(slow)==len(unused)==1
-    assert 'rnn.weight_ih_l0' in slow[0] and 'mix.weight' not in slow[0] and 'unused.weight' in unused[0]
+    slow,unused = [[str(o.message) for o in said if k in str(o.message)] for k in ('rnn.weight_ih_l0', 'unused.weight')]
+    assert len(slow)==len(unused)==1 and slow!=unused and 'mix.weight' not in slow[0]
     rules = fisher.coverage().rule
-    assert rules['rnn.weight_ih_l0']=='the whole network, one image at a time' and rules['mix.weight']=='bilinear'
+    assert rules['rnn.weight_ih_l0'].startswith(WHOLE) and rules['mix.weight']=='bilinear'
     assert list(rules.index)==list(fisher) and not fisher['unused.weight'].any()
 
 def test_model_comes_back_as_it_was():
@@ -235,7 +239,8 @@ def test_merging_two_halves_is_the_whole():
 
 def test_n_images_stops_in_the_middle_of_a_batch():
     model,x,y = nn.Linear(5,3).double(),torch.randn(10,5).double(),torch.randint(3, (10,))
-    few,part = estimate_fisher(model, zip(x.split(4), y.split(4)), 'empirical', n_images=6, progress=False),estimate_fisher(model, [(x[:6],y[:6])], 'empirical', progress=False)
+    few = estimate_fisher(model, zip(x.split(4), y.split(4)), 'empirical', n_images=6, progress=False)
+    part = estimate_fisher(model, [(x[:6],y[:6])], 'empirical', progress=False)
     assert few.n_images==6
     agree(few, dict(part), tol=1e-12)
 
@@ -250,5 +255,5 @@ def test_header_can_be_read_by_any_tool(tmp_path):
     assert [o.name for o in tmp_path.iterdir()]==['f.safetensors']
 
 def test_not_a_classifier():
-    with pytest.raises(ValueError, match=r'Conv2d is no classifier of images: expected logits \(B, C\)'):
+    with pytest.raises(ValueError, match=r'Conv2d.*\(B, C\)'):
         estimate_fisher(nn.Conv2d(3,3,1), torch.randn(1,2,3,4,4), progress=False)

@@ -24,6 +24,7 @@ def test_a_batch_of_photographs(photos):
     again = [next(iter(dls.valid))[0] for _ in range(2)]
     assert torch.equal(*again)
 
+@pytest.mark.slow
 def test_real_weights_know_imagenet(photos, mobilenet_075):
     "0.840 and 0.623 on all 1,000 pictures; here every fourth"
     pictures = read_pictures(photos/'data/imagenet_sample')[::4].reset_index(drop=True)
@@ -42,6 +43,7 @@ def test_fisher_of_real_weights_against_autograd(photos, mobilenet_075):
         for n,g in zip(total, grads): total[n] += g**2/3
     for n,f in total.items(): assert (fisher[n]-f).norm() <= 1e-3*f.norm(), n
 
+@pytest.mark.slow
 def test_kinds_on_photographs_agree_as_their_errors_say(photos, mobilenet_075):
     dl = source_dl(read_pictures(photos/'data/imagenet_sample')[:64], mobilenet_075, size=64, num_workers=2)
     sampled,exact = [estimate_fisher(mobilenet_075, dl, progress=False, **o) for o in (dict(n_samples=3), dict(kind='exact', mass=0.7))]
@@ -59,6 +61,7 @@ def test_retention_of_the_source_itself_is_its_accuracy(photos, mobilenet_075):
     untrained = aircraft_learner(dls, mobilenet_075).model
     assert set(retention(untrained, mobilenet_075, dl).values())=={accuracy_on(mobilenet_075, dl)}
 
+@pytest.mark.slow
 def test_inception_v4_on_one_real_batch(photos):
     one_batch = runpy.run_path(str(Path(__file__).parent.parent/'benchmarks/inception_v4.py'))['one_batch']
     _,learn,fisher,cb = one_batch(photos, size=96, bs=4)
@@ -100,6 +103,7 @@ def test_merging_ends_at_both_models(photos, mobilenet_075):
     assert retention(ends[1], mobilenet_075, dl)==retention(tuned_end, mobilenet_075, dl)
     for k,v in retention(source_end, mobilenet_075, dl).items(): assert abs(v-retention(ends[0], mobilenet_075, dl)[k]) <= 3/64, k
 
+@pytest.mark.slow
 def test_the_published_arm_beside_its_control(photos, tmp_path):
     "The paper's recipe and penalty on photographs from FGVC-Aircraft, with retention on ImageNet's; an arm as published is close to its control after an epoch, and not the same"
     runs = grid([dict(arm='plain'), dict(arm='as published', step='published', alpha=5e-4, beta=4e-4, l2sp=0.004)], [1], data=photos/'data/airliners17', arch='conftest:mobilenet',

@@ -1,0 +1,39 @@
+"A training's process for the tests of panels, forked so that it begins at once; `test_live` and the notebooks start real ones"
+import multiprocessing, os, subprocess, sys
+from multiprocessing.connection import Connection, wait
+from threading import Lock
+from types import SimpleNamespace
+from forks import CONTEXT, PRELOAD
+
+def _piped(code, ends, env):
+    "What a new process does in place of `python -c`, in a session of its own"
+    os.setsid()
+    os.environ.clear()
+    os.environ.update(env)
+    for fd,end in enumerate(ends): os.dup2(end.fileno(), fd)
+    for o in ends: o.close()
+    sys.stdin = open(0, closefd=False)                     # multiprocessing has closed it
+    multiprocessing.set_start_method(None, force=True)     # what this process starts is started as usual
+    exec(code, {})
+
+class Piped:
+    "What is used of `subprocess.Popen([python, '-c', code])` with pipes; forked, so it begins at once"
+    def __init__(self, args, stderr, env, encoding, **_):
+        stdin,stdout = CONTEXT.Pipe(duplex=False),CONTEXT.Pipe(duplex=False)
+        ends = stdin[0],stdout[1],Connection(os.dup(stderr.fileno()), readable=False)
+        CONTEXT.set_forkserver_preload(PRELOAD)
+        self.process = CONTEXT.Process(target=_piped, args=(args[-1], ends, dict(env)))
+        self.process.start()
+        self.pid,self.lock = self.process.pid,Lock()
+        for o in ends: o.close()
+        self.stdin,self.stdout = [open(os.dup(o.fileno()), mode, encoding=encoding) for o,mode in ((stdin[1],'w'), (stdout[0],'r'))]
+        for o in (stdin[1], stdout[0]): o.close()
+    @property
+    def returncode(self): return self.poll()
+    def poll(self):
+        with self.lock: return self.process.exitcode       # its pipe has the exit code once only
+    def wait(self, timeout=None):
+        if not wait([self.process.sentinel], timeout): raise subprocess.TimeoutExpired('a forked process', timeout)
+        return self.poll()
+
+SUBPROCESS = SimpleNamespace(**{**vars(subprocess), 'Popen': Piped}) if os.name=='posix' else subprocess
