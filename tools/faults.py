@@ -4,7 +4,7 @@
     python tools/faults.py 3 7                # some of them
     python tools/faults.py --all 3            # by the whole suite that `make test` runs
 """
-import argparse, os, re, shutil, subprocess, sys, tempfile
+import argparse, os, re, shlex, shutil, subprocess, sys, tempfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -88,7 +88,7 @@ def main():
             shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns('.git', '.venv', 'demo', '__pycache__'))
             insert(FAULTS[i], copy)
             files = [] if args.all else [f'tests/{o}.py' for o in FAULTS[i].tests.split()]
-            caught = failing(copy, files, args.options.split())
+            caught = failing(copy, files, shlex.split(args.options))
         missed += not caught
         print(f"{i}. {FAULTS[i].what}: {', '.join(caught) or 'NOT CAUGHT'}", flush=True)
     sys.exit(missed)
