@@ -13,7 +13,7 @@ from fgvc_fisher.pictures import resize_picture
 from fgvc_fisher.published import published_learner
 from fgvc_fisher.recognise import Recognised, Recogniser, grad_cam, heat_picture, map_layer, read_kin, read_upload
 from fgvc_fisher.retention import with_source_head
-from conftest import mobilenet
+from conftest import mobilenet, narrow_inception
 
 def saved(img, fmt='PNG', **kwargs):
     img.save(file := io.BytesIO(), fmt, **kwargs)
@@ -49,16 +49,27 @@ def read(content):
 
 def ftyp(*brands): return struct.pack('>I', 12+4*len(brands))+b'ftyp'+brands[0]+bytes(4)+b''.join(brands[1:])+bytes(400)
 
-REFUSED = {'empty': (b'', 'is empty'), 'pdf': (b'%PDF-1.7\n%\xe2\xe3\xcf\xd3\n1 0 obj', 'PDF document'), 'late pdf': (b'\0\0 \n%PDF-1.4', 'PDF document'),
-    'only heic': (ftyp(b'heic'), 'format HEIC'), 'heic': (ftyp(b'heic', b'mif1', b'heic'), 'format HEIC'), 'heif of many': (ftyp(b'msf1', b'hevc'), 'format HEIC'), 'mif1': (ftyp(b'mif1', b'miaf'), 'format HEIC'),
-    'broken avif': (ftyp(b'avif', b'mif1'), 'format AVIF'), 'avif as mif1': (ftyp(b'mif1', b'avif'), 'format AVIF'), 'mp4': (ftyp(b'isom', b'mp42'), 'video'), 'mov': (ftyp(b'qt  '), 'video'),
-    'svg': (b'<?xml version="1.0"?>\n<!-- -->\n<svg xmlns="http://www.w3.org/2000/svg"/>', 'format SVG'), 'html': (b'\n<!DOCTYPE html><p>404', 'web page'),
-    'html upper': (b'<HTML><body>', 'web page'), 'svg in html': (b'<html><svg/></html>', 'SVG'), 'text': ('Größe,1\r\n\tx'.encode(), 'is text'), 'bom': (b'\xef\xbb\xbfa,b\n', 'is text'),
-    'long text': (('a'*1023+'ö'*99).encode(), 'is text'), 'about a car': (b'BMW 3', 'is text'), 'eps': (b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 99 99\n', 'is text'),
-    'zip': (b'PK\3\4\x14\0', 'archive'), 'xls': (b'\xd0\xcf\x11\xe0\xa1\xb1', 'Office'), 'gz': (b'\x1f\x8b\x08', 'archive'), 'rar': (b'Rar!\x1a\7', 'archive'),
-    'start of a jpeg': (b'\xff\xd8\xff\xe0\0\x10JF', 'damaged'), 'start of a png': (b'\x89PNG\r\n', 'damaged'), 'start of a webp': (b'RIFF\x10\0\0\0WEBPVP8 ', 'damaged'),
-    'sound': (b'RIFF\x10\0\0\0WAVEfmt ', 'no format'), 'zeros': (bytes(3000), 'no format'), 'noise': (random.Random(0).randbytes(3000), 'no format'),
-    'xbm': (saved(noise(mode='1'), 'XBM'), 'is text'), 'one byte': (b'\xff', 'no format')}
+REFUSED = {
+    'empty': (b'', 'empty'), 'pdf': (b'%PDF-1.7\n%\xe2\xe3\xcf\xd3\n1 0 obj', 'PDF'),
+    'late pdf': (b'\0\0 \n%PDF-1.4', 'PDF'),
+    'only heic': (ftyp(b'heic'), 'HEIC'), 'heic': (ftyp(b'heic', b'mif1', b'heic'), 'HEIC'),
+    'heif of many': (ftyp(b'msf1', b'hevc'), 'HEIC'),
+    'mif1': (ftyp(b'mif1', b'miaf'), 'HEIC'), 'broken avif': (ftyp(b'avif', b'mif1'), 'AVIF'),
+    'avif as mif1': (ftyp(b'mif1', b'avif'), 'AVIF'),
+    'mp4': (ftyp(b'isom', b'mp42'), 'video'), 'mov': (ftyp(b'qt  '), 'video'),
+    'svg': (b'<?xml version="1.0"?>\n<!-- -->\n<svg xmlns="http://www.w3.org/2000/svg"/>', 'SVG'),
+    'html': (b'\n<!DOCTYPE html><p>404', 'web'), 'html upper': (b'<HTML><body>', 'web'),
+    'svg in html': (b'<html><svg/></html>', 'SVG'),
+    'text': ('Größe,1\r\n\tx'.encode(), 'text'), 'bom': (b'\xef\xbb\xbfa,b\n', 'text'),
+    'long text': (('a'*1023+'ö'*99).encode(), 'text'),
+    'about a car': (b'BMW 3', 'text'), 'eps': (b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 99 99\n', 'text'),
+    'zip': (b'PK\3\4\x14\0', 'archive'), 'xls': (b'\xd0\xcf\x11\xe0\xa1\xb1', 'Office'),
+    'gz': (b'\x1f\x8b\x08', 'archive'),
+    'rar': (b'Rar!\x1a\7', 'archive'), 'start of a jpeg': (b'\xff\xd8\xff\xe0\0\x10JF', 'damaged'),
+    'start of a png': (b'\x89PNG\r\n', 'damaged'), 'start of a webp': (b'RIFF\x10\0\0\0WEBPVP8 ', 'damaged'),
+    'sound': (b'RIFF\x10\0\0\0WAVEfmt ', 'format'), 'zeros': (bytes(3000), 'format'),
+    'noise': (random.Random(0).randbytes(3000), 'format'),
+    'xbm': (saved(noise(mode='1'), 'XBM'), 'text'), 'one byte': (b'\xff', 'format')}
 
 @pytest.mark.parametrize('kind', REFUSED)
 def test_what_is_no_picture(kind):
@@ -66,7 +77,7 @@ def test_what_is_no_picture(kind):
     assert said in refused(content)
 
 def test_too_small():
-    for size in ((15,400), (400,15), (1,1)): assert f'has only {size[0]} x {size[1]} pixels' in refused(saved(noise(*size)))
+    for w,h in ((15,400), (400,15), (1,1)): assert f'{w} x {h}' in refused(saved(noise(w, h)))
     assert read(saved(noise(16,16)))[0].size==(16,16)
 
 @pytest.mark.parametrize('content', [flat_png(10_000, 10_000), header_png(30_000, 30_000), header_png(10_000, 9_500), header_png(2**31-1, 2**31-1), header_png(50_001, 1000)],
@@ -74,13 +85,13 @@ def test_too_small():
 def test_too_large_is_never_decoded(content, monkeypatch):
     def load(self): raise AssertionError('decoded')
     monkeypatch.setattr(ImageFile.ImageFile, 'load', load)
-    assert 'more than 50 million pixels' in refused(content)
+    assert '50 million' in refused(content)
     assert len(content)<100_000
 
 def test_large_screen_of_a_gif():
     gif = bytearray(saved(noise(), 'GIF'))
     gif[6:10] = struct.pack('<HH', 60_000, 60_000)
-    assert 'more than 50 million pixels' in refused(bytes(gif))
+    assert '50 million' in refused(bytes(gif))
 
 def test_50_megapixels_open(): assert read(flat_png(10_000, 5_000))[0].size==(10_000,5_000)
 
@@ -91,7 +102,7 @@ def test_very_long():
 @pytest.mark.parametrize('fmt', ['JPEG','PNG','WEBP','GIF','BMP','TIFF'])
 def test_truncated(fmt):
     content = saved(noise(), fmt)
-    for part in (0.5, 0.9): assert 'damaged or incomplete' in refused(content[:int(len(content)*part)])
+    for part in (0.5, 0.9): assert 'damaged' in refused(content[:int(len(content)*part)])
     for i in range(1, len(content), 61):
         try: read_upload(content[:i], 'a')
         except ValueError as e: assert str(e).startswith('a ')
@@ -123,7 +134,7 @@ def test_transparent():
     rgba[0,29] = 0,0,0,128
     img = Image.fromarray(rgba)
     picture,note = read(saved(img))
-    assert note=='Its transparent parts were laid on white.'
+    assert 'white' in note
     assert [picture.getpixel(o) for o in ((0,0), (20,5))]==[(200,0,0), (255,255,255)] and 125<=picture.getpixel((29,0))[0]<=129
     grey,note = read(saved(img.convert('LA')))
     assert note and grey.getpixel((20,5))==(255,255,255) and grey.getpixel((0,0))[0]<100
@@ -179,7 +190,7 @@ def test_other_modes():
 def test_first_frame(fmt):
     frames = [Image.new('RGB', (30,20), o) for o in ((200,0,0), (0,200,0), (0,0,200))]
     picture,note = read(saved(frames[0], fmt, save_all=True, append_images=frames[1:]))
-    assert note=='Of its several frames, only the first was taken.'
+    assert 'first' in note
     assert picture.getpixel((3,3))[0]>190 and picture.getpixel((3,3))[1]<10
 
 def test_a_telephones_two_pictures():
@@ -192,7 +203,7 @@ def test_avif(monkeypatch):
     content = saved(noise(), 'AVIF')
     assert read(content)[0].size==(60,40)
     monkeypatch.delitem(Image.OPEN, 'AVIF')
-    assert 'format AVIF' in refused(content)
+    assert 'AVIF' in refused(content)
 
 def test_heic_where_something_reads_it(monkeypatch):
     "Such as pillow-heif"
@@ -208,11 +219,11 @@ def test_programs_are_not_started(monkeypatch):
     refused(saved(noise(), 'EPS'))
 
 def test_foreign_names():
-    with pytest.raises(ValueError, match='^<b>x</b>.png is empty'): read_upload(b'', '<b>x</b>.png')
+    with pytest.raises(ValueError, match=r'^<b>x</b>\.png '): read_upload(b'', '<b>x</b>.png')
     with pytest.raises(ValueError) as e: read_upload(b'', 'long '*9000+'\n\r\u2028\u202e\0.jpeg')
-    assert len(str(e.value))<150 and str(e.value).isprintable() and '.jpeg is empty' in str(e.value)
+    assert len(str(e.value))<150 and str(e.value).isprintable() and '.jpeg ' in str(e.value)
     for name in ('', ' \n'):
-        with pytest.raises(ValueError, match='^This file is empty'): read_upload(b'', name)
+        with pytest.raises(ValueError, match='empty'): read_upload(b'', name)
 
 def test_memoryview(): assert read(memoryview(saved(noise())))[0].size==(60,40)
 
@@ -253,10 +264,15 @@ def squeezenet_halves(m): return lambda x: m.classifier[:3](m.features(x)), lamb
 def inception_halves(m): return m.features[:18], lambda A: m.forward_head(m.features[18:](A))
 def resnet_halves(m): return lambda x: m.layer3(m.layer2(m.layer1(m.maxpool(m.act1(m.bn1(m.conv1(x))))))), lambda A: m.forward_head(m.layer4(A))
 
-NETS = {'test_resnet': ('test_resnet', 96, timm_halves, 'layer4'), 'inception_v4': ('inception_v4', 139, timm_halves, 'features'), 'mobilenet': (mobilenet, 96, timm_halves, 'bn2'),
-        'squeezenet': (squeezenet, 96, squeezenet_halves, 'classifier.2'), 'inception_v4, small': ('inception_v4', 75, inception_halves, 'features.17'),
-        'test_resnet, small': ('test_resnet', 32, resnet_halves, 'layer3'), 'test_efficientnet': ('test_efficientnet', 96, timm_halves, None),
-        'test_convnext': ('test_convnext', 96, timm_halves, None), 'test_byobnet': ('test_byobnet', 96, timm_halves, None)}
+NETS = {
+    'test_resnet': ('test_resnet', 96, timm_halves, 'layer4'),
+    'test_resnet, small': ('test_resnet', 32, resnet_halves, 'layer3'),
+    'inception_v4': (narrow_inception, 139, timm_halves, 'features'),
+    'inception_v4, small': (narrow_inception, 75, inception_halves, 'features.17'),
+    'mobilenet': (mobilenet, 96, timm_halves, 'bn2'), 'squeezenet': (squeezenet, 96, squeezenet_halves, 'classifier.2'),
+    'test_efficientnet': ('test_efficientnet', 96, timm_halves, None),
+    'test_convnext': ('test_convnext', 96, timm_halves, None),
+    'test_byobnet': ('test_byobnet', 96, timm_halves, None)}
 
 @pytest.mark.parametrize('net', NETS)
 def test_the_map_is_that_of_the_formula(net):
@@ -464,7 +480,7 @@ def test_names_of_the_source(learn, photo):
     source = source_model('test_resnet', None)
     names = Recogniser(learn, source).names
     assert len(names)==1000 and (names[0], names[895], names[281])==('tench','warplane','tabby')
-    with pytest.raises(ValueError, match='names: the source model has 1000 classes and there are 3 names'): Recogniser(learn, source, list('abc'))
+    with pytest.raises(ValueError, match='names.*1000.*3'): Recogniser(learn, source, list('abc'))
     few = remake_head(source, 3)
     assert Recogniser(learn).names is None and Recogniser(learn, few).names==['class 0','class 1','class 2']
     assert Recogniser(learn, few, pd.Series([7,8,9])).names==['7','8','9']
@@ -480,7 +496,7 @@ def test_kin(drawn, learn, photo):
     assert list(given.columns)==['label','family','manufacturer'] and len(given)==2
     assert len(Recogniser(learn, kin=pd.concat([kin,kin]))(photo).variants)==4
     assert Recogniser(learn, kin=kin[:2])(photo).variants.family.isna().sum()==2
-    with pytest.raises(ValueError, match='kin has no column family, manufacturer: give variant, family, manufacturer'): Recogniser(learn, kin=kin[['variant']])
+    with pytest.raises(ValueError, match='kin.*family, manufacturer'): Recogniser(learn, kin=kin[['variant']])
     for level in ('family','manufacturer'): assert list(Recogniser(a_learner(drawn, level=level))(photo).variants.columns)==['label','probability']
 
 def test_kin_of_pictures_in_several_splits(drawn, tmp_path):
