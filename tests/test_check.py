@@ -11,10 +11,12 @@ LEVELS = ('variant','family','manufacturer')
 # What the findings and the kinds of pairs are called
 MISSING,UNLISTED,UNREADABLE = 'listed but missing','there but not listed','cannot be decoded'
 NO_LISTS,NO_LEVEL,NO_CONTENT = 'no list of pictures','level without lists','list without content'
-NO_LABEL,UNKNOWN_LABEL,EMPTY_LABEL,LABEL_TWICE = 'line without a label','unknown label','label without a picture','label listed twice'
+NO_LABEL,UNKNOWN_LABEL = 'line without a label','unknown label'
+EMPTY_LABEL,LABEL_TWICE = 'label without a picture','label listed twice'
 TWO_LABELS,PICTURE_TWICE,TWO_SPLITS = 'picture with several labels','picture listed twice','picture in several splits'
 NOT_EVERYWHERE,TRAINVAL = 'picture that not every level lists','trainval is not train and val'
-TWO_FAMILIES,TWO_MAKERS,SIZE = 'variant of several families','family of several manufacturers','another number than expected'
+TWO_FAMILIES,TWO_MAKERS = 'variant of several families','family of several manufacturers'
+SIZE = 'another number than expected'
 SAME,NEAR,MIRRORED = 'same pixels','near','mirrored'
 
 @pytest.fixture(scope='session')
@@ -85,7 +87,8 @@ def test_unreadable_pictures(tree):
     "With Pillow's reason, and without the folder's name"
     images = sorted(pick_split(read_aircraft(tree), 'test').image[:4])
     cut = jpg(tree, images[0]).read_bytes()[:-200]
-    for image,content in zip(images, (cut, b'no picture at all', b'', b'\xff\xd8\xff\xe0')): jpg(tree, image).write_bytes(content)
+    contents = cut,b'no picture at all',b'',b'\xff\xd8\xff\xe0'
+    for image,content in zip(images, contents): jpg(tree, image).write_bytes(content)
     c = check(tree)
     assert not c.ok and len(c.findings)==4 and set(c.findings.finding)=={UNREADABLE}
     reasons = dict(c.unreadable[['image','reason']].to_numpy())
@@ -129,7 +132,8 @@ def test_trainval_is_wrong(tree, first):
         edit(tree/f'images_{level}_trainval.txt', f"{first['val']} {label(tree, first['val'], level)}\n", '')
         append(tree/f'images_{level}_trainval.txt', f"{first['test']} {label(tree, first['test'], level)}\n")
     errors = found(check(tree))
-    assert values(errors)=={(TRAINVAL, first[o], f'images_{level}_trainval.txt') for level in LEVELS for o in ('val','test')}
+    files = [f'images_{level}_trainval.txt' for level in LEVELS]
+    assert values(errors)=={(TRAINVAL, first[o], file) for file in files for o in ('val','test')}
     assert len({detail for *_,detail in errors})==2*len(LEVELS), "left out and added are not the same"
 
 def test_levels_that_disagree(tree, first):
@@ -209,7 +213,8 @@ def test_numbers(tree):
 def test_numbers_of_the_archive_are_known_by_its_name(tree, tmp_path):
     (tmp_path/'tree').rename(tmp_path/'fgvc-aircraft-2013b')
     numbers = {o[1:] for o in values(found(check(tmp_path))) if o[0]==SIZE}
-    assert numbers=={('train','16','3,334'), ('val','16','3,333'), ('trainval','32','6,667'), ('test','16','3,333'), ('variant','4','100')}
+    assert numbers=={('train','16','3,334'), ('val','16','3,333'), ('trainval','32','6,667'), ('test','16','3,333'),
+                     ('variant','4','100')}
 
 def test_one_damage_does_not_hide_another(tree, first):
     rows = pick_split(read_aircraft(tree), 'train')
@@ -223,7 +228,8 @@ def test_one_damage_does_not_hide_another(tree, first):
     append(tree/'manufacturers.txt', '\nConvair\n')
     edit(tree/'images_manufacturer_trainval.txt', f'{rows.image[7]} {maker}\n', '')
     c = check(tree)
-    assert {MISSING, UNREADABLE, TWO_SPLITS, UNKNOWN_LABEL, NO_LABEL, NO_CONTENT, EMPTY_LABEL, TRAINVAL, TWO_LABELS} <= set(c.findings.finding)
+    damage = {MISSING, UNREADABLE, TWO_SPLITS, UNKNOWN_LABEL, NO_LABEL, NO_CONTENT, EMPTY_LABEL, TRAINVAL, TWO_LABELS}
+    assert damage <= set(c.findings.finding)
     assert len(c.across)==1 and found(c, 'remark')=={(UNLISTED, 'stray.jpg', '')}
     names = {f'{c.across.image_1[0]}={c.across.image_2[0]}', rows.image[1], rows.image[2], 'stray.jpg', 'Concorde'}
     for o in set(c.findings.finding) | names: assert o in str(c)
@@ -369,4 +375,5 @@ def test_airliners(photos):
 @pytest.mark.slow
 def test_warbirds(photos):
     "One of the pairs that are seen has a watermark"
-    check_photographs(photos/'data/warbirds30', 6361, {NEAR: 39, MIRRORED: 1}, {NEAR: 52, MIRRORED: 2}, 10, ('0000194','0005270'))
+    across,within = {NEAR: 39, MIRRORED: 1},{NEAR: 52, MIRRORED: 2}
+    check_photographs(photos/'data/warbirds30', 6361, across, within, 10, ('0000194','0005270'))

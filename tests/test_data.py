@@ -38,7 +38,8 @@ def test_no_lists(tree):
 
 def test_unknown_label(tree):
     append(tree/'data/images_variant_val.txt', '0000001 Concorde\n')
-    with pytest.raises(ValueError, match="images_variant_val.txt.*'Concorde'.*0000001.*variants.txt"): read_aircraft(tree)
+    with pytest.raises(ValueError, match="images_variant_val.txt.*'Concorde'.*0000001.*variants.txt"):
+        read_aircraft(tree)
 
 def test_line_without_label(tree):
     append(tree/'data/images_variant_val.txt', '0000001\n')
@@ -64,7 +65,7 @@ GREY = 7 # how much lighter each picture is than the one before
 
 @pytest.fixture(scope='session')
 def greys(tmp_path_factory):
-    "36 pictures, each of its own grey, as a tree, as folders with and without splits, and as a list; by split the numbers of its greys"
+    "36 pictures, each of its own grey: a tree, folders with and without splits, and a list; the numbers of each split"
     root,numbers,rows = tmp_path_factory.mktemp('greys'),dict(train=[], val=[], test=[]),[]
     (root/'images').mkdir()
     (root/'variants.txt').write_text('A\nB\nC\n')
@@ -115,7 +116,8 @@ def test_what_is_held_out_is_not_trained_on(greys, load, name):
 def test_truncated_picture_is_named(tree, workers):
     file = tree/'data/images/0000002.jpg'
     file.write_bytes(file.read_bytes()[:900])
-    with pytest.raises(OSError, match='0000002.jpg'): list(aircraft_dls(tree, size=32, bs=16, num_workers=workers).train)
+    dls = aircraft_dls(tree, size=32, bs=16, num_workers=workers)
+    with pytest.raises(OSError, match='0000002.jpg'): list(dls.train)
     for o in multiprocessing.active_children(): o.terminate()     # PyTorch waits for 5 s for a worker that has raised
 
 @pytest.mark.parametrize('content', [b'', b'%PDF-1.4 no picture', b'\xff\xd8\xff\xe0'])
