@@ -14,7 +14,7 @@ from fgvc_fisher.transforms import MEAN, STD, View, named_transforms
 PUBLISHED = dict(input_size=299, is_training=True, scale=(0.08,1.), ratio=(3/4,4/3), hflip=0.5, auto_augment='rand-m9-mstd0.5-inc1',
                  interpolation='random', mean=MEAN, std=STD, normalize=False)
 
-@pytest.fixture
+@pytest.fixture(scope='module')
 def picture():
     rng = np.random.default_rng(3)
     return PILImage.create(Image.fromarray(rng.integers(0, 256, (9,13,3), np.uint8)).resize((700,480), Image.BICUBIC))
@@ -64,12 +64,12 @@ def test_evaluation_is_not_mixed(drawn):
 @pytest.mark.parametrize('name', ['published', 'plain', 'fastai'])
 def test_every_name_trains(drawn, name):
     from fgvc_fisher.learner import aircraft_learner
-    dls = aircraft_dls(drawn, size=64, bs=4, transforms=name, num_workers=0)
+    dls = aircraft_dls(drawn, size=32, bs=4, transforms=name, num_workers=0)
     learn = aircraft_learner(dls, 'test_resnet', weights=None, n_out=9 if name=='published' else None)
     with learn.no_bar(), learn.no_logging(): learn.fit(1, 0.01)
     assert np.isfinite(learn.recorder.values[0][:2]).all()
     x,_ = dls.one_batch()
-    assert x.shape==(4,3,64,64) and x.dtype==torch.float32
+    assert x.shape==(4,3,32,32) and x.dtype==torch.float32
     if name!='published': assert -1.01<=x.min() and x.max()<=1.01
     learn.validate(); learn.get_preds()
 
@@ -83,9 +83,9 @@ def test_show_batch_tells_both_labels(drawn):
     for o in titles: assert sum(int(p.split()[-2]) for p in o.split('\n')) in (99,100,101)
 
 def test_odd_batch(drawn):
-    with pytest.raises(ValueError, match="'published' mixes the pictures of a batch in pairs, so 5 will not do"):
+    with pytest.raises(ValueError, match=r"bs.*'published'.*\b5\b"):
         aircraft_dls(drawn, size=32, bs=5, transforms='published')
-    with pytest.raises(ValueError, match="transforms 'autoaugment': choose from published, plain, fastai"):
+    with pytest.raises(ValueError, match="'autoaugment'.*published, plain, fastai"):
         aircraft_dls(drawn, size=32, bs=4, transforms='autoaugment')
 
 @pytest.mark.parametrize('workers', [0, 2])
