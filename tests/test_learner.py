@@ -9,24 +9,25 @@ from conftest import mobilenet
 
 def test_weights_of_another_architecture(tmp_path):
     save_file(timm.create_model('test_efficientnet').state_dict(), tmp_path/'e.safetensors')
-    with pytest.raises(ValueError, match=r'e.safetensors holds the weights of another architecture than ResNet; missing: .*; unknown: blocks.0.0'):
+    with pytest.raises(ValueError, match='e.safetensors.*ResNet.*bn1.bias.*blocks.0.0'):
         source_model('test_resnet', tmp_path/'e.safetensors')
     save_file(timm.create_model('test_resnet', num_classes=7).state_dict(), tmp_path/'r.safetensors')
-    with pytest.raises(ValueError, match=r'shape: fc.bias \(7,\) instead of \(1000,\)'): load_weights(timm.create_model('test_resnet'), tmp_path/'r.safetensors')
+    with pytest.raises(ValueError, match=r'fc.bias \(7,\).*\(1000,\)'):
+        load_weights(timm.create_model('test_resnet'), tmp_path/'r.safetensors')
     model = source_model('test_resnet', tmp_path/'r.safetensors')                           # a file brings its number of classes
     assert model.num_classes==7 and torch.equal(model.fc.weight, load_file(tmp_path/'r.safetensors')['fc.weight'])
 
 @pytest.mark.parametrize('name', ['junk.safetensors', 'junk.pth'])
 def test_a_file_that_is_none(name, tmp_path):
     (tmp_path/name).write_bytes(b'this is a page that says 404')
-    with pytest.raises(ValueError, match=f'{name} cannot be read as a safetensors file or a PyTorch state dict'): source_model('test_resnet', tmp_path/name)
+    with pytest.raises(ValueError, match=name): source_model('test_resnet', tmp_path/name)
 
-@pytest.mark.parametrize('arch,said', [('os:getcwd', 'makes str, which is no network'), ('os:nothing', "arch 'os:nothing'"), ('nowhere.at.all:f', "arch 'nowhere.at.all:f'")])
+@pytest.mark.parametrize('arch,said', [('os:getcwd', 'str'), ('os:nothing', 'nothing'), ('nowhere.at.all:f', 'nowhere')])
 def test_a_function_that_makes_no_network(arch, said):
-    with pytest.raises(ValueError, match=said): source_model(arch, weights=None)
+    with pytest.raises(ValueError, match=f'{arch}.*{said}'): source_model(arch, weights=None)
 
 def test_weights_that_are_not_there(tmp_path):
-    with pytest.raises(FileNotFoundError, match='weights: there is no file .*none.safetensors'): source_model('test_resnet', tmp_path/'none.safetensors')
+    with pytest.raises(FileNotFoundError, match='none.safetensors'): source_model('test_resnet', tmp_path/'none.safetensors')
 
 @pytest.mark.parametrize('wrap', [lambda s: s, lambda s: {'state_dict': s, 'epoch': 3}])
 def test_state_dict_of_pytorch_without_counters(tmp_path, wrap):
@@ -52,9 +53,10 @@ def test_every_parameter_is_in_one_group(make):
     assert sum(p.numel() for p in groups[-1]) % 5==0 and len(groups)==2
 
 def test_inception_v4_has_the_papers_groups():
-    groups = aircraft_splitter(timm.create_model('inception_v4', num_classes=105))
+    with torch.device('meta'): model = timm.create_model('inception_v4', num_classes=105)
+    groups = aircraft_splitter(model)
     assert [sum(p.numel() for p in g) for g in groups][-1]==1536*105+105 and len(groups)==3
     assert sum(p.numel() for g in groups for p in g)==41_304_201
 
 def test_no_head():
-    with pytest.raises(ValueError, match='ReLU has no linear or convolutional layer'): remake_head(nn.ReLU(), 3)
+    with pytest.raises(ValueError, match='ReLU'): remake_head(nn.ReLU(), 3)
