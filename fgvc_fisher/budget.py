@@ -29,12 +29,12 @@ def picture_cost(
     size:int, # Side of the picture in pixels
 )->dict: # `forward` and `training`: operations a picture; `bytes`: read and written by a forward pass in half precision, without the weights
     "What one picture costs a network. Nothing of the network is changed."
-    model,moved = copy.deepcopy(model).cpu().float(),[0]
+    model,moved = copy.deepcopy(model).to('meta').float(),[0]
     def count(layer, inp, out):
         moved[0] += 2*sum(o.numel() for o in (*inp, *(out if isinstance(out, tuple) else [out])) if isinstance(o, torch.Tensor))
     for o in model.modules():
         if not list(o.children()): o.register_forward_hook(count)
-    x = torch.zeros(2, 3, size, size)                                 # two, since BatchNorm cannot train on one
+    x = torch.zeros(2, 3, size, size, device='meta')                  # two, since BatchNorm cannot train on one
     with FlopCounterMode(display=False) as forward: out = model(x)
     with FlopCounterMode(display=False) as backward: out.sum().backward()
     return dict(forward=forward.get_total_flops()/2, training=(forward.get_total_flops()+backward.get_total_flops())/2, bytes=moved[0]/2)
