@@ -1,5 +1,5 @@
 "What the tables and figures make of experiments that are unfinished, failed, diverged or half measured"
-import json, math
+import json, math, re
 import numpy as np, pandas as pd, pytest
 from scipy import integrate, stats
 import matplotlib
@@ -81,22 +81,22 @@ class TestRead:
 
     def test_no_folder(self, tmp_path):
         for f in (read_runs, read_curves, read_errors, table, differences, curves, frontier):
-            with pytest.raises(FileNotFoundError, match='give the folder'): f(tmp_path/'none')
+            with pytest.raises(FileNotFoundError, match='none.runs'): f(tmp_path/'none')
             with pytest.raises(FileNotFoundError, match='runs'): f(tmp_path)
 
     def test_nothing_finished(self, tmp_path):
         (tmp_path/'runs').mkdir()
         assert read_runs(tmp_path).empty and read_curves(tmp_path).empty
         for f in (table, differences, frontier):
-            with pytest.raises(ValueError, match='no finished run'): f(tmp_path)
-        with pytest.raises(ValueError, match='no column train_loss'): curves(tmp_path)
+            with pytest.raises(ValueError, match='read_errors'): f(tmp_path)
+        with pytest.raises(ValueError, match='train_loss'): curves(tmp_path)
 
     @pytest.mark.parametrize('name', ['run.json','result.json','curve.csv'])
     @pytest.mark.parametrize('content', [b'', b'\xff\xfe\x00', b'[1,2'])
     def test_broken(self, out, name, content):
         if name=='curve.csv' and content==b'[1,2': content = b'epoch,accuracy\n0,1,2,3\n0,1,2,3,4\n'
         (out/'runs/z1'/name).write_bytes(content)
-        with pytest.raises(ValueError, match=f'(?s)z1.{name}.*run it again'): (read_curves if name=='curve.csv' else read_runs)(out)
+        with pytest.raises(ValueError, match=f'z1.{name}'): (read_curves if name=='curve.csv' else read_runs)(out)
 
     @pytest.mark.parametrize('content', ['[]', '{"arm": "plain"}', '{"seed": 1}'])
     def test_other_json(self, out, content):
@@ -133,7 +133,7 @@ class TestTable:
 
     def test_measured_in_some_runs_only(self):
         t = show_table(table(rows('a', [0,1], test=0.5) + rows('b', [0], test=0.5) + rows('b', [1])))
-        assert t['test, epoch chosen on val'].tolist() == ['50.0 ± 0.0','–']
+        assert t[ACCURACIES['test']].tolist() == ['50.0 ± 0.0','–']
 
     def test_diverged(self):
         t = table(rows('a', [0,1]) + rows('b', [0]) + [dict(arm='b', seed=1, last=None, best=0.6, test=0.6, retention_target_bn=0, seconds=4)])
@@ -153,16 +153,16 @@ class TestTable:
         assert show_table(table([dict(arm='a', last=0.5), dict(arm='a', last=0.5)])).values.tolist() == [['50.0 ± 0.0','2']]
 
     def test_two_experiments_in_one(self):
-        with pytest.raises(ValueError, match="arm 'plain', seed 1 is there 2 times, with different arch, epochs;"):
+        with pytest.raises(ValueError, match=r"'plain'.*\b1\b.*\b2\b.*arch, epochs"):
             table(rows(seeds=[0,1], arch='a', epochs=4) + rows(seeds=[1], arch='b', epochs=8))
-        with pytest.raises(ValueError, match='different results'): table(rows() + rows(last=0.9))
+        with pytest.raises(ValueError, match=r"'plain'.*\b0\b.*\b2\b.*results"): table(rows() + rows(last=0.9))
 
     def test_no_arm(self):
-        with pytest.raises(ValueError, match='no `arm`, only seed, last'): table([dict(seed=0, last=0.7)])
+        with pytest.raises(ValueError, match='`arm`.*seed, last'): table([dict(seed=0, last=0.7)])
 
     def test_nothing(self):
         for none in ([], pd.DataFrame()):
-            with pytest.raises(ValueError, match='no finished run'): table(none)
+            with pytest.raises(ValueError, match='read_errors'): table(none)
 
     def test_shown_in_html(self, out):
         assert '72.0 ± 5.0' in show_table(table(out)).to_html() and '72.0 ± 5.0' in show_table(table(out)).to_string()
@@ -192,14 +192,14 @@ class TestDifferences:
     def test_control(self, out):
         d = differences(out, 'L2-SP-Fisher, beta = 10', 'last')
         assert d.loc[('plain','last')].difference == pytest.approx(0.11)
-        with pytest.raises(ValueError, match="no arm 'L3'; there are plain, L2-SP-Fisher, beta = 10"): differences(out, 'L3')
+        with pytest.raises(ValueError, match="'L3'.*plain, L2-SP-Fisher, beta = 10"): differences(out, 'L3')
 
     def test_only_the_control(self):
         d = differences(rows())
         assert d.empty and list(d)==['difference','low','high','seeds','seeds_for_1'] and d.index.names==['arm','measure']
 
     def test_no_seeds(self):
-        with pytest.raises(ValueError, match='no `seed`'): differences([dict(arm='plain', last=0.5)])
+        with pytest.raises(ValueError, match='`seed`'): differences([dict(arm='plain', last=0.5)])
 
 def lines(fig, panel=1): return {o.get_label(): o for o in fig.axes[panel].lines}
 
@@ -231,11 +231,11 @@ class TestCurves:
         published = pd.concat([pd.DataFrame(curve(5)).rename(columns=dict(valid_loss='val_loss')).assign(run=o) for o in ('x','y')])
         fig = curves(out, published)
         drawn = lines(fig)
-        assert {'published: x','published: y','plain'} <= set(drawn)
-        assert drawn['published: x'].get_zorder() < drawn['plain'].get_zorder()
-        assert drawn['published: x'].get_linestyle() != drawn['published: y'].get_linestyle()
-        assert drawn['published: x'].get_xdata().tolist() == [1,2,3,4,5]
-        with pytest.raises(ValueError, match='published: has no column val_loss'): curves(out, published.drop(columns='val_loss'))
+        x,y = [next(line for label,line in drawn.items() if label.endswith(f' {o}')) for o in 'xy']
+        assert x.get_zorder() < drawn['plain'].get_zorder()
+        assert x.get_linestyle() != y.get_linestyle()
+        assert x.get_xdata().tolist() == [1,2,3,4,5]
+        with pytest.raises(ValueError, match='published.*val_loss'): curves(out, published.drop(columns='val_loss'))
 
     def test_arms_of_a_family_are_told_apart(self):
         t = pd.concat([pd.DataFrame(curve(3)).assign(arm=f'L2, {o}') for o in range(4)])
@@ -243,10 +243,10 @@ class TestCurves:
 
     def test_two_experiments_in_one(self, out):
         write(out, 'twice', dict(arm='plain', seed=1, arch='other'), curve(3))
-        with pytest.raises(ValueError, match="arm 'plain', seed 1 is there 2 times, with different id"): curves(out)
+        with pytest.raises(ValueError, match=r"'plain'.*\b1\b.*\b2\b.*\bid\b"): curves(out)
 
     def test_missing_column(self, out):
-        with pytest.raises(ValueError, match='has no column accuracy'): curves(read_curves(out).drop(columns='accuracy'))
+        with pytest.raises(ValueError, match='accuracy'): curves(read_curves(out).drop(columns='accuracy'))
 
 def texts(ax): return {o.get_text(): o for o in ax.texts}
 
@@ -257,22 +257,23 @@ class TestFrontier:
         assert list(texts(ax)) == ['beta = 10']
         marks = [o.get_offsets()[0].tolist() for o in ax.collections if len(o.get_offsets())==1 and hasattr(o, 'get_sizes')]
         assert marks == [pytest.approx(o) for o in ([0.1,0.72],[0.05,0.72],[0.4,0.61],[0.2,0.61])]
-        assert 'last epoch on val' in ax.get_ylabel() and 'hollow' in ax.get_title()
+        assert ACCURACIES['last'] in ax.get_ylabel() and 'BatchNorm' in ax.get_title()
 
     def test_without_batchnorm_there_is_one_retention(self, out):
         runs = read_runs(out)
         ax = frontier(runs.assign(retention_source_bn=runs.retention_target_bn))
         marks = [o.get_offsets()[0].tolist() for o in ax.collections if len(o.get_offsets())==1 and hasattr(o, 'get_sizes')]
-        assert marks == [pytest.approx(o) for o in ([0.1,0.72],[0.4,0.61])] and 'hollow' not in ax.get_title()
+        assert marks == [pytest.approx(o) for o in ([0.1,0.72],[0.4,0.61])] and 'BatchNorm' not in ax.get_title()
 
     def test_target(self, out):
         runs = read_runs(out).assign(test_last=0.3)
         assert ACCURACIES['test_last'] in frontier(runs).get_ylabel()
         assert ACCURACIES['best'] in frontier(runs, 'best').get_ylabel()
-        with pytest.raises(ValueError, match="no run has 'test'; there are best, last, test_last"): frontier(runs, 'test')
+        with pytest.raises(ValueError, match="'test'.*best, last, test_last"): frontier(runs, 'test')
 
     def test_before(self, out):
-        at = lambda ax: [o.get_xdata()[0] for o in ax.lines if o.get_label()=='before fine-tuning']
+        "An upright line from the bottom to the top"
+        def at(ax): return [o.get_xdata()[0] for o in ax.lines if list(o.get_ydata())==[0,1]]
         runs = read_runs(out)
         assert at(frontier(runs))==[] and at(frontier(runs, before=0.5))==[0.5]
         assert at(frontier(runs.assign(before=0.6))) == pytest.approx([0.6])
@@ -292,19 +293,19 @@ class TestFrontier:
     def test_diverged(self, out):
         runs = read_runs(out).to_dict('records') + [dict(arm='L2-SP-Fisher, beta = 1, explicit', seed=0, last=None)]
         ax = frontier(runs)
-        assert 'not shown, diverged: L2-SP-Fisher, beta = 1, explicit' in ax.get_xlabel()
+        assert 'L2-SP-Fisher, beta = 1, explicit' in ax.get_xlabel()
         assert list(texts(ax)) == ['beta = 10']
-        with pytest.raises(ValueError, match='every arm has a run that diverged'): frontier(runs[-1:])
-        with pytest.raises(ValueError, match='every arm has a run that diverged'):
-            frontier([runs[0], dict(arm='plain', seed=7, last=None)])
+        with pytest.raises(ValueError, match='diverged'): frontier(runs[-1:])
+        with pytest.raises(ValueError, match='diverged'): frontier([runs[0], dict(arm='plain', seed=7, last=None)])
 
     def test_no_retention(self):
-        with pytest.raises(ValueError, match='no retention'): frontier(rows())
+        with pytest.raises(ValueError, match='retention'): frontier(rows())
 
     def test_some_without_retention(self, out):
         assert list(texts(frontier(read_runs(out).to_dict('records') + rows('L2, 5e-4')))) == ['beta = 10']
         assert list(texts(frontier(read_runs(out).to_dict('records') + rows('L2, 5e-4', retention_target_bn=0.3)))) == ['beta = 10','5e-4']
-        with pytest.raises(ValueError, match="no arm has both 'last' and"): frontier(rows(retention_target_bn=0.1) + rows(seeds=[1]))
+        with pytest.raises(ValueError, match="'last'.*'retention_target_bn'"):
+            frontier(rows(retention_target_bn=0.1) + rows(seeds=[1]))
 
     @pytest.mark.parametrize('near', [1e-6, 0.003])
     def test_texts_do_not_cover_each_other(self, near):
@@ -348,9 +349,9 @@ class TestSeeds:
         assert interval([0.5,0.5]) == (0.5,0.)
         assert all(isinstance(o, float) for o in (*interval([1,2]), *paired([1,2], [2,4])))
         for bad in ([], 0.5, [[1,2]]):
-            with pytest.raises(ValueError, match='values: a list'): interval(bad)
+            with pytest.raises(ValueError, match=f'values.*{re.escape(str(np.shape(bad)))}'): interval(bad)
         for level in (0, 1, 95, math.nan):
-            with pytest.raises(ValueError, match=f'not {level}'): interval([1,2], level)
+            with pytest.raises(ValueError, match=f'level.*{level}'): interval([1,2], level)
 
     def test_paired_ignores_an_index(self):
         a,b = pd.Series([1.,2.], index=[5,6]),pd.Series([0.,3.], index=[6,5])
@@ -373,7 +374,7 @@ class TestSeeds:
     def test_extremes(self):
         assert seeds_needed(1e-12)==2 and seeds_needed(0.5, 1e-3)==pytest.approx((1.959964+0.841621)**2*250000, rel=1e-4)
         for sd in (-1, math.nan, math.inf):
-            with pytest.raises(ValueError, match=f'sd: .*{sd}'): seeds_needed(sd)
+            with pytest.raises(ValueError, match=f'sd.*{sd}'): seeds_needed(sd)
 
 class TestAtRetention:
     "The frontier read off at a level"
@@ -407,22 +408,22 @@ class TestAtRetention:
         assert equal_retention(self.curve('L2-SP') + short, 'L2-SP', 'L2-SP-Fisher', (0.3,0.6)).index.tolist()==[0.3]
         found = equal_retention(self.curve('L2-SP') + short, 'L2-SP', 'L2-SP-Fisher', (0.9,))
         assert found.empty and found.difference.dtype==float
-        with pytest.raises(ValueError, match="no family 'L1'; there are L2-SP"): equal_retention(short + self.curve('L2-SP'), 'L1', 'L2-SP')
+        with pytest.raises(ValueError, match="'L1'.*L2-SP"): equal_retention(short + self.curve('L2-SP'), 'L1', 'L2-SP')
 
     def test_the_control_is_the_weak_end_of_all(self):
         runs = rows(last=0.9, retention_target_bn=0.) + [dict(arm=f'L2-SP, {k}', seed=0, last=0.9-k, retention_target_bn=k) for k in (0.2,0.4)]
         assert at_retention(runs, 0.1)['last'].tolist()==[pytest.approx(0.8)]
-        with pytest.raises(ValueError, match='no family keeps 0.1'): at_retention(runs, 0.1, weakest=None)
+        with pytest.raises(ValueError, match='level.*0.1'): at_retention(runs, 0.1, weakest=None)
 
     def test_no_extrapolation(self):
         runs = self.curve('L2-SP', seeds=[0]) + [o | dict(retention_target_bn=o['retention_target_bn']-0.1) for o in self.curve('L2-SP', seeds=[1])]
         assert at_retention(runs, 0.65).seed.tolist()==[0] and at_retention(runs, 0.05).seed.tolist()==[1]
-        with pytest.raises(ValueError, match='no family keeps 0.8 between'): at_retention(runs, 0.8)
+        with pytest.raises(ValueError, match='level.*0.8'): at_retention(runs, 0.8)
 
     def test_arms_that_stand_alone_and_diverged_ones(self):
         runs = self.curve('L2-SP') + rows('last layer only', seeds=(0,1), retention_target_bn=0.7) + [dict(arm='L2-SP, 9', seed=0, last=None, retention_target_bn=0.5)]
         assert set(at_retention(runs, 0.5).arm)=={'L2-SP'} and at_retention(runs, 0.5)['last'].notna().all()
 
     def test_what_is_not_there(self):
-        with pytest.raises(ValueError, match="no 'test'"): at_retention(self.curve('L2-SP'), 0.3, target='test')
-        with pytest.raises(ValueError, match="no 'retention_source_bn'"): at_retention(self.curve('L2-SP'), 0.3, measure='retention_source_bn')
+        for kw in (dict(target='test'), dict(measure='retention_source_bn')):
+            with pytest.raises(ValueError, match=repr(*kw.values())): at_retention(self.curve('L2-SP'), 0.3, **kw)
