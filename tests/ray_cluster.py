@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 # A machine of the cluster passes its environment on to its workers. Their niceness is 15 by default: beside other work
-# they would never begin.
+# they would never begin. With shorter health checks a machine that is gone is missed within seconds.
 PATH = [str(Path(__file__).parent), *filter(None, sys.path)]
 ENVIRONMENT = dict(PYTHONPATH=os.pathsep.join(PATH), OMP_NUM_THREADS='1', RAY_worker_niceness='0',
-                   RAY_USAGE_STATS_ENABLED='0')
+                   RAY_USAGE_STATS_ENABLED='0', RAY_health_check_period_ms='500')
 
 def patient(get_node, seconds=120):
     "Ray gives a machine 30 seconds to begin, which beside other work is too little"

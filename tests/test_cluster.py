@@ -194,7 +194,7 @@ def test_the_table_is_the_local_engines(ray_cluster, common, alone, tmp_path, ca
 @pytest.mark.xdist_group('ray')
 def test_workers_machines_and_drivers_are_killed(ray_cluster, common, alone, tmp_path):
     "The worker of one run and the machine of the other; when the first has resumed and gone on, the driver"
-    runs,out = grid(ARMS, **common | dict(epochs=30)),tmp_path/'out'
+    runs,out = grid(ARMS, **common | dict(epochs=20)),tmp_path/'out'
     second = ray_cluster.add_machine()
     driver = Forked(drive, runs, out, ray_cluster.address)
     def both():
