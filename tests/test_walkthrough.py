@@ -1,5 +1,5 @@
 "The modes of the walkthrough that need an archive, a download and a T4, on a small tree in the archive's form, with random weights"
-import json, math
+import json, math, re
 from pathlib import Path
 import matplotlib, pytest, torch
 from fastai.callback import fp16
@@ -22,6 +22,13 @@ def walk(changes):
     there = {}
     for o in cells(changes): exec(o, there)
     return there
+
+def test_outputs_are_those_of_the_whole_demo():
+    "`nbdev-test` has less in the cells; it may store what comes of them only with `--flags slow`"
+    task = next(o for o in cells({}) if "MODE=='demo': task" in o)
+    variants,per_split = [int(re.search(rf'{o}=(\d+)', task).group(1)) for o in ('n_variants','n_per_split')]
+    kept = json.dumps([o.get('outputs') for o in json.loads(NOTEBOOK.read_text())['cells']])
+    assert f'{3*variants*per_split} pictures of {variants} variants' in kept and 'seed 3' in kept
 
 @pytest.fixture
 def settings(drawn_source, tmp_path, monkeypatch):
