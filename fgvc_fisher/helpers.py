@@ -10,7 +10,6 @@ __all__ = ['helpers']
 # %% ../nbs/02e_helpers.ipynb #26057c1b
 import os, pickle, pkgutil, subprocess, sys, threading
 from contextlib import contextmanager, suppress
-import torch
 
 # %% ../nbs/02e_helpers.ipynb #9ac6e711
 def _main(do):
@@ -38,6 +37,7 @@ def helpers(
     """Have further processes at work while the block runs; they and this one share out the processors. At its end they are stopped.
     Raises `ValueError` for a task that cannot be pickled."""
     if not tasks: yield []; return
+    import torch              # not above: a helper is to watch its pipe before it imports anything that takes seconds
     threads,mine = max(1, (os.cpu_count() or 1)//(len(tasks)+1)),torch.get_num_threads()
     packed = [_packed(o) for o in tasks]
     env = os.environ | dict(OMP_NUM_THREADS=str(threads), PYTHONPATH=_path())

@@ -173,19 +173,23 @@ def conclusions(
     return [_sentence(*index, d, control) for index,d in differences(out, control, measures).iterrows()]
 
 # %% ../nbs/07c_results.ipynb #bf72c587
-def _read_off(r, level, target, measure):
-    "The accuracy of one seed's runs of a family at a level of retention; NaN outside of what they reach"
+def _read_off(r, levels, target, measure):
+    "The accuracy of one seed's runs of a family at some levels of retention; NaN outside of what they reach"
     r = r.groupby(measure)[target].mean()                              # sorted by retention; of equally much the mean
-    return float(np.interp(level, r.index, r, left=math.nan, right=math.nan))
+    return np.interp(levels, r.index, r, left=math.nan, right=math.nan)
 
 # %% ../nbs/07c_results.ipynb #f67ae5dd
-def _all_at(runs, level, target, measure, weakest):
-    "Accuracy of each family and seed at a level of retention, as far as they reach"
+def _all_at(runs, levels, target, measure, weakest):
+    "Accuracy of each family and seed at some levels of retention, as far as they reach: a row a family, seed and level"
+    runs = runs[['arm','family','seed','diverged',measure,target]]
     first,runs = runs[runs.arm==weakest],runs[~runs.diverged]
     families = [f for f,r in runs.groupby('family', sort=False) if r.arm.nunique()>1]
-    found = [dict(arm=f, seed=s, **{target: _read_off(pd.concat([r, first[first.seed==s]]), level, target, measure)})
-             for f in families for s,r in runs[runs.family==f].groupby('seed')]
-    return pd.DataFrame(found, columns=['arm','seed',target]).dropna().reset_index(drop=True)
+    found = []
+    for family in families:
+        for seed,r in runs[runs.family==family].groupby('seed'):
+            read = _read_off(pd.concat([r, first[first.seed==seed]]), levels, target, measure)
+            found += [dict(arm=family, seed=seed, level=o) | {target: v} for o,v in zip(levels, read)]
+    return pd.DataFrame(found, columns=['arm','seed','level',target]).dropna().reset_index(drop=True)
 def _families(out, *measures):
     "The runs, with their families; `ValueError` for a measure that they have not got"
     runs = _runs(out)
@@ -203,7 +207,7 @@ def at_retention(
 )->pd.DataFrame: # `arm`, `seed` and the accuracy, a row a family and seed; seeds that do not reach the level are left out
     "Accuracy on the target where a family keeps so much of the source, by linear interpolation between its arms. `ValueError` if no family does."
     runs = _families(out, target, measure)
-    found = _all_at(runs, level, target, measure, weakest)
+    found = _all_at(runs, [level], target, measure, weakest).drop(columns='level')
     if found.empty: raise ValueError(f"level: no family keeps {level:g} between its weakest and its strongest arm; {measure} goes "
                                      f"from {runs[measure].min():g} to {runs[measure].max():g}")
     return found
@@ -223,8 +227,9 @@ def equal_retention(
     for o in (first, second):
         if o not in set(runs.family): raise ValueError(f"there is no family {o!r}; there are {', '.join(runs.family.unique())}")
     seeds,runs = runs[runs.family.isin([first, second])].seed.nunique(),runs[runs.family.isin([first, second, weakest])]
+    at = _all_at(runs, levels, target, measure, weakest)
     for level in levels:
-        got = _all_at(runs, level, target, measure, weakest).set_index('seed')
+        got = at[at.level==level].set_index('seed')
         a,b = [got[got.arm==o][target] for o in (first, second)]
         if len(a)==len(b)==seeds: found.append(dict(retention=level) | {first: a.mean(), second: b.mean()} | _difference(b, a))
     columns = ['retention',first,second,'difference','low','high','seeds']

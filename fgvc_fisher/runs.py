@@ -168,7 +168,8 @@ def make_learner(
 # %% ../nbs/07_runs.ipynb #31ec7abc
 def _replace(path, write):
     "Write a file beside, then rename: there is the old one or the new one, never half of one"
-    part = path.with_name(f'{path.name}.part')
+    _,i = processes()                                    # all of them may write at once why a run failed
+    part = path.with_name(f'{path.name}.{i}.part' if i else f'{path.name}.part')
     try:
         write(part)
         with open(part, 'rb') as f: os.fsync(f.fileno())

@@ -3,7 +3,8 @@
 A forked process is as good as a fresh one for being killed, for sharing a folder and for being one of several ranks. A test of what only a fresh
 interpreter shows (what a command imports, how a script ends) starts one by `subprocess`.
 """
-import multiprocessing, os, runpy, socket, sys
+import multiprocessing, os, runpy, shutil, socket, sys, time, weakref
+from contextlib import suppress
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import NamedTuple
@@ -29,6 +30,7 @@ class Forked:
     def __init__(self, target, *args, env=None, cwd=None, threads=None):
         import torch
         self.printed = Path(mkdtemp(prefix='forked-'))
+        weakref.finalize(self, shutil.rmtree, self.printed, ignore_errors=True)
         CONTEXT.set_forkserver_preload(PRELOAD)
         all_args = (target, args, os.environ|(env or {}), str(cwd or os.getcwd()), threads or torch.get_num_threads(), self.printed)
         self.process = CONTEXT.Process(target=_begin, args=all_args)
@@ -54,7 +56,8 @@ class Forked:
         self.process.kill()
         self.process.join()
     def signal(self, number):
-        os.kill(self.pid, number)
+        "Send a signal, if it still runs"
+        with suppress(ProcessLookupError): os.kill(self.pid, number)
 
 def ranks(target, *args, n=2, **kwargs):
     "`n` processes that know each other, as `torchrun` would have started them"
@@ -63,6 +66,16 @@ def ranks(target, *args, n=2, **kwargs):
         port = s.getsockname()[1]
     common = dict(WORLD_SIZE=str(n), LOCAL_WORLD_SIZE=str(n), MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), ACCELERATE_USE_CPU='true')
     return [Forked(target, *args, env=common|dict(RANK=str(i), LOCAL_RANK=str(i)), threads=1, **kwargs) for i in range(n)]
+
+def succeed(processes, timeout=120):
+    "Wait for processes that work together. When one fails the others are ended, and `AssertionError` says why"
+    end = time.monotonic()+timeout
+    while any(o.poll() is None for o in processes) and not any(o.poll() for o in processes):
+        if time.monotonic()>end: break
+        time.sleep(0.02)
+    bad = [o for o in processes if o.poll()!=0]
+    for o in bad: o.kill()
+    assert not bad, '\n'.join(f'exit code {o.poll()}\n{o.out[-1000:]}\n{o.err[-3000:]}' for o in bad)
 
 class Said(NamedTuple):
     "What a command came to"
@@ -80,3 +93,8 @@ def shell(name, *args, timeout=120, **kwargs):
     process = Forked(_command, name, [str(o) for o in args], **kwargs)
     code = process.wait(timeout)
     return Said(code, process.out, process.err)
+
+def shells(name, *args, n=2, timeout=120, **kwargs):
+    "Run a command of this package in `n` processes, as `torchrun --no-python` would, and wait for them"
+    processes = ranks(_command, name, [str(o) for o in args], n=n, **kwargs)
+    return [Said(o.wait(timeout), o.out, o.err) for o in processes]

@@ -1,9 +1,10 @@
 "The archive's way to disk, against a server that does what servers and networks do"
-import gzip, io, os, random, shutil, signal, subprocess, sys, tarfile, time
+import gzip, io, os, random, re, signal, subprocess, tarfile, time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 import pytest
 from fgvc_fisher.archive import NAME, untar_aircraft
+from forks import Forked
 
 def pack(members):
     "The bytes of a .tar.gz; members: name -> bytes, or a TarInfo"
@@ -24,7 +25,7 @@ class Server(ThreadingHTTPServer):
         super().__init__(('127.0.0.1', 0), Handler)
         self.data,self.ranges,self.cut,self.status,self.tag,self.hang,self.pause,self.lie,self.asked = ARCHIVE,True,None,None,'"a"',False,0,0,[]
         self.url = f'http://127.0.0.1:{self.server_port}/{NAME}.tar.gz'
-        Thread(target=self.serve_forever, daemon=True).start()
+        Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
 
 class Handler(BaseHTTPRequestHandler):
     def log_message(self, *args): pass
@@ -75,7 +76,7 @@ def test_goes_on_in_the_next_call(server, tmp_path):
     server.cut = 0
     part = tmp_path/f'{NAME}.tar.gz.part'
     part.write_bytes(ARCHIVE[:50_000]); part.with_name(part.name+'.tag').write_text('"a"')
-    with pytest.raises(ConnectionError, match=r'broke off after 50,000 bytes .* They are kept: call again to go on'): get(tmp_path, server)
+    with pytest.raises(ConnectionError, match='50,000'): get(tmp_path, server)
     assert part.stat().st_size==50_000 and not (tmp_path/NAME).exists()
     server.cut = None
     get(tmp_path, server)
@@ -85,7 +86,7 @@ def test_goes_on_in_the_next_call(server, tmp_path):
 def test_starts_again_where_the_server_cannot_go_on(server, tmp_path, ranges, tag):
     "No ranges, or nothing to tell one file from another by"
     server.ranges,server.tag,server.cut = ranges,tag,70_000
-    with pytest.raises(ConnectionError, match='broke off after 70,000 bytes'): get(tmp_path, server)
+    with pytest.raises(ConnectionError, match='70,000'): get(tmp_path, server)
     server.cut = None
     get(tmp_path, server)
     assert set(server.asked)=={0} and is_whole(tmp_path) and is_clean(tmp_path)
@@ -109,12 +110,12 @@ def test_a_part_that_is_too_long(server, tmp_path):
     assert is_whole(tmp_path) and is_clean(tmp_path)
 
 def test_wrong_length(server, tmp_path):
-    with pytest.raises(ValueError, match=f'has {len(ARCHIVE):,} bytes instead of 12,345'): get(tmp_path, server, size=12_345)
+    with pytest.raises(ValueError, match=f'{len(ARCHIVE):,}.*12,345'): get(tmp_path, server, size=12_345)
     assert not (tmp_path/NAME).exists()
 
 def test_a_server_that_promises_more_than_it_has(server, tmp_path):
     server.lie = 10
-    with pytest.raises(ConnectionError, match='broke off after'): get(tmp_path, server)
+    with pytest.raises(ConnectionError, match=NAME): get(tmp_path, server)
     assert not (tmp_path/NAME).exists()
 
 def flipped(at): return ARCHIVE[:at] + bytes([ARCHIVE[at]^0xff]) + ARCHIVE[at+1:]
@@ -122,7 +123,7 @@ def flipped(at): return ARCHIVE[:at] + bytes([ARCHIVE[at]^0xff]) + ARCHIVE[at+1:
                          ids=['a byte short','cut','header','middle','checksum','empty','page','no tar'])
 def test_damaged_archives(server, tmp_path, data):
     server.data = data
-    with pytest.raises(ValueError, match='It was removed: call again to download it anew'): get(tmp_path, server)
+    with pytest.raises(ValueError, match=f'{NAME}.tar.gz'): get(tmp_path, server)
     assert {o.name for o in tmp_path.iterdir()}=={f'.{NAME}.lock'}
     server.data = ARCHIVE
     get(tmp_path, server)
@@ -130,32 +131,33 @@ def test_damaged_archives(server, tmp_path, data):
 
 def test_another_archive(server, tmp_path):
     server.data = pack({'other/file': b'x'})
-    with pytest.raises(ValueError, match=f'holds no folder {NAME}/data/images'): get(tmp_path, server)
+    with pytest.raises(ValueError, match=f'{NAME}/data/images'): get(tmp_path, server)
     assert not (tmp_path/NAME).exists()
 
 def link(kind, to):
     info = tarfile.TarInfo(f'{NAME}/data/link')
     info.type,info.linkname = kind,to
     return info
-@pytest.mark.parametrize('name,data,said', [(f'{NAME}/../../outside', b'x', 'leads out of the folder'), ('/tmp/outside-of-it', b'x', 'leads out of the folder'),
-    ('link', link(tarfile.SYMTYPE, '/etc'), 'link or a device'), ('link', link(tarfile.LNKTYPE, '/etc/passwd'), 'link or a device'),
-    ('device', link(tarfile.CHRTYPE, ''), 'link or a device')])
-def test_hostile_archives(server, tmp_path, name, data, said):
+@pytest.mark.parametrize('name,data', [
+    (f'{NAME}/../../outside', b'x'), ('/tmp/outside-of-it', b'x'), ('link', link(tarfile.SYMTYPE, '/etc')),
+    ('link', link(tarfile.LNKTYPE, '/etc/passwd')), ('device', link(tarfile.CHRTYPE, ''))])
+def test_hostile_archives(server, tmp_path, name, data):
     server.data = pack(FILES | {name: data})
-    with pytest.raises(ValueError, match=said): get(tmp_path/'dest', server)
+    with pytest.raises(ValueError, match=re.escape(getattr(data, 'name', name))): get(tmp_path/'dest', server)
     assert [o.name for o in tmp_path.iterdir()]==['dest'] and {o.name for o in (tmp_path/'dest').iterdir()}=={f'.{NAME}.lock'}
     assert not os.path.exists('/tmp/outside-of-it')
 
 @pytest.mark.parametrize('status,error', [(404, FileNotFoundError), (403, FileNotFoundError), (503, ConnectionError)])
 def test_refusals(server, tmp_path, status, error):
     server.status = status
-    with pytest.raises(error, match=f'{NAME}.tar.gz.* the server answered {status}' if status<500 else f'the server answered {status}'): get(tmp_path, server)
+    with pytest.raises(error, match=f'{NAME}.tar.gz.*{status}'): get(tmp_path, server)
     assert len(server.asked)==(1 if status<500 else 3)
 
 def test_silence_and_nobody_there(server, tmp_path):
     server.hang = True
-    with pytest.raises(ConnectionError, match='timed out'): get(tmp_path, server, timeout=0.2)
-    with pytest.raises(ConnectionError, match='refused'): untar_aircraft(tmp_path, 'http://127.0.0.1:9/x.tar.gz', quiet=True)
+    with pytest.raises(ConnectionError, match=NAME): get(tmp_path, server, timeout=0.2)
+    nobody = 'http://127.0.0.1:9/x.tar.gz'
+    with pytest.raises(ConnectionError, match=nobody): untar_aircraft(tmp_path, nobody, quiet=True)
 
 def test_an_archive_on_disk_stays(tmp_path):
     file = tmp_path/'mine.tar.gz'
@@ -163,14 +165,15 @@ def test_an_archive_on_disk_stays(tmp_path):
     untar_aircraft(tmp_path/'dest', file, quiet=True)
     assert is_whole(tmp_path/'dest') and file.read_bytes()==ARCHIVE
 
-@pytest.mark.parametrize('kb,said', [(100, 'bytes are in .*part, and stay there'), (250, 'no space left to unpack .* The archive is kept')])
-def test_a_full_disk(server, tmp_path, kb, said):
+@pytest.mark.parametrize('kb,named', [(100, r'tar\.gz\.part'), (250, r'tar\.gz\b')])
+def test_a_full_disk(server, tmp_path, kb, named):
     "In the download, and while unpacking; with room again it goes on"
     disk = tmp_path/'disk'
     disk.mkdir()
-    if subprocess.run(['mount','-t','tmpfs','-o',f'size={kb}k','tmpfs',disk], capture_output=True).returncode: pytest.skip('no tmpfs can be mounted here')
+    mounted = subprocess.run(['mount','-t','tmpfs','-o',f'size={kb}k','tmpfs',disk], capture_output=True)
+    if mounted.returncode: pytest.skip('no tmpfs can be mounted here')
     try:
-        with pytest.raises(OSError, match=said): get(disk, server)
+        with pytest.raises(OSError, match=named): get(disk, server)
         assert not (disk/NAME).exists() and not (disk/f'.{NAME}.unpacking').exists()
         subprocess.run(['mount','-o','remount,size=2m',disk], check=True)
         get(disk, server)
@@ -178,25 +181,23 @@ def test_a_full_disk(server, tmp_path, kb, said):
         assert (server.asked[-1]>0) if kb==100 else len(server.asked)==1
     finally: subprocess.run(['umount',disk], check=True)
 
-def process(dest, server):
-    return subprocess.Popen([sys.executable, '-c', 'import sys; from fgvc_fisher.archive import untar_aircraft; untar_aircraft(*sys.argv[1:], quiet=True)', str(dest), server.url],
-                            stderr=subprocess.DEVNULL)
+def unpack(dest, url): untar_aircraft(dest, url, quiet=True)
 
 def test_two_processes_at_once(server, tmp_path):
-    server.pause = 0.05
-    both = [process(tmp_path, server) for _ in range(2)]
+    server.pause = 0.02
+    both = [Forked(unpack, tmp_path, server.url) for _ in range(2)]
     assert [o.wait() for o in both]==[0,0] and server.asked==[0] and is_whole(tmp_path) and is_clean(tmp_path)
 
 @pytest.mark.parametrize('how', [signal.SIGINT, signal.SIGKILL])
 def test_stopped_at_any_time(server, tmp_path, how):
     "Again and again; a tree is there whole or not at all, and what came is not asked for again"
-    server.pause,n = 0.2,0
-    while not (tmp_path/NAME).exists() and n<20:
-        n,p,before = n+1,process(tmp_path, server),len(server.asked)
+    server.pause,n = 0.05,0
+    while not (tmp_path/NAME).exists() and n<40:
+        n,p,before = n+1,Forked(unpack, tmp_path, server.url),len(server.asked)
         while len(server.asked)==before and p.poll() is None: time.sleep(0.01)
-        time.sleep(random.uniform(0.1, 0.8))
-        p.send_signal(how)
+        time.sleep(random.uniform(0.05, 0.3))
+        p.signal(how)
         p.wait()
         assert not (tmp_path/NAME).exists() or is_whole(tmp_path)
     get(tmp_path, server)
-    assert is_whole(tmp_path) and is_clean(tmp_path) and 1<n<20 and server.asked==sorted(server.asked)
+    assert is_whole(tmp_path) and is_clean(tmp_path) and 1<n<40 and server.asked==sorted(server.asked)

@@ -1,60 +1,56 @@
 "The command, interrupted and in several processes, and the way to the Hub and back through a server that answers as the Hub does"
-import base64, json, os, signal, subprocess, sys, warnings
+import base64, json, os, re, sys, time, warnings
 from functools import partial
 from hashlib import sha1
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from threading import Thread
 import pytest, timm, torch
 from safetensors.torch import save_file
 from fgvc_fisher.fisher import DiagFisher, estimate_fisher
-
-BIN = Path(sys.executable).parent
+from forks import Forked, shell, shells
 
 @pytest.fixture(scope='module')
 def made(drawn_source, tmp_path_factory):
     "The command's options for a small network, and what it makes of them in one process"
     folder = tmp_path_factory.mktemp('command')
     torch.save(timm.create_model('test_resnet', num_classes=1000).state_dict(), folder/'weights.pth')
-    command = [str(BIN/'fgvc-fisher'), '--arch', 'test_resnet', '--weights', str(folder/'weights.pth'), '--images', str(drawn_source),
+    command = ['fgvc-fisher', '--arch', 'test_resnet', '--weights', folder/'weights.pth', '--images', drawn_source,
                '--size', '64', '--bs', '3', '--device', 'cpu', '--out']
-    subprocess.run([*command, str(folder/'one.safetensors')], check=True, capture_output=True, text=True)
+    done = shell(*command, folder/'one.safetensors')
+    assert done.code==0, done.err
     return command,DiagFisher.load(folder/'one.safetensors')
 
 def test_two_processes_agree_with_one(made, tmp_path):
     command,one = made
-    run = subprocess.run([str(BIN/'torchrun'), '--nproc-per-node', '2', '--no-python', *command, str(tmp_path/'two.safetensors')], capture_output=True, text=True)
-    assert run.returncode==0, run.stderr[-3000:]
+    both = shells(*command, tmp_path/'two.safetensors')
+    assert [o.code for o in both]==[0,0], both
     two = DiagFisher.load(tmp_path/'two.safetensors')
     assert two.n_images==one.n_images
     for k in one: assert (two[k]-one[k]).norm() <= 1e-6*one[k].norm(), k
     assert torch.allclose(two.moments, one.moments, rtol=1e-6)
     assert [o.name for o in tmp_path.iterdir()]==['two.safetensors']
+    assert [o.out.count('two.safetensors') for o in both]==[1,0]      # the first says so, and nobody else
 
-SLOW = """
-import sys, time, timm, torch
-from fgvc_fisher.fisher import estimate_fisher
-torch.manual_seed(0)
-model,x = timm.create_model('test_resnet', num_classes=10),torch.randn(6,4,3,32,32)
-def batches(pause):
-    for i,o in enumerate(x):
-        yield o
-        print(i, flush=True)
-        if pause and i==3: time.sleep(60)
-fisher = estimate_fisher(model, batches(sys.argv[1]=='pause'), checkpoint=sys.argv[2], checkpoint_every=0, progress=False)
-fisher.save(sys.argv[3])
-"""
+def estimate(checkpoint, out, pause=False):
+    "A Fisher of 6 batches; with `pause` it never gets behind the fourth"
+    torch.manual_seed(0)
+    model,x = timm.create_model('test_resnet', num_classes=10),torch.randn(6,4,3,32,32)
+    def batches():
+        for i,o in enumerate(x):
+            if pause and i==4:
+                print('four', flush=True)
+                time.sleep(1000)
+            yield o
+    estimate_fisher(model, batches(), checkpoint=checkpoint, checkpoint_every=0, progress=False).save(out)
 
 def test_killed_and_started_again_ends_with_the_same_bits(tmp_path):
-    (tmp_path/'slow.py').write_text(SLOW)
-    run = lambda *args: [sys.executable, str(tmp_path/'slow.py'), *map(str, args)]
-    subprocess.run(run('straight', tmp_path/'a.checkpoint', tmp_path/'a'), check=True, capture_output=True)
-    killed = subprocess.Popen(run('pause', tmp_path/'b.checkpoint', tmp_path/'b'), stdout=subprocess.PIPE, text=True)
-    while killed.stdout.readline().strip()!='3': assert killed.poll() is None
-    killed.send_signal(signal.SIGKILL)
-    killed.wait()
+    killed = Forked(estimate, tmp_path/'b.checkpoint', tmp_path/'b', True)
+    while 'four' not in killed.out:
+        assert killed.poll() is None, killed.err
+        time.sleep(0.01)
+    killed.kill()
     assert DiagFisher.load(tmp_path/'b.checkpoint').n_images==16 and not (tmp_path/'b').exists()
-    subprocess.run(run('straight', tmp_path/'b.checkpoint', tmp_path/'b'), check=True, capture_output=True)
+    for o in 'ab': estimate(tmp_path/f'{o}.checkpoint', tmp_path/o)
     a,b = [DiagFisher.load(tmp_path/o) for o in 'ab']
     assert a.n_images==b.n_images==24 and a.provenance==b.provenance and torch.equal(a.moments, b.moments)
     assert all(torch.equal(a.sums[k], b.sums[k]) for k in a)
@@ -67,22 +63,22 @@ def test_checkpoint_of_another_estimate(tmp_path):
         raise KeyboardInterrupt
     estimate = partial(estimate_fisher, checkpoint=tmp_path/'c', checkpoint_every=0, progress=False)
     with pytest.raises(KeyboardInterrupt): estimate(net, broken())
-    with pytest.raises(ValueError, match='of another estimate: seed 0, not 1'): estimate(net, x, seed=1)
-    with pytest.raises(ValueError, match='of another estimate: kind sampled, not exact'): estimate(net, x, kind='exact')
-    with pytest.raises(ValueError, match='of another estimate: weights_sha256'): estimate(torch.nn.Linear(4,3), x)
-    with pytest.raises(ValueError, match='ends inside a batch'): estimate(net, x.flatten(0,1).split(7))
+    with pytest.raises(ValueError, match=r'seed 0\b.*\b1\b'): estimate(net, x, seed=1)
+    with pytest.raises(ValueError, match='kind sampled.*exact'): estimate(net, x, kind='exact')
+    with pytest.raises(ValueError, match='weights_sha256'): estimate(torch.nn.Linear(4,3), x)
+    with pytest.raises(ValueError, match='batch'): estimate(net, x.flatten(0,1).split(7))
     assert estimate(net, x).n_images==24 and not (tmp_path/'c').exists()
 
 def test_command_says_what_is_wrong(made, tmp_path):
     command,_ = made
     def fails(*options):
-        run = subprocess.run([*command, str(tmp_path/'f.safetensors'), *options], capture_output=True, text=True)
-        assert run.returncode!=0 and not list(tmp_path.iterdir())
-        return run.stderr.strip().splitlines()[-1]
-    assert 'is no folder with pictures' in fails('--images', str(tmp_path))
-    assert "timm has no such model; did you mean resnet18" in fails('--arch', 'resnet_18')
-    assert "kind 'true': choose" in fails('--kind', 'true')
-    assert 'there is no folder' in fails('--out', str(tmp_path/'no/f.safetensors'))
+        done = shell(*command, tmp_path/'f.safetensors', *options)
+        assert done.code and 'Traceback' not in done.err and not list(tmp_path.iterdir())
+        return done.err.strip().splitlines()[-1]
+    assert str(tmp_path) in fails('--images', tmp_path)
+    assert 'resnet18' in fails('--arch', 'resnet_18')
+    assert "'true'" in fails('--kind', 'true')
+    assert str(tmp_path/'no') in fails('--out', tmp_path/'no/f.safetensors')
 
 # Files from somebody with ideas
 
@@ -97,7 +93,7 @@ def test_a_hostile_header(fisher, tmp_path, key):
     save_file(dict(fisher.sums), tmp_path/'f', metadata=header)
     assert len(DiagFisher.load(tmp_path/'f'))==2
     save_file(dict(fisher.sums), tmp_path/'f', metadata=header | {key: HOSTILE[key]})
-    with pytest.raises(ValueError, match='holds no Fisher'): DiagFisher.load(tmp_path/'f')
+    with pytest.raises(ValueError, match=re.escape(str(tmp_path/'f'))): DiagFisher.load(tmp_path/'f')
 
 def test_hostile_files(fisher, tmp_path):
     class Boom:
@@ -108,12 +104,13 @@ def test_hostile_files(fisher, tmp_path):
     whole = fisher.save(tmp_path/'whole').read_bytes()
     for n in (5, 100, len(whole)//2, len(whole)-1):
         (tmp_path/'cut').write_bytes(whole[:n])
-        with pytest.raises(ValueError, match='cut is damaged'): DiagFisher.load(tmp_path/'cut')
+        with pytest.raises(ValueError, match='cut'): DiagFisher.load(tmp_path/'cut')
     for o in ('pickle.safetensors','huge','empty'):
-        with pytest.raises(ValueError, match='is damaged or no safetensors file'): DiagFisher.load(tmp_path/o)
+        with pytest.raises(ValueError, match=o): DiagFisher.load(tmp_path/o)
     assert not (tmp_path/'boom').exists()
-    save_file({k: -v for k,v in fisher.sums.items()}, tmp_path/'negative', metadata=json.loads(whole[8:8+int.from_bytes(whole[:8],'little')])['__metadata__'])
-    with pytest.raises(ValueError, match='these are no sums of squares: weight, bias'): DiagFisher.load(tmp_path/'negative')
+    header = json.loads(whole[8:8+int.from_bytes(whole[:8], 'little')])
+    save_file({k: -v for k,v in fisher.sums.items()}, tmp_path/'negative', metadata=header['__metadata__'])
+    with pytest.raises(ValueError, match='weight, bias'): DiagFisher.load(tmp_path/'negative')
 
 def test_other_weights_are_warned_of(tmp_path):
     net = torch.nn.Linear(3,2)
@@ -121,15 +118,16 @@ def test_other_weights_are_warned_of(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         DiagFisher.load(file, net)
-    with pytest.warns(UserWarning, match='estimated with other weights'): DiagFisher.load(file, torch.nn.Linear(3,2))
-    with pytest.raises(ValueError, match='for another network, Linear; these parameters differ: bias, weight'): DiagFisher.load(file, torch.nn.Linear(3,5))
+    name = re.escape(str(file))
+    with pytest.warns(UserWarning, match=f'{name}.*weights'): DiagFisher.load(file, torch.nn.Linear(3,2))
+    with pytest.raises(ValueError, match=f'{name}.*Linear.*bias, weight'): DiagFisher.load(file, torch.nn.Linear(3,5))
 
 def test_half_is_half(tmp_path):
     fisher = estimate_fisher(timm.create_model('test_resnet'), torch.randn(1,4,3,64,64), progress=False)
     whole,half = [fisher.save(tmp_path/str(o), half=o) for o in (False,True)]
     assert half.stat().st_size < 0.55*whole.stat().st_size
     again = DiagFisher.load(half)
-    assert 'float16: the total of a parameter changed by' in again.provenance['rounding']
+    assert 'float16' in again.provenance['rounding']
     for k in fisher: assert (again[k]-fisher[k]).norm() <= 5e-4*fisher[k].norm(), k
 
 # The Hub
@@ -162,29 +160,37 @@ class FakeHub(BaseHTTPRequestHandler):
     do_HEAD = do_GET
     def json(self, o): self.answer(200, json.dumps(o).encode(), Content_Type='application/json')
 
-ROUND_TRIP = """
-import torch
-from fgvc_fisher.fisher import DiagFisher
-from fgvc_fisher.hub import from_hub, push_to_hub
-print(push_to_hub(DiagFisher.load('f.safetensors'), 'somebody/fisher', token='hf_x'))
-from_hub('somebody/fisher').save('back.safetensors')
-"""
+def hub():
+    "`fgvc_fisher.hub` with huggingface_hub as it is imported now: that reads its environment only then"
+    for o in [*sys.modules]:
+        if o.partition('.')[0]=='huggingface_hub' or o=='fgvc_fisher.hub': del sys.modules[o]
+    import fgvc_fisher.hub
+    return sys.modules['fgvc_fisher.hub']
 
-def test_to_the_hub_and_back(fisher, tmp_path):
+def round_trip():
+    here = hub()
+    print(here.push_to_hub(DiagFisher.load('f.safetensors'), 'somebody/fisher', token='hf_x'))
+    here.from_hub('somebody/fisher').save('back.safetensors')
+
+def from_cache(): print(hub().from_hub('somebody/fisher'))
+
+def test_to_the_hub_and_back(fisher, tmp_path, monkeypatch):
     server = ThreadingHTTPServer(('127.0.0.1', 0), FakeHub)
-    Thread(target=server.serve_forever, daemon=True).start()
+    Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    for o in [o for o in os.environ if 'proxy' in o.lower()]: monkeypatch.delenv(o)
+    env = dict(HF_ENDPOINT=f'http://127.0.0.1:{server.server_port}', HF_HOME=str(tmp_path/'hf'), HF_HUB_DISABLE_XET='1',
+               HF_HUB_DISABLE_TELEMETRY='1')
     fisher.save(tmp_path/'f.safetensors')
-    env = {k: v for k,v in os.environ.items() if 'proxy' not in k.lower()} | dict(HF_ENDPOINT=f'http://127.0.0.1:{server.server_port}',
-        HF_HOME=str(tmp_path/'hf'), HF_HUB_DISABLE_XET='1', HF_HUB_OFFLINE='0', HF_HUB_DISABLE_TELEMETRY='1')
-    run = lambda code,**kw: subprocess.run([sys.executable, '-c', code], cwd=tmp_path, env=env | kw, capture_output=True, text=True, timeout=120)
-    first = run(ROUND_TRIP)
-    assert first.returncode==0, first.stderr[-3000:]
-    assert 'commit' in first.stdout and set(FakeHub.files)=={'README.md','fisher.safetensors'}
+    first = Forked(round_trip, cwd=tmp_path, env=env | dict(HF_HUB_OFFLINE='0'))
+    assert first.wait()==0, first.err
+    assert 'commit' in first.out and set(FakeHub.files)=={'README.md','fisher.safetensors'}
     back = DiagFisher.load(tmp_path/'back.safetensors')
     assert back.provenance==fisher.provenance and all(torch.equal(back.sums[k], fisher.sums[k]) for k in fisher)
     card = FakeHub.files['README.md'].decode()
     assert card.startswith('---') and 'library_name: fgvc_fisher' in card and "from_hub('somebody/fisher')" in card
     assert '| n_images | 4 |' in card and '| images | noise |' in card and 'CC0' in card
     server.shutdown()
-    again = run("from fgvc_fisher.hub import from_hub; print(from_hub('somebody/fisher'))", HF_HUB_OFFLINE='1')      # from the cache
-    assert 'DiagFisher(sampled, 2 parameters, 4 images)' in again.stdout, again.stderr[-2000:]
+    asked = len(FakeHub.log)
+    again = Forked(from_cache, cwd=tmp_path, env=env | dict(HF_HUB_OFFLINE='1'))
+    assert again.wait()==0, again.err
+    assert 'DiagFisher(sampled, 2 parameters, 4 images)' in again.out and len(FakeHub.log)==asked

@@ -2,11 +2,12 @@
 
 The reference has gradients from autograd, in the precision that is tested; all the rest, from the scale of fp16 to Adam, stands below.
 """
-import copy, math, subprocess, sys
+import copy, math
 from contextlib import nullcontext
 from functools import partial
-from pathlib import Path
-import pytest, torch, torch.nn.functional as F
+import pytest, torch, torch.distributed.fsdp, torch.nn.functional as F
+from fastai import distributed
+from accelerate import Accelerator
 from torch import nn
 from fastai.basics import CrossEntropyLossFlat, DataLoaders, Learner, OptimWrapper, params, trainable_params
 from fastai.callback.schedule import ParamScheduler
@@ -17,6 +18,7 @@ from torch.amp import autocast
 from fgvc_fisher.callback import L2SPFisherCallback
 from fgvc_fisher.penalty import QuadraticPenalty
 from conftest import OnCpu
+from forks import ranks, succeed
 
 COEFS = dict(alpha=0.02, beta=3., l2sp=0.1)
 BODY,HEAD = ('0.weight','0.bias','1.weight','1.bias'),('3.weight','3.bias')
@@ -163,60 +165,75 @@ def test_float16_with_its_scale_and_its_skipped_steps(step, lr):
     got = fit(partial(SGD, mom=0.9), lr=lr, step=step, cbs=[OnCpu('fp16', init_scale=2.**22), GradientClip(1.)])
     agree(got, theta, 0.005)
 
-# accelerate
+# PyTorch's own loop
 
-SCRIPT = """
-import sys
-sys.path.insert(0, sys.argv[1])
-from test_loops import *
-import fastai.distributed as distributed, torch.distributed.fsdp
-from accelerate import Accelerator
-
-model,theta0,fisher,_ = problem()
-accelerator = Accelerator(cpu=True)
-loader = torch.utils.data.DataLoader([(x,y) for bx,by in problem()[3] for x,y in zip(bx, by)], batch_size=4)
-
-net,optimizer,loader = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), loader)
-penalty = QuadraticPenalty(model, theta0, fisher, new=['3'], **COEFS)
-for _ in range(2):
-    for x,y in loader:
+@pytest.mark.parametrize('step', ['prox', 'grad'])
+def test_by_hand_with_rates_by_group(step):
+    model,theta0,fisher,batches = problem()
+    rates = [dict(params=params(model[:3]), lr=0.05), dict(params=params(model[3]), lr=0.3)]
+    optimizer = torch.optim.SGD(rates, momentum=0.9)
+    penalty = QuadraticPenalty(model, theta0, fisher, new=['3'], **COEFS)
+    for x,y in batches:
         optimizer.zero_grad()
-        accelerator.backward(F.cross_entropy(net(x), y))
+        F.cross_entropy(model(x), y).backward()
+        if step=='grad': penalty.add_grad_()
         optimizer.step()
-        penalty.prox_(optimizer)
+        if step=='prox': penalty.prox_(optimizer)
+    wanted,_ = written_out(one_each(1), Sgd(), lambda i, n: 0.3 if n in HEAD else 0.05, step)
+    agree(dict(model.named_parameters()), wanted, 1e-4)
+
+# Two processes, each of which does this
+
+def by_hand():
+    "accelerate, and the loop written by hand. It deals batches out in turns"
+    model,theta0,fisher,batches = problem()
+    accelerator = Accelerator(cpu=True)
+    dataset = [(x,y) for bx,by in batches for x,y in zip(bx, by)]
+    loader = torch.utils.data.DataLoader(dataset, batch_size=4)
+    net,optimizer,loader = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), loader)
+    penalty = QuadraticPenalty(model, theta0, fisher, new=['3'], **COEFS)
+    for _ in range(2):
+        for x,y in loader:
+            optimizer.zero_grad()
+            accelerator.backward(F.cross_entropy(net(x), y))
+            optimizer.step()
+            penalty.prox_(optimizer)
+    return model.state_dict()
 
 def broadcast(self, idxs, rank):
     "fastai's own goes through CUDA"
     idxs = torch.tensor(list(idxs))
     torch.distributed.broadcast(idxs, rank)
     return idxs.tolist()
-distributed.DistributedDL._broadcast = broadcast
-learn,kw = learner(partial(SGD, mom=0.9))
-with learn.distrib_ctx(sync_bn=False, cpu=True), learn.no_bar(), learn.no_logging():
-    learn.fit(2, 0.1, cbs=L2SPFisherCallback(**kw))
 
-learn2,kw = learner(partial(SGD, mom=0.9))
-sharded = None
-if hasattr(torch.distributed.fsdp, 'fully_shard'):
-    torch.distributed.fsdp.fully_shard(learn2.model, mesh=torch.distributed.init_device_mesh('cpu', (2,)))
-    with learn2.no_bar(), learn2.no_logging(): learn2.fit(2, 0.1, cbs=L2SPFisherCallback(**kw))
-    learn2.model.reshard()
-    sharded = {n: p.full_tensor().detach() for n,p in learn2.model.named_parameters()}
-if accelerator.is_main_process: torch.save((model.state_dict(), learn.model.state_dict(), sharded), sys.argv[2])
-# a process that just goes can crash on its way out
-torch.distributed.barrier()
-torch.distributed.destroy_process_group()
-"""
+def by_fastai():
+    "fastai's `distrib_ctx`, which gives each process one half of the pictures"
+    distributed.DistributedDL._broadcast = broadcast
+    learn,kw = learner(partial(SGD, mom=0.9))
+    with learn.distrib_ctx(sync_bn=False, cpu=True), learn.no_bar(), learn.no_logging():
+        learn.fit(2, 0.1, cbs=L2SPFisherCallback(**kw))
+    return learn.model.state_dict()
+
+def by_shards():
+    "A Learner whose model is spread over the processes, each with all pictures; None where there is no `fully_shard`"
+    if not hasattr(torch.distributed.fsdp, 'fully_shard'): return
+    learn,kw = learner(partial(SGD, mom=0.9))
+    torch.distributed.fsdp.fully_shard(learn.model, mesh=torch.distributed.init_device_mesh('cpu', (2,)))
+    with learn.no_bar(), learn.no_logging(): learn.fit(2, 0.1, cbs=L2SPFisherCallback(**kw))
+    learn.model.reshard()
+    return {n: p.full_tensor().detach() for n,p in learn.model.named_parameters()}
+
+def one_of_two(file):
+    results = by_hand(),by_fastai(),by_shards()
+    if distributed.rank_distrib()==0: torch.save(results, file)
+    # a process that just goes can break the other's connection
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
 
 def test_two_processes(tmp_path):
-    (tmp_path/'two.py').write_text(SCRIPT)
-    run = subprocess.run([str(Path(sys.executable).parent/'torchrun'), '--nproc-per-node', '2', str(tmp_path/'two.py'), str(Path(__file__).parent),
-                          str(tmp_path/'two.pt')], capture_output=True, text=True)
-    assert run.returncode==0, run.stderr[-3000:]
-    by_hand,fastais,sharded = torch.load(tmp_path/'two.pt')
+    succeed(ranks(one_of_two, tmp_path/'two.pt'))
+    hand,fastais,sharded = torch.load(tmp_path/'two.pt')
     batches = problem()[3]
-    # accelerate deals batches out in turns, fastai gives each process one half of the pictures
-    agree(by_hand, written_out([batches[i:i+2] for i in range(0, 12, 2)]*2, Sgd(), steady)[0], 1e-4)
+    agree(hand, written_out([batches[i:i+2] for i in range(0, 12, 2)]*2, Sgd(), steady)[0], 1e-4)
     agree(fastais, written_out([[a,b] for a,b in zip(batches[:6], batches[6:])]*2, Sgd(), steady)[0], 1e-4)
-    # a Learner whose model `fully_shard` has spread, with every picture in both processes
     if sharded: agree(sharded, written_out(one_each(), Sgd(), steady)[0], 1e-4)

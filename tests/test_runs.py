@@ -1,27 +1,26 @@
 "A run that is killed, goes on, and ends as if nothing had happened"
-import json, math, os, random, re, subprocess, sys, time
+import json, math, os, random, re, shutil, time
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 import pandas as pd, pytest, timm, torch
 from fastai.callback import fp16
 from fastai.callback.core import Callback
+from filelock import FileLock
 from safetensors.torch import load_file, save_file
 from fgvc_fisher.experiment import Run, do_run, fine_tune, grid, run_arm, sweep
 from fgvc_fisher.learner import source_model
 from fgvc_fisher.runs import KeepEpochs, make_learner, run_source
 from fgvc_fisher.sweep import read_grid
+from forks import Forked
 
 @pytest.fixture(scope='module')
-def weights(tmp_path_factory):
-    file = tmp_path_factory.mktemp('weights')/'w.safetensors'
-    torch.manual_seed(0)
-    save_file(timm.create_model('test_resnet', num_classes=4).state_dict(), file)
-    return file
+def run(tiny_run): return tiny_run
 
 @pytest.fixture
-def run(drawn, drawn_source, weights):
-    return Run(drawn, 'L2-SP-Fisher, beta = 10', beta=10, arch='test_resnet', weights=str(weights), source=drawn_source, test='test', size=32, bs=4, epochs=3,
-               num_workers=0)
+def sources(tiny_done):
+    "Where runs find the Fisher of `tiny_run`, so that it is not estimated again"
+    return tiny_done.parent/'sources'
 
 def bits(folder):
     "What a run leaves, without what depends on the clock"
@@ -35,23 +34,34 @@ def same(a, b):
     pd.testing.assert_frame_equal(a[1], b[1], check_exact=True)
     assert a[2]==b[2]
 
-DO = "import json,sys; from fgvc_fisher.experiment import Run, do_run; do_run(Run(**json.loads(sys.argv[1])), sys.argv[2])"
-def start(run, folder):
-    return subprocess.Popen([sys.executable, '-c', DO, json.dumps(asdict(run)), str(folder)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                            env=os.environ|{'OMP_NUM_THREADS': str(torch.get_num_threads())})
+def until(holds, process, seconds=120):
+    "Wait for something that a process brings about; it may also end before"
+    end = time.monotonic()+seconds
+    while not holds() and process.poll() is None:
+        assert time.monotonic()<end
+        time.sleep(0.005)
 
-@pytest.mark.parametrize('num_workers', [0, 2])
-def test_killed_at_any_moment_it_goes_on(run, tmp_path, num_workers):
-    run,stopped = replace(run, num_workers=num_workers, epochs=6),tmp_path/'stopped'
-    assert start(run, tmp_path/'whole').wait()==0
-    moments,left = random.Random(),[]
-    for _ in range(3):
-        process = start(run, stopped)
-        while not (stopped/'checkpoint.pt').exists() and process.poll() is None: time.sleep(0.01)
-        time.sleep(moments.uniform(0, 0.5) if not left else 3+moments.uniform(0, 2))
-        process.kill(); process.wait()
+def n_rows(folder):
+    "How many epochs a curve has"
+    with suppress(FileNotFoundError): return len((folder/'curve.csv').read_text().splitlines())-1
+    return 0
+
+def train(run, folder): do_run(run, folder, quiet=True)
+
+# Processes that load pictures have their parent's lock for some seconds after it was killed
+@pytest.mark.parametrize('num_workers,kills', [(0,3), pytest.param(2, 2, marks=pytest.mark.slow)])
+def test_killed_at_any_moment_it_goes_on(run, tmp_path, num_workers, kills):
+    run,stopped,left = replace(run, num_workers=num_workers, epochs=6),tmp_path/'stopped',[]
+    do_run(run, tmp_path/'whole', quiet=True)
+    for i in range(kills):
+        process,before = Forked(train, run, stopped),n_rows(stopped)
+        if i!=1: until(lambda: n_rows(stopped)>before, process)       # the second time anywhere, also while it begins
+        time.sleep(random.uniform(0, 0.3))
+        process.kill()
         left.append(sorted(o.name for o in stopped.iterdir()))
-    assert start(run, stopped).wait()==0, left
+        with FileLock(stopped/'lock', timeout=30): pass
+    process = Forked(train, run, stopped)
+    assert process.wait()==0, (left, process.err)
     same(tmp_path/'whole', stopped)
     assert not (stopped/'checkpoint.pt').exists() and not list(stopped.glob('*.part')) and not list(stopped.glob('epoch-*'))
 
@@ -65,42 +75,83 @@ class Stop(Callback):
     def stop(self, event):
         if event==self.event and self.epoch==self.at: raise KeyboardInterrupt
 
-@pytest.mark.parametrize('how', [dict(step='prox'), dict(step='grad', beta=0.1), dict(step='published', alpha=5e-4, beta=4e-5), dict(recipe='published', transforms='published'),
-                                 dict(recipe='strong', normalize=True), dict(freeze_bn=True), dict(train='trainval', valid='', test='test')])
-def test_stopped_between_any_two_epochs_it_goes_on(run, tmp_path, how):
-    run = replace(run, **how)
-    do_run(run, tmp_path/'whole', tmp_path/'sources', quiet=True)
-    for i,(event,epoch) in enumerate([('after_train',0), ('after_epoch',0), ('before_epoch',2), ('after_epoch',2)]):
-        folder = tmp_path/str(i)
-        with pytest.raises(KeyboardInterrupt): do_run(run, folder, tmp_path/'sources', [Stop(event, epoch)], quiet=True)
-        do_run(run, folder, tmp_path/'sources', quiet=True)
-        same(tmp_path/'whole', folder)
+def stopped_and_gone_on(run, folder, sources, event, epoch):
+    with pytest.raises(KeyboardInterrupt): do_run(run, folder, sources, [Stop(event, epoch)], quiet=True)
+    do_run(run, folder, sources, quiet=True)
 
-def test_half_written_files_do_no_harm(run, tmp_path, monkeypatch):
-    do_run(run, tmp_path/'whole', quiet=True)
-    def dies(state, file): Path(file).write_bytes(b'half'); raise KeyboardInterrupt
-    monkeypatch.setattr(torch, 'save', dies)
-    with pytest.raises(KeyboardInterrupt): do_run(run, tmp_path/'stopped', quiet=True)
-    monkeypatch.undo()
-    (tmp_path/'stopped/checkpoint.pt.part').write_bytes(b'half')                           # what a kill would have left
-    do_run(run, tmp_path/'stopped', quiet=True)
+@pytest.mark.parametrize('event,epoch', [('after_train',0), ('after_epoch',0), ('before_epoch',2), ('after_epoch',2)])
+def test_stopped_between_any_two_epochs_it_goes_on(run, tiny_done, sources, tmp_path, event, epoch):
+    stopped_and_gone_on(run, tmp_path, sources, event, epoch)
+    same(tiny_done, tmp_path)
+
+# What a kind of run has of its own is in the checkpoint or made anew, at whatever point it stopped: one point each
+@pytest.mark.parametrize('how,event,epoch', [
+    (dict(step='grad', beta=0.1), 'before_epoch', 1),
+    (dict(step='published', alpha=5e-4, beta=4e-5), 'after_train', 1),
+    (dict(recipe='published', transforms='published'), 'after_epoch', 0),
+    (dict(recipe='strong', normalize=True), 'after_train', 1),
+    (dict(freeze_bn=True), 'after_epoch', 0),
+    (dict(train='trainval', valid='', test='test'), 'after_epoch', 1)])
+def test_a_run_of_any_kind_goes_on(run, sources, tmp_path, how, event, epoch):
+    run = replace(run, epochs=2, **how)
+    do_run(run, tmp_path/'whole', sources, quiet=True)
+    stopped_and_gone_on(run, tmp_path/'stopped', sources, event, epoch)
     same(tmp_path/'whole', tmp_path/'stopped')
+
+def test_every_epoch_has_an_order_of_its_own(run, sources):
+    "And every seed; the same one has the same order each time"
+    def orders(run):
+        seen = {}
+        class Look(Callback):
+            def before_batch(self):
+                if self.training: seen.setdefault(self.epoch, []).extend(self.yb[0].tolist())
+        source = run_source(run, sources, progress=False)
+        fine_tune(run, source.model, source.fisher, cbs=[Look()], quiet=True)
+        return [tuple(o) for o in seen.values()]
+    run = replace(run, epochs=2)
+    first,again,other = orders(run),orders(run),orders(replace(run, seed=1))
+    assert first==again and len({*first, *other})==4
+
+def test_every_file_comes_by_a_rename(run, sources, tmp_path, monkeypatch):
+    "Nobody ever sees half of one: each is written beside, and not touched after it has got its name"
+    came,real = {},os.replace
+    def stamp(file): return file.stat().st_ino,file.stat().st_mtime_ns
+    def replaces(a, b):
+        real(a, b)
+        came[Path(b)] = stamp(Path(b))
+    monkeypatch.setattr(os, 'replace', replaces)
+    do_run(run, tmp_path/'run', sources, quiet=True)
+    left = {o for o in (tmp_path/'run').iterdir() if o.name!='lock'}
+    assert {o.name for o in left}=={'run.json','curve.csv','model.safetensors','result.json'}
+    assert {o: came.get(o) for o in left}=={o: stamp(o) for o in left} and tmp_path/'run/checkpoint.pt' in came
+
+def test_half_written_files_do_no_harm(run, tiny_done, sources, tmp_path, monkeypatch):
+    def dies(state, file):
+        Path(file).write_bytes(b'half')
+        raise KeyboardInterrupt
+    monkeypatch.setattr(torch, 'save', dies)
+    with pytest.raises(KeyboardInterrupt): do_run(run, tmp_path, sources, quiet=True)
+    monkeypatch.undo()
+    (tmp_path/'checkpoint.pt.part').write_bytes(b'half')                           # what a kill would have left
+    do_run(run, tmp_path, sources, quiet=True)
+    same(tiny_done, tmp_path)
 
 def test_a_broken_checkpoint_is_named(run, tmp_path):
     (tmp_path/'run').mkdir()
     (tmp_path/'run/checkpoint.pt').write_bytes(b'not a checkpoint')
-    with pytest.raises(ValueError, match='checkpoint.pt cannot be read .*delete it'): do_run(run, tmp_path/'run', quiet=True)
+    with pytest.raises(ValueError, match='checkpoint.pt'): do_run(run, tmp_path/'run', quiet=True)
 
-def test_the_tested_epoch_is_the_one_that_validation_chose(run, tmp_path, monkeypatch):
+def test_the_tested_epoch_is_the_one_that_validation_chose(run, sources, tmp_path):
     "Every epoch's weights are kept aside, and the test accuracy is measured on those of the best"
-    kept = {}
+    run,kept = replace(run, epochs=6, lr=0.3),{}
     class Aside(Callback):
         order = KeepEpochs.order+1
         def after_epoch(self): kept[self.epoch] = {k: v.clone() for k,v in self.learn.model.state_dict().items()}
-    row = do_run(replace(run, epochs=6, lr=0.3), tmp_path/'run', cbs=[Aside()], quiet=True)
+    row = do_run(run, tmp_path/'run', sources, [Aside()], quiet=True)
     curve = pd.read_csv(tmp_path/'run/curve.csv')
     assert row['best_epoch']==curve.accuracy.idxmax() and row['best']==curve.accuracy.max() and row['last']==curve.accuracy.iloc[-1]
-    learn = make_learner(replace(run, valid='test', epochs=6), source_model('test_resnet', run.weights), {n: p*0 for n,p in source_model('test_resnet', run.weights).named_parameters()})
+    source = source_model('test_resnet', run.weights)
+    learn = make_learner(replace(run, valid='test', beta=0), source)
     for name,epoch in (('test', row['best_epoch']), ('test_last', 5)):
         learn.model.load_state_dict(kept[epoch])
         with learn.no_bar(): assert float(learn.validate()[1])==pytest.approx(row[name], abs=1e-7)
@@ -115,20 +166,20 @@ def test_each_statistics_see_their_own_normalisation(run, tmp_path):
     assert torch.allclose(b.as_subclass(torch.Tensor), ((picture-torch.tensor(MEAN).view(3,1,1))/torch.tensor(STD).view(3,1,1)).as_subclass(torch.Tensor), atol=1e-5)
 
 def test_one_half_estimates_and_the_other_measures(run, tmp_path):
-    assert run_source(run, tmp_path, progress=False).fisher.n_images==16==len(run_source(run, tmp_path).pictures.dataset)
+    source = run_source(run, tmp_path, progress=False)
+    assert source.fisher.n_images==16==len(source.pictures.dataset)
 
 def test_the_same_values_make_the_same_run():
-    assert Run('tree', beta=10).id==Run('tree', beta=10.).id
-    code = "from fgvc_fisher.runs import Run; print(Run('tree', 'L2', alpha=5e-4, seed=3).id)"
-    said = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=os.environ|{'PYTHONHASHSEED': '7'}).stdout
-    assert said.strip()==Run('tree', 'L2', alpha=5e-4, seed=3).id
+    "In every process, on every machine, in every version: folders bear these names"
+    assert Run('tree', beta=10).id==Run('tree', beta=10.).id=='plain-42-394f6a12'
+    assert Run('tree', 'L2', alpha=5e-4, seed=3).id=='l2-3-701a7c3b'
 
-def test_no_validation_is_no_divergence(run, tmp_path):
-    row = do_run(replace(run, train='trainval', valid=''), tmp_path/'run', quiet=True)
+def test_no_validation_is_no_divergence(run, sources, tmp_path):
+    row = do_run(replace(run, train='trainval', valid=''), tmp_path/'run', sources, quiet=True)
     assert math.isnan(row['best']) and row['test']==row['test_last']
 
 def test_a_missing_split_is_named(run, tmp_path):
-    with pytest.raises(ValueError, match="split 'exam'"): do_run(replace(run, test='exam'), tmp_path/'run')
+    with pytest.raises(ValueError, match='exam'): do_run(replace(run, test='exam'), tmp_path/'run')
 
 # Many runs
 
@@ -137,40 +188,42 @@ def runs(run):
     common = {k: v for k,v in asdict(run).items() if k not in ('arm','beta','seed')} | dict(epochs=2)
     return grid([dict(arm='plain'), dict(arm='L2-SP-Fisher', beta=[1,10])], seeds=[1,2], **common)
 
-SWEEP = "import json,sys; from fgvc_fisher.experiment import Run, sweep; sweep([Run(**o) for o in json.loads(sys.argv[1])], sys.argv[2], quiet=True)"
-def start_sweep(runs, out):
-    return subprocess.Popen([sys.executable, '-c', SWEEP, json.dumps([asdict(o) for o in runs]), str(out)], stdout=subprocess.PIPE, text=True, env=os.environ|{'OMP_NUM_THREADS': '1'})
+def do_sweep(runs, out, jobs=1): sweep(runs, out, jobs, quiet=True)
 
 def test_two_processes_share_the_work(runs, tmp_path):
-    processes = [start_sweep(runs, tmp_path/'both') for _ in range(2)]
-    said = [o.communicate()[0] for o in processes]
-    assert [o.returncode for o in processes]==[0,0]
-    did = [l.split(':')[0] for o in said for l in o.splitlines()[1:]]
-    assert sorted(did)==sorted(f'{o.arm}, seed {o.seed}' for o in runs)                      # each once, by one of the two
+    processes = [Forked(do_sweep, runs, tmp_path, threads=1) for _ in range(2)]
+    assert [o.wait() for o in processes]==[0,0], [o.err for o in processes]
+    said = [o for p in processes for o in p.out.splitlines()]
+    did = {run.id: [o for o in said if o.startswith(f'{run.arm}, seed {run.seed}')] for run in runs}
+    assert all(len(o)==1 for o in did.values()), did                                      # each once, by one of the two
 
 def test_a_killed_one_is_taken_over(runs, tmp_path):
-    first = start_sweep(runs, tmp_path/'out')
-    while not list((tmp_path/'out').glob('runs/*/checkpoint.pt')) and first.poll() is None: time.sleep(0.01)
-    second = start_sweep(runs, tmp_path/'out')
+    first = Forked(do_sweep, runs, tmp_path, threads=1)
+    until(lambda: list(tmp_path.glob('runs/*/checkpoint.pt')), first)
+    second = Forked(do_sweep, runs, tmp_path, threads=1)
     first.kill()
-    assert second.wait()==0
-    assert len(list((tmp_path/'out').glob('runs/*/result.json')))==len(runs)
+    assert second.wait()==0, second.err
+    assert len(list(tmp_path.glob('runs/*/result.json')))==len(runs)
 
 def test_what_fails_is_recorded_and_the_rest_goes_on(run, runs, tmp_path, capsys):
     bad = replace(run, arm='bad', weights=str(tmp_path/'missing.safetensors'))
     rows = sweep([bad, *runs[:1]], tmp_path/'out', quiet=True)
-    assert rows.arm.tolist()==['plain'] and 'there is no file' in (tmp_path/'out/runs'/bad.id/'error.txt').read_text()
-    assert '1 of 2 runs failed' in capsys.readouterr().out
+    error = tmp_path/'out/runs'/bad.id/'error.txt'
+    assert rows.arm.tolist()==['plain'] and rows.attrs['failed']==1 and bad.weights in error.read_text()
+    assert str(error) in capsys.readouterr().out
+    written = error.stat().st_mtime_ns
     sweep([bad], tmp_path/'out', quiet=True)
-    assert '1 of them done before' in capsys.readouterr().out                                # not tried again by itself
+    assert error.stat().st_mtime_ns==written                                             # not tried again by itself
     save_file(load_file(run.weights), bad.weights)
-    assert len(sweep([bad], tmp_path/'out', retry=True, quiet=True))==1 and not (tmp_path/'out/runs'/bad.id/'error.txt').exists()
+    assert len(sweep([bad], tmp_path/'out', retry=True, quiet=True))==1 and not error.exists()
 
 def test_jobs_do_what_one_process_does(runs, tmp_path):
     rows = sweep(runs, tmp_path/'out', jobs=2)
     assert rows.id.tolist()==[o.id for o in runs] and rows['last'].notna().all()
-    with pytest.raises(ValueError, match='jobs=0'): sweep(runs, tmp_path/'out', jobs=0)
-    with pytest.raises(ValueError, match='no runs'): sweep([], tmp_path/'out')
+
+def test_a_sweep_that_cannot_be_meant(runs, tmp_path):
+    with pytest.raises(ValueError, match='jobs=0'): sweep(runs, tmp_path, jobs=0)
+    with pytest.raises(ValueError, match='runs'): sweep([], tmp_path)
 
 @pytest.mark.parametrize('track', ['tensorboard', 'wandb'])
 def test_trackers(track, runs, tmp_path, monkeypatch):
@@ -182,36 +235,41 @@ def test_trackers(track, runs, tmp_path, monkeypatch):
     assert [o for o in (tmp_path/track).rglob('*') if o.is_file() and o.stat().st_size>100]
 
 def test_an_unknown_tracker_is_refused(runs, tmp_path):
-    with pytest.raises(ValueError, match="track 'excel': choose"): sweep(runs, tmp_path, track='excel')
+    with pytest.raises(ValueError, match='excel'): sweep(runs, tmp_path, track='excel')
 
-@pytest.mark.parametrize('text,sentence', [('data = "a"', r'it has no \[\[arm\]\]'), ('[[arm]]\narm="a"', '`data` is missing'), ('data = "a"\nfoo = 1\n[[arm]]\narm="a"', "'foo' is nothing"),
-    ('data = "a"\n[[arm]]\nbeta=1', 'an arm is a dict with its name'), ('data = "a"\nseeds = 3\n[[arm]]\narm="a"', 'grid.toml'), ('data = "a"\n[[arm]]\narm="a"\nbeta="strong"', 'grid.toml')])
-def test_a_bad_grid_is_named(text, sentence, tmp_path):
+@pytest.mark.parametrize('text,named', [('data = "a"', r'\[\[arm\]\]'), ('[[arm]]\narm="a"', 'data'),
+    ('data = "a"\nfoo = 1\n[[arm]]\narm="a"', 'foo'), ('data = "a"\n[[arm]]\nbeta=1', 'arm'),
+    ('data = "a"\nseeds = 3\n[[arm]]\narm="a"', 'seeds = 3'),
+    ('data = "a"\n[[arm]]\narm="a"\nbeta="strong"', 'strong')])
+def test_a_bad_grid_is_named(text, named, tmp_path):
     (tmp_path/'grid.toml').write_text(text)
-    with pytest.raises(ValueError, match=sentence): read_grid(tmp_path/'grid.toml')
+    with pytest.raises(ValueError, match=f'grid.toml.*{named}'): read_grid(tmp_path/'grid.toml')
 
 # Mixed precision, as on the T4, with the processor's own float16
 
-def test_half_precision_and_channels_last(run, tmp_path, monkeypatch):
+def test_half_precision_and_channels_last(run, sources, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(fp16, 'autocast', lambda device, dtype: torch.autocast('cpu', dtype=dtype))
     monkeypatch.setattr(fp16, 'GradScaler', lambda device, **kw: torch.amp.GradScaler('cpu', init_scale=1024., **kw))
     class Look(Callback):
         order = 5
         def after_pred(self):
-            if self.training: seen.append((self.pred.dtype, self.scaler.get_scale(), self.model.conv1[0].weight.is_contiguous(memory_format=torch.channels_last)))
-    run = replace(run, amp=True, recipe='published', transforms='published')
-    row = do_run(run, tmp_path/'run', cbs=[Look()], quiet=True)
-    assert math.isfinite(row['last']) and {o[0] for o in seen}=={torch.float16} and all(o[2] for o in seen)
+            last = self.model.conv1[0].weight.is_contiguous(memory_format=torch.channels_last)
+            if self.training: seen.append((self.pred.dtype, last))
+    run = replace(run, amp=True, recipe='published', transforms='published', epochs=2)
+    row = do_run(run, tmp_path/'run', sources, [Look()], quiet=True)
+    assert math.isfinite(row['last']) and set(seen)=={(torch.float16, True)}
 
-def test_the_scale_is_taken_up_again(run, tmp_path, monkeypatch):
+def test_the_scale_is_taken_up_again(run, sources, tmp_path, monkeypatch):
+    def scaler(device, **kw): return torch.amp.GradScaler('cpu', init_scale=64., growth_interval=2, **kw)
     monkeypatch.setattr(fp16, 'autocast', lambda device, dtype: torch.autocast('cpu', dtype=dtype))
-    monkeypatch.setattr(fp16, 'GradScaler', lambda device, **kw: torch.amp.GradScaler('cpu', init_scale=64., growth_interval=2, **kw))
-    run = replace(run, amp=True)
-    do_run(run, tmp_path/'whole', tmp_path/'sources', quiet=True)
-    with pytest.raises(KeyboardInterrupt): do_run(run, tmp_path/'stopped', tmp_path/'sources', [Stop('after_epoch', 1)], quiet=True)
+    monkeypatch.setattr(fp16, 'GradScaler', scaler)
+    run = replace(run, amp=True, epochs=2)
+    do_run(run, tmp_path/'whole', sources, quiet=True)
+    with pytest.raises(KeyboardInterrupt):
+        do_run(run, tmp_path/'stopped', sources, [Stop('after_epoch', 0)], quiet=True)
     assert torch.load(tmp_path/'stopped/checkpoint.pt', weights_only=True)['scaler']['scale']>64
-    do_run(run, tmp_path/'stopped', tmp_path/'sources', quiet=True)
+    do_run(run, tmp_path/'stopped', sources, quiet=True)
     same(tmp_path/'whole', tmp_path/'stopped')
 
 # What a reviewer found
@@ -220,69 +278,69 @@ def test_a_run_that_diverges_at_once_does_not_end_the_sweep(run, runs, tmp_path,
     wild = replace(run, arm='wild', lr=1e20)
     rows = sweep([wild, runs[0]], tmp_path, quiet=True)
     assert rows.arm.tolist()==['wild','plain'] and math.isnan(rows['last'][0]) and rows['last'][1]>=0
-    assert 'wild, seed 42: diverged' in capsys.readouterr().out
+    assert re.search(r'wild.*42.*diverge', capsys.readouterr().out)
 
-def test_what_a_dying_process_left_is_tidied_up(run, tmp_path):
-    sweep([run], tmp_path, quiet=True)
+def test_what_a_dying_process_left_is_tidied_up(run, tiny_done, tmp_path):
     folder = tmp_path/'runs'/run.id
+    shutil.copytree(tiny_done, folder)
     for o in ('checkpoint.pt','epoch-0.safetensors'): (folder/o).write_bytes(b'left')
     sweep([run], tmp_path, quiet=True)
     assert {o.name for o in folder.iterdir()}=={'lock','run.json','curve.csv','model.safetensors','result.json'}
 
-def test_the_curve_is_whole_where_the_checkpoint_is(run, tmp_path, monkeypatch):
+def test_the_curve_is_whole_where_the_checkpoint_is(run, tiny_done, sources, tmp_path, monkeypatch):
     "Killed right after the last checkpoint"
-    do_run(run, tmp_path/'whole', tmp_path/'sources', quiet=True)
-    real = os.replace
+    real,checkpoints = os.replace,[]
     def dies(a, b):
         real(a, b)
-        if Path(b).name=='checkpoint.pt' and len(pd.read_csv(Path(b).parent/'curve.csv'))==3: raise KeyboardInterrupt
+        if Path(b).name=='checkpoint.pt': checkpoints.append(n_rows(tmp_path))
+        if len(checkpoints)==run.epochs: raise KeyboardInterrupt
     monkeypatch.setattr(os, 'replace', dies)
-    with pytest.raises(KeyboardInterrupt): do_run(run, tmp_path/'stopped', tmp_path/'sources', quiet=True)
+    with pytest.raises(KeyboardInterrupt): do_run(run, tmp_path, sources, quiet=True)
     monkeypatch.undo()
-    do_run(run, tmp_path/'stopped', tmp_path/'sources', quiet=True)
-    same(tmp_path/'whole', tmp_path/'stopped')
+    assert checkpoints==[1,2,3]
+    do_run(run, tmp_path, sources, quiet=True)
+    same(tiny_done, tmp_path)
 
-@pytest.mark.parametrize('wrong,sentence', [(dict(size='32'), "size='32': has to be int"), (dict(epochs=4.0), 'epochs=4.0: has to be int'), (dict(freeze_bn='false'), 'has to be bool'),
-    (dict(lr=float('nan')), 'lr=nan'), (dict(lr=-1), 'lr=-1.0: take a number above 0'), (dict(epochs=0), 'epochs=0'), (dict(kind='nope'), "kind='nope': choose"), (dict(beta=-1), 'beta=-1.0'),
-    (dict(weights=1), 'weights=1'), (dict(valid='', test=''), 'both empty'), (dict(recipe='strong', transforms='published'), 'smooths labels'),
-    (dict(step='published', freeze_bn=True), 'no freeze_bn'), (dict(num_workers=1.5), 'num_workers=1.5'), (dict(data=['a','b']), 'data=')])
-def test_nonsense_is_refused_at_once(wrong, sentence):
-    with pytest.raises(ValueError, match=re.escape(sentence) if '=' in sentence else sentence): Run(**dict(data='tree') | wrong)
+@pytest.mark.parametrize('wrong,named', [
+    (dict(size='32'), "size='32'"), (dict(epochs=4.0), 'epochs=4.0'), (dict(epochs=0), 'epochs=0'),
+    (dict(freeze_bn='false'), "freeze_bn='false'"), (dict(lr=float('nan')), 'lr=nan'), (dict(lr=-1), 'lr=-1'),
+    (dict(kind='nope'), "kind='nope'"), (dict(beta=-1), 'beta=-1'), (dict(weights=1), 'weights=1'),
+    (dict(valid='', test=''), 'valid'), (dict(recipe='strong', transforms='published'), "recipe='strong'"),
+    (dict(step='published', freeze_bn=True), "step='published'"), (dict(num_workers=1.5), 'num_workers=1.5'),
+    (dict(data=['a','b']), 'data=')])
+def test_nonsense_is_refused_at_once(wrong, named):
+    with pytest.raises(ValueError, match=re.escape(named)): Run(**dict(data='tree') | wrong)
 
 def test_numbers_of_numpy_are_numbers():
     import numpy as np
     a,b = Run('tree', seed=np.int64(3), beta=np.float32(10), size=np.int32(64), freeze_bn=np.bool_(True)),Run('tree', seed=3, beta=10, size=64, freeze_bn=True)
     assert a==b and a.id==b.id and Run(Path('tree'), beta=-0.).id==Run('tree').id
 
-@pytest.mark.parametrize('arms,common,sentence', [([dict(arm='a', seed=5)], {}, 'seed belongs to all'), ([dict(arm='a')], dict(seed=7), 'seed belongs to all'),
-    ([dict(arm='a', beta=[])], {}, 'list of beta is empty'), ([dict(arm=['a','b'])], {}, 'an arm is a dict'), (['a'], {}, 'an arm is a dict'),
-    ([dict(arm='a'), dict(arm='a', beta=1)], {}, 'in the grid twice'), ([dict(arm='a')], dict(size=[32,64]), r'size=\[32, 64\]: has to be int')])
-def test_a_grid_that_cannot_be_meant(arms, common, sentence):
-    with pytest.raises(ValueError, match=sentence): grid(arms, [1], data='tree', **common)
+@pytest.mark.parametrize('arms,common,named', [
+    ([dict(arm='a', seed=5)], {}, 'seed'), ([dict(arm='a')], dict(seed=7), 'seed'),
+    ([dict(arm='a', beta=[])], {}, 'beta'), ([dict(arm=['a','b'])], {}, r"\['a', 'b'\]"), (['a'], {}, "'a'"),
+    ([dict(arm='a'), dict(arm='a', beta=1)], {}, "'a'.* 1 "),
+    ([dict(arm='a')], dict(size=[32,64]), r'size=\[32, 64\]')])
+def test_a_grid_that_cannot_be_meant(arms, common, named):
+    with pytest.raises(ValueError, match=named): grid(arms, [1], data='tree', **common)
 
 def test_strengths_have_names_of_their_own():
     names = [o.arm for o in grid([dict(arm='a', beta=[1.0000001, 1.0000002, 10], freeze_bn=[True,False])], [1], data='tree')]
     assert len(set(names))==6 and 'a, beta = 10, freeze_bn = True' in names
 
-def test_a_wrong_first_call_leaves_the_folder_free(run, tmp_path):
+def test_a_wrong_first_call_leaves_the_folder_free(run, sources, tmp_path):
     with pytest.raises(FileNotFoundError): do_run(replace(run, data='nowhere'), tmp_path/'run')
-    with pytest.raises(ValueError, match='in the training and in the validation split'): do_run(replace(run, test='train'), tmp_path/'run')
-    do_run(run, tmp_path/'run', quiet=True)
+    with pytest.raises(ValueError, match='split'): do_run(replace(run, test='train'), tmp_path/'run')
+    do_run(run, tmp_path/'run', sources, quiet=True)
 
 def test_one_process_at_a_folder(run, tmp_path):
-    from filelock import FileLock
-    (tmp_path/'run').mkdir()
-    code = f"import time; from filelock import FileLock; l = FileLock(r'{tmp_path}/run/lock'); l.acquire(); print('has it', flush=True); time.sleep(60)"
-    with subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, text=True) as other:
-        other.stdout.readline()
-        with pytest.raises(ValueError, match='another process is at this run'): do_run(run, tmp_path/'run')
-        other.kill()
+    with FileLock(tmp_path/'lock'), pytest.raises(ValueError, match=re.escape(str(tmp_path))): do_run(run, tmp_path)
 
 @pytest.mark.parametrize('name', ['result.json', 'run.json'])
-def test_a_broken_file_is_named(run, tmp_path, name):
-    do_run(run, tmp_path/'run', quiet=True)
+def test_a_broken_file_is_named(run, tiny_done, tmp_path, name):
+    shutil.copytree(tiny_done, tmp_path/'run')
     (tmp_path/'run'/name).write_text('{"half')
-    with pytest.raises(ValueError, match=f'{name}: is not JSON'): do_run(run, tmp_path/'run')
+    with pytest.raises(ValueError, match=name): do_run(run, tmp_path/'run')
 
 def test_other_weights_in_the_same_file_have_another_fisher(run, tmp_path):
     file = tmp_path/'w.safetensors'
@@ -294,19 +352,17 @@ def test_other_weights_in_the_same_file_have_another_fisher(run, tmp_path):
     assert not torch.equal(there[0]['fc.weight'], there[1]['fc.weight'])
 
 def test_helpers_end_with_their_parent(runs, tmp_path):
-    code = SWEEP.replace('quiet=True', 'jobs=2')
-    parent = subprocess.Popen([sys.executable, '-c', code, json.dumps([asdict(replace(o, epochs=200)) for o in runs]), str(tmp_path/'out')], stdout=subprocess.DEVNULL)
-    deadline = time.time()+120
-    while len(list((tmp_path/'out').glob('runs/*/checkpoint.pt')))<2 and time.time()<deadline: time.sleep(0.1)
-    parent.kill(); parent.wait()
-    time.sleep(2)
-    before = {o: o.stat().st_mtime_ns for o in (tmp_path/'out').glob('runs/*/curve.csv')}
-    time.sleep(2)
-    assert len(before)>=2 and before=={o: o.stat().st_mtime_ns for o in (tmp_path/'out').glob('runs/*/curve.csv')}
+    parent = Forked(do_sweep, [replace(o, epochs=10_000) for o in runs], tmp_path, 2)
+    until(lambda: len(list(tmp_path.glob('runs/*/checkpoint.pt')))==2, parent)
+    parent.kill()
+    for o in tmp_path.glob('runs/*/lock'):
+        with FileLock(o, timeout=20): pass                              # who is at work at a run has its lock
 
 def test_a_full_disk_ends_the_sweep_in_a_sentence(runs, tmp_path, monkeypatch):
     import errno
-    def full(state, file): Path(file).write_bytes(b'half'); raise OSError(errno.ENOSPC, 'No space left on device')
+    def full(state, file):
+        Path(file).write_bytes(b'half')
+        raise OSError(errno.ENOSPC, 'No space left on device')
     monkeypatch.setattr(torch, 'save', full)
     with pytest.raises(OSError, match='No space left'): sweep(runs, tmp_path, quiet=True)
     assert not list(tmp_path.glob('runs/*/*.part')) and not list(tmp_path.glob('runs/*/error.txt'))
@@ -339,14 +395,11 @@ class TestWhatIsTrained:
 
     @pytest.mark.parametrize('tune', ['head','head first'])
     def test_it_goes_on(self, run, tmp_path, tune):
-        run = replace(run, beta=0, tune=tune)
-        class Stop(Callback):
-            order = KeepEpochs.order+1
-            def before_epoch(self):
-                if self.epoch==2: raise KeyboardInterrupt
+        run = replace(run, beta=0, tune=tune, epochs=2)
         source = source_model(run.arch, run.weights)
-        with pytest.raises(KeyboardInterrupt): fine_tune(run, source, folder=tmp_path, cbs=[Stop()], quiet=True)
-        assert len(pd.read_csv(tmp_path/'curve.csv'))==2
+        with pytest.raises(KeyboardInterrupt):
+            fine_tune(run, source, folder=tmp_path, cbs=[Stop('before_epoch', 1)], quiet=True)
+        assert n_rows(tmp_path)==1
         whole,resumed = fine_tune(run, source, quiet=True),fine_tune(run, source, folder=tmp_path, quiet=True)
         for p,q in zip(whole.model.state_dict().values(), resumed.model.state_dict().values()): assert torch.equal(p, q)
 
@@ -367,7 +420,7 @@ class TestWhoseFisher:
         a,b,c = [self.fisher(replace(run, n_fisher=5, seed=s), tmp_path) for s in (1,1,2)]
         assert a.n_images==c.n_images==5 and torch.equal(a['conv1.0.weight'], b['conv1.0.weight']) and not torch.equal(a['conv1.0.weight'], c['conv1.0.weight'])
         assert len(list(tmp_path.glob('*.safetensors')))==2
-        with pytest.raises(ValueError, match='there are only'): self.fisher(replace(run, n_fisher=10**6), tmp_path)
+        with pytest.raises(ValueError, match='n_fisher=1000000'): self.fisher(replace(run, n_fisher=10**6), tmp_path)
 
     def test_another_kind_another_file(self, run, tmp_path):
         asked = [run, replace(run, kind='exact'), replace(run, fisher_from='target'), replace(run, n_fisher=5), replace(run, fisher_from='target', n_fisher=5)]
@@ -375,9 +428,11 @@ class TestWhoseFisher:
         assert len(list(tmp_path.glob('*.safetensors')))==len(asked)
 
     def test_what_cannot_be_meant(self, run):
-        for kw,said in [(dict(n_fisher=-1), 'n_fisher=-1'), (dict(fisher_from='target', kind='empirical'), 'needs labels'), (dict(tune='body'), 'choose from all, head'),
-                        (dict(tune='head'), 'nothing that beta'), (dict(tune='head first', recipe='published', transforms='published'), 'train all layers')]:
-            with pytest.raises(ValueError, match=said): replace(run, **kw)
+        for kw,named in [(dict(n_fisher=-1), 'n_fisher=-1'), (dict(tune='body'), "tune='body'"),
+                         (dict(tune='head'), "tune='head'"),
+                         (dict(fisher_from='target', kind='empirical'), 'empirical'),
+                         (dict(tune='head first', recipe='published', transforms='published'), "tune='head first'")]:
+            with pytest.raises(ValueError, match=named): replace(run, **kw)
 
 def test_a_normalised_fisher_is_another_beta(run, tmp_path):
     "F/mean(F) at beta is F at beta/mean(F): one frontier, other names for its points"

