@@ -5,7 +5,7 @@ import matplotlib, pytest, torch
 from fastai.callback import fp16
 from fgvc_fisher.experiment import Run, run_arm
 from fgvc_fisher.learner import source_model
-from fgvc_fisher.synthetic import draw_aircraft
+from fgvc_fisher.data.synthetic import draw_aircraft
 
 NOTEBOOK = Path(__file__).parent.parent/'nbs/walkthrough.ipynb'
 
