@@ -8,7 +8,7 @@ PANEL_TESTS := tests/test_panels.py tests/test_explore.py
 
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
-.PHONY: demo app test test-all notebooks pytest browser test-browser test-ipywidgets7 sync in-sync clean
+.PHONY: lint demo app test test-all notebooks pytest browser test-browser test-ipywidgets7 sync in-sync clean
 
 demo: $(READY)    ## The whole method on drawn aircraft, offline: a table, pictures and demo/report.html
 	$(BIN)/fgvc-demo --out demo
@@ -41,10 +41,16 @@ test-ipywidgets7: $(IPYWIDGETS7)    ## The panels' tests with the ipywidgets tha
 	PYTHONPATH=$(CURDIR)/$(IPYWIDGETS7) $(BIN)/python -c "import ipywidgets; assert ipywidgets.__version__=='7.7.1', ipywidgets"
 	PYTHONPATH=$(CURDIR)/$(IPYWIDGETS7) $(PYTEST) $(PANEL_TESTS)
 
+lint: $(READY)    ## Line length, names, bare excepts: modules, notebooks, tests, benchmarks
+	$(BIN)/ruff check .
+
 sync: $(READY)    ## After a change of a notebook: export, clean, README.md
 	$(BIN)/nbdev-export && $(BIN)/nbdev-clean && $(BIN)/python tools/readme.py
 
-in-sync: $(READY)    ## Fail if `make sync` has anything to do
+in-lint: $(READY)    ## Line length, names, bare excepts: modules, notebooks, tests, benchmarks
+	$(BIN)/ruff check .
+
+sync: $(READY)    ## Fail if `make sync` has anything to do
 	@state() { git status --porcelain; git diff; }; before="$$(state)"; $(MAKE) sync; \
 	if [ "$$before" != "$$(state)" ]; then git status --short; git --no-pager diff --stat; \
 		echo 'Notebooks, modules and README.md were not in sync: commit what `make sync` has changed.'; exit 1; fi

@@ -18,7 +18,8 @@ from fgvc_fisher.data import read_pictures
 from fgvc_fisher.experiment import Run
 from fgvc_fisher.fisher import estimate_fisher
 from fgvc_fisher.learner import source_dl
-from fgvc_fisher.runs import fine_tune, run_source
+from fgvc_fisher.experiment import fine_tune
+from fgvc_fisher.experiment.run import run_source
 from evidence import rows_of, settings
 from warbirds import machine
 

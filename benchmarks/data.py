@@ -22,7 +22,7 @@ from timm.data import FastCollateMixup, ImageDataset, create_loader
 from timm.data.loader import PrefetchLoader
 from torch.utils.data import DataLoader
 from fgvc_fisher.data import cache_images, picture_dl, read_image_folder
-from fgvc_fisher.transforms import MEAN, STD, named_transforms
+from fgvc_fisher.data.transforms import MEAN, STD, named_transforms
 
 def make_pictures(source, folder, n):
     "Enlarge or reduce `n` photographs to 1024 x 695; two folders, since loaders want classes"

@@ -9,7 +9,7 @@ import os, time
 from pathlib import Path
 import pandas as pd
 from fastcore.script import call_parse
-from fgvc_fisher.check import check_aircraft
+from fgvc_fisher.data import check_aircraft
 
 def counts(tree):
     "One row: the duplicates of a tree"

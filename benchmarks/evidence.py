@@ -21,10 +21,11 @@ from fgvc_fisher.data import picture_dl, pick_split, read_aircraft
 from fgvc_fisher.experiment import Run, frontier, grid, read_runs, show_table, sweep, table
 from fgvc_fisher.fisher import estimate_fisher
 from fgvc_fisher.learner import normalise
-from fgvc_fisher.merging import interpolate, merge
-from fgvc_fisher.results import differences
+from fgvc_fisher.penalty import interpolate, merge
+from fgvc_fisher.experiment import differences
 from fgvc_fisher.retention import accuracy_on, retention
-from fgvc_fisher.runs import load_run, run_source
+from fgvc_fisher.experiment import load_run
+from fgvc_fisher.experiment.run import run_source
 
 # Without BatchNorm SqueezeNet diverges at MobileNet's rate. On airliners17 it learnt nothing in 4 or 12 epochs, at rates from 0.0001 to 0.02
 NETWORKS = {'mobilenet': dict(trees=['airliners17','warbirds30'], arch='warbirds:mobilenet', weights='mobilenetv1_075_imagenet.safetensors', lr=0.02),

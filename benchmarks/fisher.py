@@ -65,7 +65,7 @@ def single(model, batches):
 @method('fgvc_fisher')
 def fgvc_fisher(model, batches):
     "fgvc_fisher"
-    from fgvc_fisher.fisher import Estimate
+    from fgvc_fisher.fisher.estimate import Estimate
     estimate = Estimate(model, 'empirical', {})                 # what `estimate_fisher` fills; it checks its rules in the first call
     def plan(y): return lambda logits, s: (y[s,None], torch.ones_like(logits[:,:1]))
     def run():

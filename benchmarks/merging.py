@@ -14,7 +14,7 @@ from fgvc_fisher.data import picture_dl, pick_split, read_aircraft
 from fgvc_fisher.experiment import Run, fine_tune, frontier
 from fgvc_fisher.fisher import estimate_fisher
 from fgvc_fisher.learner import normalise
-from fgvc_fisher.merging import interpolate, merge
+from fgvc_fisher.penalty import interpolate, merge
 from fgvc_fisher.retention import accuracy_on, retention
 from warbirds import machine, task
 

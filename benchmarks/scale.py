@@ -11,12 +11,13 @@ from pathlib import Path
 import pandas as pd, timm, torch
 from fastai.data.all import DataLoaders, TfmdDL
 from fastcore.script import call_parse
-from fgvc_fisher.budget import picture_cost
+from fgvc_fisher.experiment.budget import picture_cost
 from fgvc_fisher.callback import L2SPFisherCallback
 from fgvc_fisher.data import aircraft_dls
 from fgvc_fisher.fisher import estimate_fisher
 from fgvc_fisher.learner import aircraft_learner, source_model
-from fgvc_fisher.processes import part, processes, together
+from fgvc_fisher.distributed.ranks import shutdown_processes, processes
+from fgvc_fisher.learner import distributed_training
 from warbirds import mobilenet
 
 # Training: share of its peak that a GPU reaches with Inception-v4. T4: the published validation batches, 24.5 GFLOP * 32 in 0.13 s of 65 TFLOPS. H200: assumed, none was at hand
@@ -52,14 +53,14 @@ def work(file):
     def train():
         with learn.no_bar(), learn.no_logging(): learn.fit(1, 0.001, cbs=cb)
     learn.dls.valid.n = 32
-    with together(learn):
+    with distributed_training(learn):
         train()
         steps = len(x)//32*32
         rate = timed(train, steps)
     batches = list(zip(x.split(32//n), y.split(32//n)))
     ours = timed(lambda: estimate_fisher(source, batches, progress=False), len(x))
     if not i: print(json.dumps(dict(training=rate, fisher=ours)), flush=True)
-    part()
+    shutdown_processes()
 
 def measured(file, n):
     "Rates of n processes"

@@ -18,7 +18,8 @@ from timm.models.efficientnet import _gen_mobilenet_v1
 from fgvc_fisher.data import read_pictures
 from fgvc_fisher.fisher import estimate_fisher
 from fgvc_fisher.learner import source_dl, source_model
-from fgvc_fisher.shards import PartialSums, shard_fisher, tar_shards
+from fgvc_fisher.fisher import shard_fisher, tar_shards
+from fgvc_fisher.fisher.shards import PartialSums
 
 mobilenet = partial(_gen_mobilenet_v1, 'mobilenetv1_100', 0.75, pretrained=False, pad_type='same', bn_eps=1e-3)
 

@@ -13,9 +13,9 @@ import nbformat, pandas as pd
 from fastcore.script import call_parse
 from nbformat.v4 import new_code_cell, new_notebook
 from playwright.sync_api import sync_playwright
-from fgvc_fisher.compromise import read_compromise
+from fgvc_fisher.explore.compromise import read_compromise
 from fgvc_fisher.experiment import Run, draw_task
-from fgvc_fisher.runs import _machine
+from fgvc_fisher.experiment.run import machine_name
 HERE = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(HERE), str(HERE/'tools')]
 from browser import find
@@ -25,7 +25,7 @@ from tests.browser.drive import METER, burst, control, open_panel, settled, sinc
 PANELS = '''
 import warnings; warnings.simplefilter('ignore')
 from pathlib import Path
-from fgvc_fisher.compromise import read_compromise
+from fgvc_fisher.explore.compromise import read_compromise
 from fgvc_fisher.experiment import Run, draw_task
 from fgvc_fisher.explore import explore_fisher, explore_penalty, explore_published
 from fgvc_fisher.fisher import DiagFisher
@@ -86,7 +86,7 @@ def main(
                 after = []
                 for k in range(5): after.append(burst(page, label, 40 if k%2==0 else -40, i, quiet=1.)['after'])
                 note(panel, 'forty moves', after)
-    table = pd.DataFrame(rows).assign(unit='ms', machine=_machine())
+    table = pd.DataFrame(rows).assign(unit='ms', machine=machine_name())
     Path(out).mkdir(parents=True, exist_ok=True)
     table.to_csv(Path(out)/'voila.csv', index=False, float_format='%.0f')
     print(table.drop(columns='machine').round(0).to_string())

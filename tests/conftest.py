@@ -18,12 +18,12 @@ def photos():
 
 @pytest.fixture(scope='session')
 def drawn(tmp_path_factory):
-    from fgvc_fisher.synthetic import draw_aircraft
+    from fgvc_fisher.data.synthetic import draw_aircraft
     return draw_aircraft(tmp_path_factory.mktemp('drawn')/'aircraft', n_variants=4, n_per_split=4)
 
 @pytest.fixture(scope='session')
 def drawn_source(tmp_path_factory):
-    from fgvc_fisher.synthetic import draw_source
+    from fgvc_fisher.data.synthetic import draw_source
     return draw_source(tmp_path_factory.mktemp('drawn')/'source', n_classes=4, n_per_split=4)
 
 @pytest.fixture(scope='session')

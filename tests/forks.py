@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 BIN = Path(sys.executable).parent
 CONTEXT = multiprocessing.get_context('forkserver' if 'forkserver' in multiprocessing.get_all_start_methods() else 'spawn')
-PRELOAD = ['pytest', 'accelerate', 'fastai.vision.all', 'timm', 'fgvc_fisher.explore', 'fgvc_fisher.hub']
+PRELOAD = ['pytest', 'accelerate', 'fastai.vision.all', 'timm', 'fgvc_fisher.cli', 'fgvc_fisher.explore.classifier', 'fgvc_fisher.explore.training']
 
 def _begin(target, args, env, cwd, threads, printed):
     "What a new process does first: the environment, the folder and the output that it was given"

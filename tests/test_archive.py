@@ -3,7 +3,8 @@ import gzip, io, os, random, re, signal, subprocess, tarfile, time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 import pytest
-from fgvc_fisher.archive import NAME, untar_aircraft
+from fgvc_fisher.data import untar_aircraft
+from fgvc_fisher.data.archive import NAME
 from forks import Forked
 
 def pack(members):

@@ -2,7 +2,7 @@
 import copy, re
 import pytest, timm, torch
 from fastai.callback.all import CSVLogger, EarlyStoppingCallback, SaveModelCallback
-from fgvc_fisher.budget import TimeEstimate, estimate_time, picture_cost
+from fgvc_fisher.experiment.budget import TimeEstimate, estimate_time, picture_cost
 from fgvc_fisher.callback import L2SPFisherCallback
 from fgvc_fisher.data import aircraft_dls
 from fgvc_fisher.learner import aircraft_learner

@@ -2,9 +2,10 @@
 import re, shutil
 import numpy as np, pandas as pd, pytest
 from PIL import Image, ImageOps
-from fgvc_fisher.check import _look, _near, check_aircraft, without_duplicates
+from fgvc_fisher.data import check_aircraft, without_duplicates
+from fgvc_fisher.data.check import look_at, near_pairs
 from fgvc_fisher.data import table_dls
-from fgvc_fisher.tables import pick_split, read_aircraft
+from fgvc_fisher.data import pick_split, read_aircraft
 
 LEVELS = ('variant','family','manufacturer')
 
@@ -315,14 +316,14 @@ def test_distance_is_heeded(tree, first):
 def test_near_pairs_against_counting(n):
     rng = np.random.default_rng(n)
     a,b = (rng.random((n,16))<0.5 for _ in 'ab')
-    i,j,d = _near(a, b, 1)
+    i,j,d = near_pairs(a, b, 1)
     counted = {(x, y+x+1, (a[x]!=b[x+1:][y]).sum()) for x in range(n) for y in np.flatnonzero((a[x]!=b[x+1:]).sum(1)<=1)}
     assert len(i)==len(counted) and set(zip(i, j, d))==counted
 
 def test_hash_is_that_of_imagehash(tree, first):
     import imagehash
     with Image.open(jpg(tree, first['train'])) as o: image = o.convert('RGB')
-    _,_,plain,mirrored = _look(jpg(tree, first['train']))
+    _,_,plain,mirrored = look_at(jpg(tree, first['train']))
     assert (plain==imagehash.phash(image, 16).hash.ravel()).all()
     assert (mirrored!=imagehash.phash(ImageOps.mirror(image), 16).hash.ravel()).sum()<=4
 

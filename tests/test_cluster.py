@@ -4,10 +4,11 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 import pandas as pd, psutil, pytest, torch
-from fgvc_fisher import cluster as on_cluster
-from fgvc_fisher.cluster import Job
-from fgvc_fisher.experiment import Run, fgvc_sweep, grid, sweep
-from fgvc_fisher.sweep import _attempt
+from fgvc_fisher.experiment import ray as on_cluster
+from fgvc_fisher.experiment.ray import Job
+from fgvc_fisher.experiment import Run, grid, sweep
+from fgvc_fisher.cli import fgvc_sweep
+from fgvc_fisher.experiment.sweeps import _attempt
 from forks import Forked
 
 # The driver
@@ -81,7 +82,7 @@ def test_what_ends_a_sweep_and_what_is_tried_again(tmp_path):
 def test_a_full_disk_is_no_fault_of_the_run(tmp_path, monkeypatch):
     "It is not recorded as one"
     def full(*args): raise OSError(errno.ENOSPC, 'No space left')
-    monkeypatch.setattr('fgvc_fisher.sweep._do', full)
+    monkeypatch.setattr('fgvc_fisher.experiment.sweeps.do_claimed_run', full)
     (tmp_path/'runs'/RUN.id).mkdir(parents=True)
     with pytest.raises(OSError, match='No space left'): _attempt(RUN, tmp_path, None, True)
     assert not list(tmp_path.rglob('error.txt'))

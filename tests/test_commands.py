@@ -3,7 +3,8 @@ import json, re, subprocess, timm
 import pandas as pd, pytest
 from safetensors import safe_open
 from safetensors.torch import load_file
-from fgvc_fisher.experiment import demo, fgvc_sweep
+from fgvc_fisher.experiment.demo import demo
+from fgvc_fisher.cli import fgvc_sweep
 from fgvc_fisher.fisher import DiagFisher
 from forks import BIN, shell
 

@@ -3,8 +3,8 @@ import shutil, sys
 from pathlib import Path
 import pandas as pd, pytest, timm
 from safetensors.torch import save_file
-from fgvc_fisher.results import table
-from fgvc_fisher.synthetic import draw_aircraft, draw_source
+from fgvc_fisher.experiment import table
+from fgvc_fisher.data.synthetic import draw_aircraft, draw_source
 
 ROOT = Path(__file__).parent.parent
 ROWS = ROOT/'results/evidence'

@@ -3,7 +3,7 @@ from dataclasses import replace
 import torch
 from fgvc_fisher.experiment import Run, fine_tune
 from fgvc_fisher.learner import source_model
-from fgvc_fisher.runs import make_learner
+from fgvc_fisher.experiment.run import make_learner
 
 def test_l2sp_holds_the_body_and_not_the_new_head(drawn):
     source = source_model('test_resnet', weights=None)

@@ -5,15 +5,17 @@ from datetime import datetime, timezone
 from types import SimpleNamespace
 import numpy as np, pytest, torch
 from PIL import Image
-from fgvc_fisher import explore, live
-from fgvc_fisher.compromise import MEASURED, read_compromise
+from fgvc_fisher.explore import classifier, fisher as fisher_panel, live, panels, penalty as penalty_panel, published, training as training_panel
+from fgvc_fisher.explore.compromise import MEASURED, read_compromise
 from fgvc_fisher.data import read_aircraft
 from fgvc_fisher.experiment import Run, draw_task
-from fgvc_fisher.explore import (explore_fisher, explore_penalty, explore_published, explore_training, try_classifier,
-                                 try_run)
+from fgvc_fisher.explore import (
+    explore_fisher, explore_penalty, explore_published, explore_training, try_classifier, try_run
+)
 from fgvc_fisher.fisher import DiagFisher
-from fgvc_fisher.published import published_summary
-from fgvc_fisher.results import read_runs, style
+from fgvc_fisher.experiment.paper import published_summary
+from fgvc_fisher.experiment import read_runs
+from fgvc_fisher.experiment.results import style
 from piped import SUBPROCESS
 
 @pytest.fixture(scope='module', autouse=True)
@@ -62,7 +64,7 @@ def test_penalty_is_estimated_then_measured(compromise):
     assert all(f'{exact[o]:.0%}' in text for o in MEASURED)
 
 def test_the_point_is_where_the_numbers_are(compromise):
-    view = explore._PenaltyView(compromise)
+    view = penalty_panel._PenaltyView(compromise)
     view.draw(alpha=1e-3, beta=3.)
     found = compromise.estimate(1e-3, 3.)
     for point,name in zip(view.points, ('retention_target_bn','retention_source_bn')):
@@ -104,7 +106,7 @@ def test_measuring_gives_up_at_any_point(compromise):
 
 def test_the_fine_tuned_model_is_the_one_that_was_trained(compromise, run, home):
     from fgvc_fisher.retention import accuracy_on
-    from fgvc_fisher.runs import load_run
+    from fgvc_fisher.experiment import load_run
     learn = load_run(run, home/'runs'/run.id, compromise.source)
     assert compromise.tuned_is['last']==pytest.approx(accuracy_on(learn.model, compromise.target))
 
@@ -133,8 +135,8 @@ def test_fisher_every_choice(fisher):
 
 @pytest.mark.parametrize('axis', ['log','linear'])
 def test_histogram_counts_every_value(fisher, axis):
-    view = explore._FisherView(fisher)
-    for name,v in [*fisher.items(), (explore._ALL, torch.cat([o.flatten() for o in fisher.values()]))]:
+    view = fisher_panel._FisherView(fisher)
+    for name,v in [*fisher.items(), (fisher_panel._ALL, torch.cat([o.flatten() for o in fisher.values()]))]:
         counts,edges,zeros = view._histogram(name, axis)
         assert zeros==(v==0).sum() and counts.sum()==(v.numel() if axis=='linear' else v.numel()-zeros)
         assert edges[0]<=v[v>0].min()*1.001 and edges[-1]>=v.max()*0.999
@@ -169,7 +171,7 @@ def test_published_without_runs_and_smoothed():
     p.wait()
 
 def test_published_colours_are_those_of_the_arms():
-    view = explore._PublishedView()
+    view = published._PublishedView()
     for run,arm in {'new-0-0': 'plain', 'new-0.0004-0': 'as published', 'new-0-0.0005': 'L2'}.items():
         assert view.lines[run].get_color()==style(arm)['color']
 
@@ -234,13 +236,13 @@ def test_arm_sets_the_sliders(training):
 
 def test_a_cell_run_again_closes_the_panel_before(training, tmp_path):
     again = explore_training(training.task, tmp_path, epochs=2)
-    run = explore._run_of(training.task, 2, **training.values)
+    run = training_panel._run_of(training.task, 2, **training.values)
     with pytest.raises(ValueError, match='closed'): training.training.start(run)
     again.training.close()
 
 def test_the_rate_begins_with_the_tasks(task, tmp_path):
     p = explore_training(task | dict(lr=0.0123), tmp_path)
-    assert explore._run_of(p.task, 2, **p.values).arm=='plain' and p.values['lr']==0.0123
+    assert training_panel._run_of(p.task, 2, **p.values).arm=='plain' and p.values['lr']==0.0123
     p.training.close()
 
 def test_without_source_pictures(task, tmp_path):
@@ -266,14 +268,14 @@ def test_what_cannot_be_a_run_is_said(task, tmp_path):
     with pytest.raises(ValueError, match='epochs'): explore_training(task | dict(epochs=-1), tmp_path/'other')
 
 def test_runs_of_an_arm_have_dashes_of_their_own(training):
-    runs = [explore._run_of(training.task, 2, 'L2-SP-Fisher', 0., beta, 0., 0.1, 1) for beta in (1., 10., 100.)]
+    runs = [training_panel._run_of(training.task, 2, 'L2-SP-Fisher', 0., beta, 0., 0.1, 1) for beta in (1., 10., 100.)]
     for o in runs: training.view.add(o)
     looks = [training.view.looks[o.id] for o in runs]
     assert len({str(o['ls']) for o in looks})==3 and len({o['color'] for o in looks})==1
     training.view.remove([runs[0].id])
-    training.view.add(new := explore._run_of(training.task, 2, 'L2-SP-Fisher', 0., 1000., 0., 0.1, 1))
+    training.view.add(new := training_panel._run_of(training.task, 2, 'L2-SP-Fisher', 0., 1000., 0., 0.1, 1))
     assert [training.view.looks[o.id] for o in runs]==looks and training.view.looks[new.id] not in looks
-    assert all(explore._DASHES[o['ls']] in explore._key(o) for o in looks)
+    assert all(panels.DASHES[o['ls']] in training_panel._key(o) for o in looks)
 
 def test_a_run_that_diverged_is_a_dash(task, tmp_path):
     p = explore_training(task | dict(lr=1e6), tmp_path, epochs=2)
@@ -281,10 +283,10 @@ def test_a_run_that_diverged_is_a_dash(task, tmp_path):
     assert 'diverged' in finish(p) and ', diverged' in p.view.legend.value and 'nan' not in p.view.legend.value.lower()
     p.training.close()
 
-@pytest.mark.parametrize('arm', explore._ARMS)
+@pytest.mark.parametrize('arm', training_panel._ARMS)
 def test_every_arm_is_a_run(task, arm):
-    run = explore._run_of(task, 3, arm, 1e-3, 1., 1e-2, task['lr'], 7)
-    for k in ('alpha','beta','l2sp'): assert (getattr(run, k)>0)==(k in explore._ARMS[arm])
+    run = training_panel._run_of(task, 3, arm, 1e-3, 1., 1e-2, task['lr'], 7)
+    for k in ('alpha','beta','l2sp'): assert (getattr(run, k)>0)==(k in training_panel._ARMS[arm])
     assert run.arm.split(',')[0]==arm and run.seed==7 and style(run.arm)==style(arm)
 
 def test_what_fails_is_said(task, tmp_path):
@@ -301,7 +303,7 @@ def content(mode='RGB', size=(60,40), format='JPEG', **kw):
 
 def give(upload, name, data):
     "As a browser would, in either version of ipywidgets"
-    if explore.widgets.__version__[0]=='7':
+    if panels.widgets.__version__[0]=='7':
         return upload.set_trait('value', {name: dict(metadata=dict(name=name), content=data)})
     now = datetime.now(timezone.utc)
     upload.value = (dict(name=name, type='', size=len(data), content=memoryview(data), last_modified=now),)
@@ -349,7 +351,7 @@ def test_classifier_transparent(classifier, says_which):
     assert 'white' in text and says_which(text)
 
 def test_classifier_without_source(compromise, run, home):
-    from fgvc_fisher.runs import load_run
+    from fgvc_fisher.experiment import load_run
     p = try_classifier(load_run(run, home/'runs'/run.id, compromise.source))
     assert len(p.pictures)==2 and 'source' not in p.text
 
@@ -357,7 +359,7 @@ def test_try_run_names_what_is_missing(tmp_path):
     with pytest.raises(FileNotFoundError, match='result.json'): try_run(tmp_path)
 
 def test_a_long_label_does_not_break_the_bars():
-    assert len(explore._short('x'*500))==44 and explore._short('short')=='short'
+    assert len(classifier._short('x'*500))==44 and classifier._short('short')=='short'
 
 def test_classifier_without_examples(compromise, run, home, says_which):
     p = try_run(home/'runs'/run.id, examples=[])
@@ -366,6 +368,6 @@ def test_classifier_without_examples(compromise, run, home, says_which):
     assert says_which(p.wait())
 
 def test_dollars_in_a_label_are_no_mathematics():
-    view = explore._ClassifierView(SimpleNamespace(source=None))
+    view = classifier._ClassifierView(SimpleNamespace(source=None))
     view._bars(view.variants.axes, [r'$\frac$', '$'], [np.array([0.6,0.4])], ['k'], 'title')
     view.variants.show()

@@ -4,8 +4,9 @@ import numpy as np, pytest, timm, torch
 from torch import nn
 from functools import partial
 from torchvision.models import squeezenet1_1, vgg11_bn
-from fgvc_fisher.fisher import DiagFisher, _draw, _most_probable, as_found, estimate_fisher
-from fgvc_fisher.squares import SquaredGradients
+from fgvc_fisher.fisher import DiagFisher, estimate_fisher
+from fgvc_fisher.fisher.estimate import draw_labels, most_probable, model_restored
+from fgvc_fisher.fisher.per_image import SquaredGradients
 from conftest import mobilenet
 
 def one_by_one(model, x, rounds):
@@ -124,7 +125,7 @@ def test_tokens_against_autograd():
 def test_sampled_against_autograd_with_the_same_labels(name):
     make,shape = NETWORKS[name]
     model,(x,_) = randomised(make()),given(shape)
-    with torch.no_grad(): labels = _draw(model(x).softmax(-1), 0, seed=3, n_samples=4)
+    with torch.no_grad(): labels = draw_labels(model(x).softmax(-1), 0, seed=3, n_samples=4)
     with warnings.catch_warnings(record=True): fisher = estimate_fisher(model, x.split(2), n_samples=4, seed=3, progress=False)
     agree(fisher, one_by_one(model, x, lambda i,_: [(o,1/4) for o in labels[i]]))
 
@@ -156,9 +157,9 @@ def test_memory_of_the_exact_kind_does_not_grow_with_the_classes():
         def add_round(self, *args, **kw):
             super().add_round(*args, **kw)
             alive.append(sum(isinstance(o, torch.Tensor) for o in gc.get_objects()))
-    with as_found(model):
+    with model_restored(model):
         total = Counting(model)
-        total.add_batch(x, lambda logits: _most_probable(logits.softmax(-1), 1.))
+        total.add_batch(x, lambda logits: most_probable(logits.softmax(-1), 1.))
     assert len(alive)==16 and max(alive[5:])-min(alive[5:]) < 10
 
 def test_moments_are_the_spread_between_images():

@@ -161,11 +161,11 @@ class FakeHub(BaseHTTPRequestHandler):
     def json(self, o): self.answer(200, json.dumps(o).encode(), Content_Type='application/json')
 
 def hub():
-    "`fgvc_fisher.hub` with huggingface_hub as it is imported now: that reads its environment only then"
+    "`fgvc_fisher.fisher.hub` with huggingface_hub as it is imported now: that reads its environment only then"
     for o in [*sys.modules]:
-        if o.partition('.')[0]=='huggingface_hub' or o=='fgvc_fisher.hub': del sys.modules[o]
-    import fgvc_fisher.hub
-    return sys.modules['fgvc_fisher.hub']
+        if o.partition('.')[0]=='huggingface_hub' or o=='fgvc_fisher.fisher.hub': del sys.modules[o]
+    import fgvc_fisher.fisher.hub
+    return sys.modules['fgvc_fisher.fisher.hub']
 
 def round_trip():
     here = hub()

@@ -5,9 +5,10 @@ from pathlib import Path
 import pandas as pd, pytest, torch
 from fastai.callback.core import Callback
 from filelock import FileLock
-from fgvc_fisher import live
-from fgvc_fisher.live import Training, _train
-from fgvc_fisher.runs import KeepEpochs, Run, do_run
+from fgvc_fisher.explore import live
+from fgvc_fisher.explore.live import Training, _train
+from fgvc_fisher.experiment import Run, do_run
+from fgvc_fisher.experiment.run import KeepEpochs
 from forks import Forked
 
 @pytest.fixture(scope='module')
@@ -479,7 +480,7 @@ def is_killed(run, out):
 
 EXITS = """
 import json, sys, time
-from fgvc_fisher import live
+from fgvc_fisher.explore import live
 live._CODE = sys.argv[3]
 busy,idle = live.Training(sys.argv[2]),live.Training(sys.argv[2])
 busy.start(live.Run(**json.loads(sys.argv[1])))

@@ -3,8 +3,8 @@ import base64, io, json, threading, time
 from pathlib import Path
 import ipywidgets as widgets, matplotlib.pyplot as plt, numpy as np, pytest
 from PIL import Image
-from fgvc_fisher import panels
-from fgvc_fisher.panels import Latest, Panel, Picture, choice, powers, slider
+from fgvc_fisher.explore import panels
+from fgvc_fisher.explore.panels import Latest, Panel, Picture, choice, powers, slider
 
 def a_panel(draw=lambda x: f'x is {x:g}', settle=None, values=(0.,1.,2.), **kw):
     return Panel('test', 'A title', dict(x=slider('x', list(values), values[0])), [Picture(2, 1.5)], draw, settle, **kw)
@@ -200,7 +200,7 @@ def test_powers():
 
 # Notebooks as they are kept
 
-@pytest.mark.parametrize('notebook', sorted((Path(__file__).parent.parent/'nbs').glob('*.ipynb')), ids=lambda o: o.stem)
+@pytest.mark.parametrize('notebook', sorted((Path(__file__).parent.parent/'nbs').rglob('*.ipynb')), ids=lambda o: f'{o.parent.name}/{o.stem}')
 def test_no_widget_is_saved(notebook):
     "GitHub refuses notebooks with widgets' states, and others show an error where there is only a widget"
     nb = json.loads(notebook.read_text())
@@ -208,8 +208,9 @@ def test_no_widget_is_saved(notebook):
     for cell in nb['cells']:
         for o in cell.get('outputs', []): assert 'application/vnd.jupyter.widget-view+json' not in o.get('data', {})
 
-def test_panels_are_kept_as_pictures():
-    nb = json.loads((Path(__file__).parent.parent/'nbs/08d_explore.ipynb').read_text())
+@pytest.mark.parametrize('panel', ['penalty', 'fisher', 'published', 'training', 'classifier'])
+def test_panels_are_kept_as_pictures(panel):
+    nb = json.loads((Path(__file__).parent.parent/f'nbs/explore/{panel}.ipynb').read_text())
     kept = [o['data'] for cell in nb['cells'] for o in cell.get('outputs', []) if 'image/png' in o.get('data', {})]
-    assert len(kept)==5
+    assert kept
     for o in kept: assert Image.open(io.BytesIO(base64.b64decode(o['image/png']))).size[0]>=900

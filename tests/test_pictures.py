@@ -2,8 +2,10 @@
 import json, os, re, shutil, signal, sys, time
 import numpy as np, pandas as pd, pytest
 from PIL import Image
-from fgvc_fisher.pictures import cache_images, open_picture
-from fgvc_fisher.tables import crop_to_boxes, read_aircraft, read_table
+from fgvc_fisher.data import cache_images
+from fgvc_fisher.data.pictures import open_picture
+from fgvc_fisher.data import read_aircraft, read_table
+from fgvc_fisher.data.tables import crop_to_boxes
 from forks import Forked
 
 def photo(i, width=120, height=80):

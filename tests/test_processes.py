@@ -6,9 +6,10 @@ import pandas as pd, pytest, torch
 from fastai.callback.core import Callback
 from fgvc_fisher.fisher import DiagFisher
 from fgvc_fisher.learner import source_model
-from fgvc_fisher.processes import part, processes
+from fgvc_fisher.distributed.ranks import shutdown_processes, processes
 from fgvc_fisher.retention import accuracy_on
-from fgvc_fisher.runs import KeepEpochs, Run, do_run, load_run, make_learner
+from fgvc_fisher.experiment import Run, do_run, load_run
+from fgvc_fisher.experiment.run import KeepEpochs, make_learner
 from forks import BIN, ranks, shells, succeed
 
 @pytest.fixture(scope='module')
@@ -34,7 +35,7 @@ def do(run, folder, how=''):
     _,i = processes()
     row = do_run(run, folder, cbs=[Watch(f'{folder}-{i}.steps', how if i else '')], quiet=True)
     print(i, row['last'])
-    part()
+    shutdown_processes()
 
 @pytest.fixture(scope='module')
 def together(run, tmp_path_factory):
@@ -133,5 +134,5 @@ def test_a_sweep_ends_with_a_run_that_fails_and_goes_on_with_the_rest(run, tmp_p
 
 @pytest.mark.parametrize('kw,named', [(dict(bs=3), 'bs=3.*2'), (dict(step='published'), "step='published'")])
 def test_what_several_processes_cannot_do(run, monkeypatch, kw, named):
-    monkeypatch.setattr('fgvc_fisher.runs.processes', lambda: (2,0))
+    monkeypatch.setattr('fgvc_fisher.experiment.run.processes', lambda: (2,0))
     with pytest.raises(ValueError, match=named): make_learner(replace(run, **kw), source_model(run.arch, run.weights))

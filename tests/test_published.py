@@ -11,8 +11,10 @@ from fastai.optimizer import SGD
 from torch.amp import autocast
 from fgvc_fisher.data import aircraft_dls
 from fgvc_fisher.learner import nesterov
-from fgvc_fisher.published import (RATES, AsPublished, PublishedSchedule, as_published_penalty, fit_published, published_learner, published_logs,
-                                   published_scalars, published_summary)
+from fgvc_fisher.experiment.paper import (
+    RATES, AsPublished, PublishedSchedule, as_published_penalty, fit_published, published_learner, published_logs,
+    published_scalars, published_summary
+)
 from conftest import OnCpu, narrow_inception
 
 # run, epochs, best, its epoch, last, mean of the last five: in per cent, from the project's record of the logs

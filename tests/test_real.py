@@ -7,7 +7,7 @@ from fgvc_fisher.data import aircraft_dls, read_aircraft, read_pictures
 from fgvc_fisher.experiment import grid, read_curves, sweep
 from fgvc_fisher.fisher import estimate_fisher
 from fgvc_fisher.learner import aircraft_learner, normalise, source_dl, source_model
-from fgvc_fisher.merging import interpolate, merge
+from fgvc_fisher.penalty import interpolate, merge
 from fgvc_fisher.retention import accuracy_on, retention
 
 @pytest.mark.parametrize('name,train,val,classes', [('warbirds30', 5213, 1148, 30), ('airliners17', 476, 102, 17)])

@@ -9,9 +9,11 @@ from torch import nn
 from torchvision.models import squeezenet1_1
 from fgvc_fisher.data import aircraft_dls, folder_dls, read_aircraft, read_pictures
 from fgvc_fisher.learner import aircraft_learner, remake_head, source_dl, source_model
-from fgvc_fisher.pictures import resize_picture
-from fgvc_fisher.published import published_learner
-from fgvc_fisher.recognise import Recognised, Recogniser, grad_cam, heat_picture, map_layer, read_kin, read_upload
+from fgvc_fisher.data.pictures import resize_picture
+from fgvc_fisher.experiment.paper import published_learner
+from fgvc_fisher.explore.recognise import (
+    Recognised, Recogniser, grad_cam, heat_picture, map_layer, read_kin, read_upload
+)
 from fgvc_fisher.retention import with_source_head
 from conftest import mobilenet, narrow_inception
 
@@ -428,7 +430,7 @@ def test_pictures_of_every_mode_and_shape(learn, photo, monkeypatch):
     wide = Image.fromarray(np.broadcast_to(np.linspace(0, 255, 100_000).astype(np.uint8)[None,:,None], (16,100_000,3)).copy())
     resized = []
     def note(img, *args): resized.append(img.size); return resize_picture(img, *args)
-    monkeypatch.setattr('fgvc_fisher.transforms.resize_picture', note)
+    monkeypatch.setattr('fgvc_fisher.data.transforms.resize_picture', note)
     for img in (wide, wide.transpose(Image.Transpose.TRANSPOSE)):
         seen = recogniser(img).seen                                                    # the middle, 16 of 100,000 pixels wide
         assert abs(seen.astype(int)-128).max()<=1

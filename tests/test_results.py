@@ -5,9 +5,11 @@ from scipy import integrate, stats
 import matplotlib
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt
-from fgvc_fisher.results import (ACCURACIES, MEASURES, STYLES, at_retention, curves, differences, equal_retention, frontier, read_curves, read_errors, read_runs, show_table,
-                                 style, table)
-from fgvc_fisher.seeds import interval, paired, seeds_needed
+from fgvc_fisher.experiment import curves, differences, frontier, read_curves, read_runs, show_table, table
+from fgvc_fisher.experiment.results import (
+    ACCURACIES, MEASURES, STYLES, at_retention, equal_retention, read_errors, style
+)
+from fgvc_fisher.experiment.seeds import interval, paired, seeds_needed
 
 @pytest.fixture(autouse=True)
 def closed():

@@ -10,8 +10,8 @@ from filelock import FileLock
 from safetensors.torch import load_file, save_file
 from fgvc_fisher.experiment import Run, do_run, fine_tune, grid, run_arm, sweep
 from fgvc_fisher.learner import source_model
-from fgvc_fisher.runs import KeepEpochs, make_learner, run_source
-from fgvc_fisher.sweep import read_grid
+from fgvc_fisher.experiment.run import KeepEpochs, make_learner, run_source
+from fgvc_fisher.experiment import read_grid
 from forks import Forked
 
 @pytest.fixture(scope='module')
@@ -160,7 +160,7 @@ def test_each_statistics_see_their_own_normalisation(run, tmp_path):
     "Published transforms normalise otherwise than the source does"
     source = run_source(replace(run, transforms='published'), tmp_path/'sources', progress=False)
     a,b = [next(iter(o))[0] for o in (source.pictures, source.tuned_pictures)]
-    from fgvc_fisher.transforms import MEAN, STD
+    from fgvc_fisher.data.transforms import MEAN, STD
     mean,std = [torch.tensor(o).view(3,1,1) for o in (source.model.pretrained_cfg['mean'], source.model.pretrained_cfg['std'])]
     picture = a*std+mean
     assert torch.allclose(b.as_subclass(torch.Tensor), ((picture-torch.tensor(MEAN).view(3,1,1))/torch.tensor(STD).view(3,1,1)).as_subclass(torch.Tensor), atol=1e-5)

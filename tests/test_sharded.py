@@ -8,7 +8,7 @@ from datetime import timedelta
 from functools import partial
 import pandas as pd, pytest, torch, torch.distributed as dist, torch.nn.functional as F
 from torch import nn
-from fgvc_fisher.parts import part_of, whole
+from fgvc_fisher.distributed.sharded import matching_shard, reduce_over_shards
 from fgvc_fisher.penalty import QuadraticPenalty
 from forks import ranks, succeed
 
@@ -94,13 +94,13 @@ def parts_agree():
     torch.manual_seed(1)
     tensors = [torch.randn(*s) for s in ((5,3), (1,7), (2,1), (4,4,2))]
     other = {id(t): distribute_tensor(t, init_device_mesh('cpu', (2,)), [Shard(t.ndim-1)]) for t in tensors}
-    return all([torch.equal(part_of(o, d), d.to_local()) for d,t in laid_out(tensors) for o in (t, other[id(t)], d)])   # all of them, or a process waits for the other
+    return all([torch.equal(matching_shard(o, d), d.to_local()) for d,t in laid_out(tensors) for o in (t, other[id(t)], d)])   # all of them, or a process waits for the other
 
 def dtensors_as_source():
     "Anchor and Fisher of a sharded source, and replicated ones"
     model,theta0,fisher,_ = problem()
     source,flat = sharded(copy.deepcopy(model)),init_device_mesh('cpu', (2,))
-    for n,p in source.named_parameters(): p.to_local().data.copy_(part_of(theta0[n], p))
+    for n,p in source.named_parameters(): p.to_local().data.copy_(matching_shard(theta0[n], p))
     copies = {n: distribute_tensor(f, flat, [Replicate()]) for n,f in fisher.items()}
     return told(QuadraticPenalty(sharded(model), dict(source.named_parameters()), copies, new=NEW, **COEFS))
 
@@ -250,7 +250,7 @@ def test_through_accelerate(both):
 
 def test_plain_numbers_are_left_alone():
     numbers = {'a': torch.tensor(1.)}
-    assert whole(numbers, {'a': torch.zeros(2)}) is numbers
+    assert reduce_over_shards(numbers, {'a': torch.zeros(2)}) is numbers
 
 def test_no_estimate_of_a_sharded_model():
     from fgvc_fisher.fisher import DiagFisher, estimate_fisher

@@ -7,12 +7,14 @@ from threading import Thread
 from types import SimpleNamespace
 import pytest, timm, torch
 from filelock import FileLock
-from fgvc_fisher import hub, shards as on_shards
+from fgvc_fisher.fisher import hub, shards as on_shards
 from fgvc_fisher.data import read_pictures
-from fgvc_fisher.fisher import DiagFisher, estimate_fisher, _draw
-from fgvc_fisher.hub import fgvc_fisher
+from fgvc_fisher.fisher import DiagFisher, estimate_fisher
+from fgvc_fisher.fisher.estimate import draw_labels
+from fgvc_fisher.cli import estimate_command
 from fgvc_fisher.learner import source_dl
-from fgvc_fisher.shards import PartialSums, TarShard, shard_batches, shard_fisher, stream_shards, tar_shards
+from fgvc_fisher.fisher import shard_batches, shard_fisher, stream_shards, tar_shards
+from fgvc_fisher.fisher.shards import PartialSums, TarShard
 from forks import Forked, shell
 
 def write_tar(path, pictures, labels=True, mode='w'):
@@ -90,7 +92,7 @@ def test_drawn_labels_depend_on_shard_and_place_alone(net, tars, tmp_path):
     for s,shard in enumerate(shards):
         for i,(x,_) in enumerate(shard_batches(shard, net, 32, bs=1)):
             logits = net(x.as_subclass(torch.Tensor).double()).log_softmax(-1)
-            label = _draw(logits.exp().detach(), (s<<32)+i, 7, 1)[0,0]
+            label = draw_labels(logits.exp().detach(), (s<<32)+i, 7, 1)[0,0]
             for k,g in zip(total, torch.autograd.grad(logits[0,label], [*net.parameters()])): total[k] += g**2
     for bs in (1,2):
         fisher = run(net, shards, tmp_path/f'{bs}', seed=7, bs=bs)
@@ -407,7 +409,7 @@ def test_command(tars, weights, tmp_path):
     there = shell('fgvc-fisher', *given, '--shards', f'{tars}/drawn-{{000000..000003}}.tar')
     assert there.code==0, there.err
     assert 'shard 3, ' in there.out and 'DiagFisher(sampled, ' in there.out and '8 images' in there.out
-    fgvc_fisher('test_resnet', out=str(tmp_path/'b'), weights=weights, size=32, device='cpu',
+    estimate_command('test_resnet', out=str(tmp_path/'b'), weights=weights, size=32, device='cpu',
                 stream=f'webdataset:{tars}/drawn-00000[0-3].tar', num_shards=4, half=True)
     a,b = [DiagFisher.load(tmp_path/o) for o in 'ab']
     assert close(a, b, 1e-3) and a.provenance['images']=='drawn-{000000..000003}.tar'
@@ -423,7 +425,7 @@ def test_the_command_hands_its_options_on(tars, weights, tmp_path, monkeypatch):
     monkeypatch.setattr(hub, 'shard_fisher', record)
     options = dict(jobs=2, engine='ray', address='auto', retries=5)
     with pytest.raises(SystemExit, match='that is enough'):
-        fgvc_fisher('test_resnet', out=str(tmp_path/'a'), weights=weights, device='cpu', shards=f'{tars}/*.tar',
+        estimate_command('test_resnet', out=str(tmp_path/'a'), weights=weights, device='cpu', shards=f'{tars}/*.tar',
                     num_shards=4, kind='exact', seed=3, bs=7, **options)
     assert given.items()>=(options | dict(shards=4, out=f'{tmp_path}/a.shards', kind='exact', seed=3, bs=7)).items()
 
@@ -436,4 +438,4 @@ def test_command_says_what_is_wrong(tars, weights, tmp_path, monkeypatch, said, 
     monkeypatch.chdir(tmp_path)
     given = {} if said=='--arch' or 'shards' in options else dict(shards=f'{tars}/*.tar')
     options = dict(weights=weights, device='cpu') | given | options
-    with pytest.raises(SystemExit, match=said): fgvc_fisher('test_resnet', **options)
+    with pytest.raises(SystemExit, match=said): estimate_command('test_resnet', **options)

@@ -4,8 +4,10 @@ from io import BytesIO
 import numpy as np, pandas as pd, pytest
 from PIL import Image
 from fgvc_fisher.data import aircraft_dls, folder_dls, table_dls
-from fgvc_fisher.tables import (class_weights, crop_to_boxes, hold_out, pick_split, read_aircraft, read_image_folder,
-                                read_table, take_fraction)
+from fgvc_fisher.data import (
+    class_weights, hold_out, pick_split, read_aircraft, read_image_folder, read_table, take_fraction
+)
+from fgvc_fisher.data.tables import crop_to_boxes
 
 @pytest.fixture(scope='module')
 def whole_archive(tmp_path_factory):

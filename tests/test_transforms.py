@@ -7,9 +7,9 @@ from fastai.vision.all import PILImage, TensorImage
 from timm.data import Mixup, create_transform
 from timm.data.random_erasing import RandomErasing
 from torchvision.transforms import functional as pil
-from fgvc_fisher import transforms
+from fgvc_fisher.data import transforms
 from fgvc_fisher.data import aircraft_dls, picture_dl, read_aircraft
-from fgvc_fisher.transforms import MEAN, STD, View, named_transforms
+from fgvc_fisher.data.transforms import MEAN, STD, TimmTransform, named_transforms
 
 PUBLISHED = dict(input_size=299, is_training=True, scale=(0.08,1.), ratio=(3/4,4/3), hflip=0.5, auto_augment='rand-m9-mstd0.5-inc1',
                  interpolation='random', mean=MEAN, std=STD, normalize=False)
@@ -38,7 +38,7 @@ def test_other_steps_are_timms_too(picture, kw):
     rest = dict(color_jitter=0.) if kw.get('train') else dict(crop_pct=0.875, interpolation='bicubic')
     theirs = create_transform(96, is_training=kw.get('train', False), normalize=False, **rest | {k: v for k,v in kw.items() if k!='train'})
     for seed in range(5):
-        set_seed(seed); a = View(96, **kw)(picture).int()
+        set_seed(seed); a = TimmTransform(96, **kw)(picture).int()
         set_seed(seed); assert (a-theirs(picture)).abs().max()<=2
 
 def test_published_batch_is_timms():

@@ -24,39 +24,39 @@ FAULTS = {
              'self.skipped = True', 'self.skipped = False', 'test_loops'),
     3: Fault("the penalty's order puts it before unscaling", 'callback.py',
              'MixedPrecision.order+0.5', 'MixedPrecision.order-0.5', 'test_loops'),
-    4: Fault('the Fisher divides by batches, not images', 'fisher.py',
+    4: Fault('the Fisher divides by batches, not images', 'fisher/estimate.py',
              'self.n_images += len(x)', 'self.n_images += 1', 'test_fisher'),
-    5: Fault("BatchNorm's running statistics are left changed by an estimate", 'fisher.py',
+    5: Fault("BatchNorm's running statistics are left changed by an estimate", 'fisher/estimate.py',
              'for b,old in buffers: b.data.copy_(old)', 'for b,old in buffers: b.data.copy_(old+old/8)', 'test_fisher test_callback'),
-    6: Fault("a depthwise convolution's rule sums over positions before squaring", 'squares.py',
+    6: Fault("a depthwise convolution's rule sums over positions before squaring", 'fisher/per_image.py',
              'def one(i): return torch', '''def one(i):
         if settings[-1]>1: return torch.ops.aten.convolution_backward(gs[i]**2, xs[i]**2, w, None, *settings, [False,True,False])[1][None].sqrt()
         return torch''', 'test_fisher'),
-    7: Fault("a checkpoint is written before its epoch's row", 'runs.py',
-             '''    _write(self.folder/'curve.csv', self.curve().to_csv(index=False))
-    _replace(self.checkpoint, lambda o: torch.save(state, o))''',
-             '''    _replace(self.checkpoint, lambda o: torch.save(state, o))
-    _write(self.folder/'curve.csv', self.curve().to_csv(index=False))''', 'test_runs'),
-    8: Fault('a result file is written in place', 'runs.py',
+    7: Fault("a checkpoint is written before its epoch's row", 'experiment/run.py',
+             '''    write_text(self.folder/'curve.csv', self.curve().to_csv(index=False))
+    replace_file(self.checkpoint, lambda o: torch.save(state, o))''',
+             '''    replace_file(self.checkpoint, lambda o: torch.save(state, o))
+    write_text(self.folder/'curve.csv', self.curve().to_csv(index=False))''', 'test_runs'),
+    8: Fault('a result file is written in place', 'distributed/files.py',
              '''        write(part)
 ''', '''        if path.suffix!='.pt': return write(path)
         write(part)
 ''', 'test_runs test_live'),
-    9: Fault('a resumed run reseeds from the run, not the epoch', 'runs.py',
+    9: Fault('a resumed run reseeds from the run, not the epoch', 'experiment/run.py',
              "f'{self.seed}, epoch {self.epoch}'", "f'{self.seed}, epoch {self.epoch-self.start}'", 'test_runs test_live test_processes'),
-    10: Fault('two processes average Fishers instead of adding', 'fisher.py',
+    10: Fault('two processes average Fishers instead of adding', 'fisher/estimate.py',
               "{k: reduce(v, 'sum') for", "{k: reduce(v, 'mean') for", 'test_hub test_processes'),
-    11: Fault('an archive member with .. is written', 'archive.py',
+    11: Fault('an archive member with .. is written', 'data/archive.py',
               'if not to.is_relative_to(folder.resolve())', 'if False', 'test_archive'),
-    12: Fault('a validation picture gets into training', 'data.py',
-              '''    _check_splits(*tables)
-    return tables''', '''    _check_splits(*tables)
+    12: Fault('a validation picture gets into training', 'data/loaders.py',
+              '''    check_splits(*tables)
+    return tables''', '''    check_splits(*tables)
     return [pd.concat([tables[0], tables[1][:1]]), tables[1]]''', 'test_data test_tables'),
     13: Fault('retention uses the tuned head', 'retention.py',
               'kept = {k for k in own if k.startswith(head)}', 'kept = set()', 'test_callback test_runs test_real'),
-    14: Fault('the published penalty forgets one block', 'published.py',
+    14: Fault('the published penalty forgets one block', 'experiment/paper.py',
               "if 'bn' in n: continue", "if 'bn' in n or n.startswith('features.7.'): continue", 'test_published'),
-    15: Fault("a slider's picture does not follow", 'panels.py',
+    15: Fault("a slider's picture does not follow", 'explore/panels.py',
               'for o in self.pictures: o.show()', 'for o in [o for o in self.pictures if not o.widget.value]: o.show()', 'test_panels test_explore'),
 }
 

@@ -4,7 +4,7 @@ from pathlib import Path
 import nbformat, pytest
 from PIL import Image
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
-from fgvc_fisher.compromise import read_compromise
+from fgvc_fisher.explore.compromise import read_compromise
 from fgvc_fisher.experiment import Run, draw_task
 
 from .drive import control, drag, fits, image, new_picture, open_notebook, open_panel, picture, readout, run_cells, settled, shot_of, slide, steady, upload
@@ -28,7 +28,7 @@ def home(tmp_path_factory):
 def notebook(home):
     "All panels, one below the other"
     setup = f'''from pathlib import Path
-from fgvc_fisher.compromise import read_compromise
+from fgvc_fisher.explore.compromise import read_compromise
 from fgvc_fisher.experiment import Run, draw_task
 from fgvc_fisher.explore import *
 from fgvc_fisher.fisher import DiagFisher
