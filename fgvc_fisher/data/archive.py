@@ -1,4 +1,4 @@
-"""FGVC-Aircraft from its address to a whole tree on disk, or to no tree at all
+"""Download FGVC-Aircraft and unpack it, resuming after interruptions
 
 Docs: https://fgvc-fisher.github.io/fgvc_fisher/data/archive.html.md"""
 
@@ -21,126 +21,140 @@ from tqdm.auto import tqdm
 
 # %% ../../nbs/data/archive.ipynb #5d2eeb34
 URL = 'https://www.robots.ox.ac.uk/~vgg/data/fgvc-aircraft/archives/fgvc-aircraft-2013b.tar.gz'
-SIZE,NAME = 2_753_340_328,'fgvc-aircraft-2013b' # the archive's length in bytes, and the folder in it
-FULL = (errno.ENOSPC, errno.EDQUOT) # what a full disk, or a full quota, answers
-TERMS = 'FGVC-Aircraft (Maji et al. 2013): the pictures are for non-commercial research only, and belong to their photographers.'
+SIZE = 2_753_340_328 # Bytes of the official archive
+NAME = 'fgvc-aircraft-2013b' # The folder in the archive
+FULL = (errno.ENOSPC, errno.EDQUOT) # Error numbers of a full disk and of an exceeded quota
+TERMS = ('FGVC-Aircraft (Maji et al. 2013): the pictures are for non-commercial research only, '
+         'and belong to their photographers.')
 
 # %% ../../nbs/data/archive.ipynb #0065b973
-def _ask(url, part, timeout):
-    "Open `url` from where `part` ends: the answer, and how many bytes of `part` still count"
-    have,tag = part.stat().st_size if part.exists() else 0,part.with_name(part.name+'.tag')
-    known = tag.read_text() if tag.exists() else ''
-    headers = {'User-Agent': 'fgvc_fisher', 'Accept-Encoding': 'identity'} | ({'Range': f'bytes={have}-', 'If-Range': known} if have and known else {})
-    answer = urlopen(Request(url, headers=headers), timeout=timeout)
-    if answer.status!=206: part.unlink(missing_ok=True)                 # before its new tag: the part may be of another file
-    etag = answer.headers.get('ETag', '')
-    tag.write_text(etag if etag and not etag.startswith('W/') else answer.headers.get('Last-Modified') or '')
-    return answer,have if answer.status==206 else 0
-
-# %% ../../nbs/data/archive.ipynb #3bffdcf0
-def _length(answer, have):
-    "The length of the whole file as the server says it; None if it does not"
-    there = answer.headers.get('Content-Length')
-    return None if there is None else int(there)+have
+def _open_rest(url, part, timeout):
+    "Open `url` after the bytes that are in `part`. Returns the response and how many of these bytes are still valid."
+    n_have = part.stat().st_size if part.exists() else 0
+    tag_file = part.with_name(part.name+'.tag')
+    tag = tag_file.read_text() if tag_file.exists() else ''
+    headers = {'User-Agent': 'fgvc_fisher', 'Accept-Encoding': 'identity'}
+    if n_have and tag: headers |= {'Range': f'bytes={n_have}-', 'If-Range': tag}
+    response = urlopen(Request(url, headers=headers), timeout=timeout)
+    is_rest = response.status==206
+    if not is_rest: part.unlink(missing_ok=True)     # before the new tag is written: `part` may belong to another file
+    etag = response.headers.get('ETag', '')
+    is_strong = etag and not etag.startswith('W/')
+    tag_file.write_text(etag if is_strong else response.headers.get('Last-Modified') or '')
+    return response, n_have if is_rest else 0
 
 # %% ../../nbs/data/archive.ipynb #4a223001
-def _fetch(url, part, size, timeout, quiet):
-    "One attempt to bring the rest of `url` into `part`; True if it is whole"
-    try: answer,have = _ask(url, part, timeout)
+def _fetch_rest(url, part, size, timeout, quiet):
+    "Try once to download the rest of `url` to `part`. Returns whether `part` is now complete."
+    try: response,n_have = _open_rest(url, part, timeout)
     except HTTPError as e:
-        if e.code==416: part.unlink(); return False                     # the part is longer than the file
+        if e.code==416:                              # `part` is longer than the file
+            part.unlink()
+            return False
         if e.code>=500: raise ConnectionError(f'the server answered {e.code}') from e
-        raise FileNotFoundError(f"{url}: the server answered {e.code} {e.reason}. Is there a mirror? Pass it as `url`") from e
-    length = _length(answer, have)
-    if size and length not in (None, size): raise ValueError(f"{url} has {length:,} bytes instead of {size:,}: this is not the archive")
-    bar = tqdm(total=length, initial=have, unit='B', unit_scale=True, desc=part.stem, disable=quiet)
-    with answer, open(part, 'r+b' if have else 'wb', buffering=0) as f, bar:
-        f.seek(have)
+        raise FileNotFoundError(f"{url}: the server answered {e.code} {e.reason}. Pass a mirror as `url`") from e
+    n_rest = response.headers.get('Content-Length')
+    length = None if n_rest is None else int(n_rest)+n_have
+    if size and length not in (None, size):
+        raise ValueError(f"{url} has {length:,} bytes instead of {size:,}, so it is not the expected archive")
+    bar = tqdm(total=length, initial=n_have, unit='B', unit_scale=True, desc=part.stem, disable=quiet)
+    with response, open(part, 'r+b' if n_have else 'wb', buffering=0) as f, bar:
+        f.seek(n_have)
         f.truncate()
-        while block := answer.read1(2**18): f.write(block); bar.update(len(block))
+        while block := response.read1(2**18):
+            f.write(block)
+            bar.update(len(block))
         return f.tell()==(size or length or f.tell())
 
 # %% ../../nbs/data/archive.ipynb #1682cd15
 def _download(url, file, size, timeout, quiet):
-    "Bring `url` into `file`, which is there when it is whole"
-    part,failed = file.with_name(file.name+'.part'),0
-    def here(): return part.stat().st_size if part.exists() else 0
-    best = here()
+    "Download `url` to `file`, which appears when it is complete"
+    part = file.with_name(file.name+'.part')
+    def n_bytes(): return part.stat().st_size if part.exists() else 0
+    most,n_failed = n_bytes(),0
     while True:
-        why = 'it ended too early'
+        reason = 'the connection closed too early'
         try:
-            if _fetch(url, part, size, timeout, quiet): break
+            if _fetch_rest(url, part, size, timeout, quiet): break
         except FileNotFoundError: raise
         except (HTTPException, OSError) as e:
-            if getattr(e, 'errno', None) in FULL: raise OSError(e.errno, f"no space left for {url}; {here():,} bytes are in {part}, and stay there") from e
-            why = e
-        best,failed = max(best, here()),0 if here()>best else failed+1
-        if failed==3: raise ConnectionError(f"{url} broke off after {here():,} bytes ({why}). They are kept: call again to go on")
+            if getattr(e, 'errno', None) in FULL:
+                message = f"no space left to download {url}. The first {n_bytes():,} bytes are kept in {part}"
+                raise OSError(e.errno, message) from e
+            reason = e
+        n_failed = 0 if n_bytes()>most else n_failed+1
+        most = max(most, n_bytes())
+        if n_failed==3:
+            raise ConnectionError(f"{url}: download failed after {n_bytes():,} bytes ({reason}). Call again to resume")
     os.replace(part, file)
     part.with_name(part.name+'.tag').unlink()
 
 # %% ../../nbs/data/archive.ipynb #77dee0fe
-def _unpack_one(file, tar, member, folder):
-    "Write one file or make one folder; `ValueError` for anything else, and for what leads out of `folder`"
-    if not (member.isfile() or member.isdir()): raise ValueError(f"{file}: {member.name!r} is no file and no folder but a link or a device")
-    to = (folder/member.name).resolve()
-    if not to.is_relative_to(folder.resolve()): raise ValueError(f"{file}: {member.name!r} leads out of the folder")
-    (to if member.isdir() else to.parent).mkdir(parents=True, exist_ok=True)
-    if member.isfile():
-        with tar.extractfile(member) as source, open(to, 'wb') as f: shutil.copyfileobj(source, f, 2**20)
+def _strict_filter(member, folder):
+    "`tarfile`'s `data` filter, which also refuses links and absolute names"
+    if member.issym() or member.islnk() or member.name.startswith('/'):
+        raise tarfile.FilterError(f"{member.name!r} is a link or has an absolute path")
+    return tarfile.data_filter(member, folder)
 
 # %% ../../nbs/data/archive.ipynb #c5ce7257
 def _unpack(file, folder):
-    "Unpack a .tar.gz below `folder`. Raises `ValueError` for a damaged archive, or one that leads out of the folder"
+    "Unpack a .tar.gz to `folder`. Raises `ValueError` if it is damaged or has a member that `_strict_filter` refuses."
     try:
         with gzip.open(file) as stream:
-            with tarfile.open(fileobj=stream, mode='r|') as tar:
-                for member in tar: _unpack_one(file, tar, member, folder)
+            with tarfile.open(fileobj=stream, mode='r|') as tar: tar.extractall(folder, filter=_strict_filter)
             while stream.read(2**20): continue
-    except (tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError) as e: raise ValueError(f"{file} is damaged ({e})") from e
+    except tarfile.FilterError as e: raise ValueError(f"{file} is not safe to unpack: {e}") from e
+    except (tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError) as e:
+        raise ValueError(f"{file} is damaged ({e})") from e
 
 # %% ../../nbs/data/archive.ipynb #9c5355ac
 def _install(file, dest, quiet):
-    "Unpack beside, then rename"
-    beside = dest/f'.{NAME}.unpacking'
-    shutil.rmtree(beside, ignore_errors=True)
+    "Unpack to a temporary folder in `dest`, then rename"
+    temporary = dest/f'.{NAME}.unpacking'
+    shutil.rmtree(temporary, ignore_errors=True)
     try:
-        beside.mkdir()
+        temporary.mkdir()
         if not quiet: print(f'Unpacking {file}', flush=True)
-        _unpack(file, beside)
-        if not (beside/NAME/'data/images').is_dir(): raise ValueError(f"{file} holds no folder {NAME}/data/images: it is another archive")
-        os.replace(beside/NAME, dest/NAME)
+        _unpack(file, temporary)
+        if not (temporary/NAME/'data/images').is_dir():
+            raise ValueError(f"{file} has no folder {NAME}/data/images, so it is not FGVC-Aircraft")
+        os.replace(temporary/NAME, dest/NAME)
     except OSError as e:
         if e.errno not in FULL: raise
-        raise OSError(e.errno, f"no space left to unpack {file} below {dest}: the pictures take as much again. The archive is kept") from e
-    finally: shutil.rmtree(beside, ignore_errors=True)
+        message = f"no space left to unpack {file} in {dest}: the pictures need as much again. The archive is kept"
+        raise OSError(e.errno, message) from e
+    finally: shutil.rmtree(temporary, ignore_errors=True)
 
 # %% ../../nbs/data/archive.ipynb #5c2a9c64
-def _get(url, dest, size, timeout, quiet):
-    "Download and unpack, under the lock; a local archive is left where it is"
+def _download_and_install(url, dest, size, timeout, quiet):
+    "Download `url` and unpack it to `dest`. A local archive is unpacked and left where it is."
     if Path(url).is_file(): return _install(Path(url), dest, quiet)
-    if not str(url).startswith(('http://','https://')): raise FileNotFoundError(f"{url} is no file, and no address that starts with http:// or https://")
+    if not str(url).startswith(('http://','https://')):
+        raise FileNotFoundError(f"{url} is neither a file nor an address that starts with http:// or https://")
     file = dest/f'{NAME}.tar.gz'
     if not quiet: print(TERMS, flush=True)
     if not file.is_file(): _download(url, file, size, timeout, quiet)
     try: _install(file, dest, quiet)
     except ValueError as e:
         file.unlink()
-        raise ValueError(f"{e}. It was removed: call again to download it anew") from e
+        raise ValueError(f"{e}. It was deleted; call again to download it anew") from e
     file.unlink()
 
 # %% ../../nbs/data/archive.ipynb #cc524a45
 def untar_aircraft(
-    dest:str|Path|None=None, # The folder to unpack in; None: fastai's data folder
-    url:str|Path=URL, # A mirror's address, or an archive on disk
-    size:int|None=None, # The archive's length in bytes; None: that of the official archive if `url` is its address, else any
+    dest:str|Path|None=None, # Folder to unpack to; default: fastai's data folder
+    url:str|Path=URL, # Address of the archive or of a mirror, or an archive on disk
+    size:int|None=None, # Expected bytes of the archive; default: known for the official `url`, else not checked
     timeout:float=30., # Seconds to wait for the server
-    quiet:bool|None=None, # Print nothing? None: in CI, where the variable CI is set
-)->Path: # The tree, for `read_aircraft`
-    """Download FGVC-Aircraft and unpack it, or find it there. An interrupted call is gone on with by the next one.
-    Raises `FileNotFoundError`, `ConnectionError`, `ValueError` (no such archive, or a damaged one) or `OSError` (a full disk)."""
-    dest,quiet = Path(dest or fastai_path('data')),bool(os.environ.get('CI')) if quiet is None else quiet
+    quiet:bool|None=None, # Print nothing? Default: only in CI, where the environment variable CI is set
+)->Path: # The folder of the data set, for `read_aircraft`
+    """Download and unpack FGVC-Aircraft, unless it is there already. The next call resumes an interrupted download.
+    Raises `FileNotFoundError` if there is nothing at `url`, `ConnectionError` if the download fails, `ValueError` if
+    the archive is damaged, unsafe or another one, and `OSError` if the disk is full."""
+    dest = Path(dest or fastai_path('data'))
+    if quiet is None: quiet = bool(os.environ.get('CI'))
+    if size is None and url==URL: size = SIZE
     dest.mkdir(parents=True, exist_ok=True)
     with FileLock(dest/f'.{NAME}.lock'):
-        if not (dest/NAME).is_dir(): _get(url, dest, size or (SIZE if url==URL else None), timeout, quiet)
+        if not (dest/NAME).is_dir(): _download_and_install(url, dest, size, timeout, quiet)
     return dest/NAME
