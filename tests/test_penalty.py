@@ -2,8 +2,8 @@
 import copy, math, re
 from itertools import product
 import pytest, timm, torch
-import fgvc_fisher.penalty
 from fgvc_fisher.penalty import QuadraticPenalty, find_new
+from fgvc_fisher.penalty.quadratic import BUNCH
 
 @pytest.fixture
 def tuned():
@@ -19,7 +19,8 @@ def tuned():
 
 def plain(model, theta0, fisher, new, alpha, beta, l2sp):
     total = sum(alpha*(p**2).sum() for p in model.parameters())
-    return total + sum(((beta*fisher[n]+l2sp)*(p-theta0[n])**2).sum() for n,p in model.named_parameters() if n not in new)
+    shared = [(n, p) for n,p in model.named_parameters() if n not in new]
+    return total + sum(((beta*fisher[n]+l2sp)*(p-theta0[n])**2).sum() for n,p in shared)
 
 @pytest.mark.parametrize('alpha,beta,l2sp', [(5e-4,0,0), (0,3.,0), (0,0,0.02), (5e-4,3.,0.02)])
 def test_value_and_gradient_against_autograd(tuned, alpha, beta, l2sp):
@@ -43,32 +44,39 @@ def test_bunches_of_any_size_and_layout_agree(tuned, monkeypatch):
         return [*model.parameters(), *(p.grad for p in model.parameters())]
     wanted = stepped(copy.deepcopy(model))
     for size,layout in ((1, torch.contiguous_format), (10**9, torch.contiguous_format), (2**14, torch.channels_last)):
-        monkeypatch.setitem(fgvc_fisher.penalty.BUNCH, 'cpu', size)
-        for a,b in zip(stepped(copy.deepcopy(model).to(memory_format=layout)), wanted): assert torch.allclose(a, b, rtol=1e-12, atol=0)
+        monkeypatch.setitem(BUNCH, 'cpu', size)
+        got = stepped(copy.deepcopy(model).to(memory_format=layout))
+        for a,b in zip(got, wanted): assert torch.allclose(a, b, rtol=1e-12, atol=0)
 
-def test_terms_are_on_whom_they_are_put(tuned):
+def test_which_terms_apply_to_which_parameters(tuned):
     "Named choices and functions, in the table, the value, the gradient and the step"
     model,theta0,fisher,new = tuned
-    penalty = QuadraticPenalty(model, theta0, fisher, 0.1, 3., 0.2, new, alpha_on='new', beta_on=lambda name, p: p.ndim==4)
+    on = dict(alpha_on='new', beta_on=lambda name, p: p.ndim==4)
+    penalty = QuadraticPenalty(model, theta0, fisher, 0.1, 3., 0.2, new, **on)
     table = penalty.table().set_index('parameter')
     assert set(table[table.terms=='alpha'].index)==set(new)
-    held = [n for n,p in model.named_parameters() if p.ndim==4]
-    assert set(table[table.terms=='beta F + l2sp'].index)==set(held) and (table.loc[held].kind=='weight').all()
-    with torch.no_grad(): expected = sum(0.1*(p**2).sum() if n in new else ((3*fisher[n]+0.2)*(p-theta0[n])**2).sum() if n in held else 0. for n,p in model.named_parameters())
+    anchored = [n for n,p in model.named_parameters() if p.ndim==4]
+    assert set(table[table.terms=='beta F + l2sp'].index)==set(anchored)
+    assert (table.loc[anchored].kind=='weight').all()
+    params = dict(model.named_parameters())
+    with torch.no_grad():
+        expected = sum(0.1*(params[n]**2).sum() for n in new)
+        expected = expected + sum(((3*fisher[n]+0.2)*(params[n]-theta0[n])**2).sum() for n in anchored)
     assert torch.isclose(penalty.value(), expected, rtol=1e-12)
-    before = {n: p.detach().clone() for n,p in model.named_parameters()}
+    before = {n: p.detach().clone() for n,p in params.items()}
     penalty.add_grad_()
     penalty.prox_(0.1)
-    for n,p in model.named_parameters():
-        assert torch.equal(p, before[n]) == (n not in [*new,*held]) and (p.grad is None) == (n not in [*new,*held])
+    for n,p in params.items():
+        untouched = n not in [*new,*anchored]
+        assert torch.equal(p, before[n])==untouched and (p.grad is None)==untouched
 
 def test_the_papers_choice_for_inception_v4():
     "By the counts of its 449 parameters; no BatchNorm, lower blocks under beta, upper ones and the head under alpha"
     with torch.device('meta'): model = timm.create_model('inception_v4', num_classes=105)
     penalty = QuadraticPenalty(model, alpha=1., l2sp=1., alpha_on='published', beta_on='published')
     weights = [n for n,p in model.named_parameters() if p.ndim==4 or 'linear' in n]
-    assert penalty.decayed | penalty.held == set(weights) and not penalty.decayed & penalty.held
-    assert penalty.held == {n for n in weights if n[9:].split('.')[0] in '0 1 2 3 4 5 6 7'.split()}
+    assert penalty.decayed | penalty.anchored == set(weights) and not penalty.decayed & penalty.anchored
+    assert penalty.anchored == {n for n in weights if n[9:].split('.')[0] in '0 1 2 3 4 5 6 7'.split()}
 
 def test_normalized_beta_does_not_depend_on_the_fishers_scale(tuned):
     model,theta0,fisher,new = tuned
@@ -94,14 +102,15 @@ def test_kept_in_fewer_bits(tuned, dtype):
     for p,q in zip(a.parameters(), b.parameters()): assert torch.equal(p, q)
     assert math.isclose(kept.distance(), QuadraticPenalty(a, rounded[0], new=new).distance(), rel_tol=1e-12)
 
-def test_who_and_what_in_a_line(tuned):
+def test_the_summary_in_a_line(tuned):
     model,theta0,fisher,new = tuned
     model.conv_stem.weight.requires_grad_(False)
     n,shared = len(theta0),len(theta0)-len(new)
     said = QuadraticPenalty(model, theta0, fisher, alpha=1., beta=1., new=new, alpha_on='new').summary()
     values = sum(v.numel() for k,v in theta0.items() if k not in new)
-    counts = f'alpha.*{len(new)}.*{n}.*beta.*{shared-1}.*{n}.*1 frozen.*{", ".join(new)}.*Fisher.*{2*8*values/1e6:.1f} MB'
-    assert re.search(counts, said)
+    terms = f'alpha.*{len(new)}.*{n}.*beta.*{shared-1}.*{n}.*1 frozen'
+    rest = f'{", ".join(new)}.*Fisher.*{2*8*values/1e6:.1f} MB'
+    assert re.search(f'{terms}.*{rest}', said)
     half = QuadraticPenalty(model.to('meta'), theta0, new=new, device='cpu').summary()
     assert re.search(f'{8*values/1e6:.1f} MB.*{8*values/1e6:.1f} MB.*cpu', half) and 'Fisher' not in half
 
@@ -127,7 +136,7 @@ def test_stiffest_names_the_parameter(tuned):
     assert penalty.stiffest(0.01)==(0., None)
 
 @pytest.mark.parametrize('lr', [-0.1, math.nan, math.inf])
-def test_rates_that_cannot_be_meant(tuned, lr):
+def test_invalid_rates(tuned, lr):
     with pytest.raises(ValueError, match=f'lr={lr}'): QuadraticPenalty(tuned[0], alpha=1.).prox_(lr)
 
 @pytest.mark.parametrize('kw,said', [
@@ -136,7 +145,7 @@ def test_rates_that_cannot_be_meant(tuned, lr):
     (dict(alpha_on='published'), "'published'.*conv_stem.weight"),
     (dict(l2sp=1., beta_on=lambda name, p: False), 'beta_on='),
     (dict(dtype=torch.int8), 'dtype=torch.int8')])
-def test_choices_that_cannot_be_meant(tuned, kw, said):
+def test_invalid_choices(tuned, kw, said):
     with pytest.raises(ValueError, match=said): QuadraticPenalty(tuned[0], alpha=1., **kw)
 
 def test_proximal_step_is_stationary(tuned):
@@ -145,17 +154,21 @@ def test_proximal_step_is_stationary(tuned):
     penalty,lr = QuadraticPenalty(model, theta0, fisher, 5e-4, 3., 0.02, new),0.02
     v = [p.detach().clone() for p in model.parameters()]
     penalty.prox_(lr)
-    goal = plain(model, theta0, fisher, new, 5e-4, 3., 0.02) + sum(((p-o)**2).sum() for p,o in zip(model.parameters(), v))/(2*lr)
+    away = sum(((p-o)**2).sum() for p,o in zip(model.parameters(), v))
+    goal = plain(model, theta0, fisher, new, 5e-4, 3., 0.02) + away/(2*lr)
     for g in torch.autograd.grad(goal, [*model.parameters()]): assert g.abs().max() < 1e-9
 
-@pytest.mark.parametrize('beta,l2sp', [*product([1e-300,1e-40,1e-12,1e12,1e30], [0.,1e-30,0.1,1e30]), (1e40,0.), (1e300,0.)])
+STRENGTHS = [*product([1e-300,1e-40,1e-12,1e12,1e30], [0.,1e-30,0.1,1e30]), (1e40,0.), (1e300,0.)]
+
+@pytest.mark.parametrize('beta,l2sp', STRENGTHS)
 @pytest.mark.parametrize('dtype', [torch.float16, torch.float32, torch.float64])
 def test_no_strength_overflows(beta, l2sp, dtype):
     "Beside the closed form in Python's float; a parameter without Fisher, too"
     model = torch.nn.Linear(3, 1, bias=False, dtype=dtype)
     fisher,theta0,v = [0.,1e-3,100.],[1.,2.,-3.],[0.5,-2.,4.]
     torch.nn.init.zeros_(model.weight).data += torch.tensor([v], dtype=dtype)
-    QuadraticPenalty(model, {'weight': torch.tensor([theta0])}, {'weight': torch.tensor([fisher])}, beta=beta, l2sp=l2sp).prox_(0.02)
+    sources = [{'weight': torch.tensor([values])} for values in (theta0, fisher)]
+    QuadraticPenalty(model, *sources, beta=beta, l2sp=l2sp).prox_(0.02)
     c = [0.04*(beta*f+l2sp) for f in fisher]
     wanted = torch.tensor([[a + k/(1+k)*(b-a) for a,b,k in zip(v, theta0, c)]])
     assert torch.allclose(model.weight.detach().float(), wanted, rtol=2e-3 if dtype==torch.float16 else 1e-6)
@@ -165,7 +178,9 @@ def test_never_beyond_the_anchor_in_float32(tuned, beta):
     model,theta0,fisher,new = tuned
     model.float()
     penalty = QuadraticPenalty(model, theta0, fisher, beta=beta, new=new)
-    def distance(): return torch.stack([(p.detach()-theta0[n].float()).norm() for n,p in model.named_parameters() if n not in new])
+    def distance():
+        away = [p.detach()-theta0[n].float() for n,p in model.named_parameters() if n not in new]
+        return torch.stack([o.norm() for o in away])
     before = distance()
     for _ in range(3): penalty.prox_(0.02)
     assert (distance() <= before*(1+1e-6)).all() and distance().isfinite().all()
@@ -189,13 +204,15 @@ def test_anchor_is_a_clone(tuned):
 @pytest.mark.parametrize('kw,said', [
     (dict(alpha=-1.), 'alpha=-1.0'), (dict(beta=math.nan), 'beta=nan'), (dict(l2sp=math.inf), 'l2sp=inf'),
     (dict(beta=1.), 'beta=1.0.*fisher='), (dict(alpha='a'), 'alpha=a'), (dict(l2sp=None), 'l2sp=None')])
-def test_coefficients_that_cannot_be_meant(tuned, kw, said):
+def test_invalid_coefficients(tuned, kw, said):
     with pytest.raises(ValueError, match=said): QuadraticPenalty(tuned[0], **kw)
 
 def test_fisher_of_another_network_names_what_differs(tuned):
     model,_,fisher,_ = tuned
-    other = {k: v for k,v in fisher.items() if k!='bn1.weight'} | {'conv_stem.weight': torch.ones(1), 'layer4.weight': torch.ones(2)}
-    with pytest.raises(ValueError, match=r'conv_stem.weight.*\(1,\).*bn1.weight.*layer4.weight'): find_new(model, other)
+    other = fisher | {'conv_stem.weight': torch.ones(1), 'layer4.weight': torch.ones(2)}
+    del other['bn1.weight']
+    with pytest.raises(ValueError, match=r'conv_stem.weight.*\(1,\).*bn1.weight.*layer4.weight'):
+        find_new(model, other)
 
 def test_no_shared_parameter():
     model = torch.nn.Linear(2,2)
@@ -203,7 +220,7 @@ def test_no_shared_parameter():
     with pytest.raises(ValueError, match='shared'): QuadraticPenalty(model, l2sp=1., new=['weight','bias'])
 
 @pytest.mark.parametrize('bad', [math.nan, math.inf, -1.])
-def test_fisher_that_is_none(tuned, bad):
+def test_an_invalid_fisher(tuned, bad):
     model,theta0,fisher,new = tuned
     fisher['bn1.bias'] = torch.full_like(fisher['bn1.bias'], bad)
     with pytest.raises(ValueError, match='bn1.bias'):

@@ -1,4 +1,4 @@
-"""Omega(theta), equation (1) of the paper, on plain PyTorch: its value, its gradient, its proximal step, and who is under which term
+"""Omega(theta), equation (1) of the paper, on plain PyTorch: its value, its gradient, its proximal step, and which terms apply to which parameters
 
 Docs: https://fgvc-fisher.github.io/fgvc_fisher/penalty/quadratic.html.md"""
 
@@ -13,60 +13,71 @@ import math, re
 from collections.abc import Mapping
 from numbers import Real
 from textwrap import shorten
-import pandas as pd, torch
+import torch
 from torch import nn, Tensor
 from fastcore.basics import patch
 from ..distributed.sharded import local_tensor, is_sharded, matching_shard, reshard, reduce_over_shards
 
 # %% ../../nbs/penalty/quadratic.ipynb #846c006e
 def mismatched_parameters(
-    model:nn.Module, # The network to be tuned
+    model:nn.Module, # The network to be fine-tuned
     source:Mapping, # Parameter name -> tensor: a Fisher or an anchor
-)->list: # `(parameter's name, what is different)`, in the model's order, then what only the source has
-    "The parameters in which a network and a Fisher or an anchor differ, by name or by shape. Raises `ValueError` for what is neither."
+)->list: # `(parameter name, difference)`, in the model's order, then the names that only the source has
+    "The parameters in which a network and a Fisher or an anchor differ. Raises `ValueError` if `source` is no mapping."
     if not isinstance(source, Mapping):
-        raise ValueError(f"a Fisher or an anchor maps parameter names to tensors; {type(source).__name__} does not. "
-                         "Of a model: dict(model.named_parameters())")
+        raise ValueError(f"a Fisher or an anchor must map parameter names to tensors, got {type(source).__name__}; "
+                         "of a model, pass dict(model.named_parameters())")
     own = dict(model.named_parameters())
-    def how(name):
+    def difference(name):
         if name not in source: return 'is not in the source'
-        if source[name].shape!=own[name].shape: return f'is {tuple(own[name].shape)}, in the source {tuple(source[name].shape)}'
-    return [(k,how(k)) for k in own if how(k)] + [(k,'is not in the model') for k in source if k not in own]
+        ours,theirs = own[name].shape,source[name].shape
+        if ours!=theirs: return f'is {tuple(ours)}, in the source {tuple(theirs)}'
+    differences = {n: difference(n) for n in own}
+    only_source = [(n, 'is not in the model') for n in source if n not in own]
+    return [(n, d) for n,d in differences.items() if d] + only_source
 
 # %% ../../nbs/penalty/quadratic.ipynb #f7d78eb0
 def _is_new(name, new): return any(name==o or name.startswith(o+'.') for o in new)
 
 # %% ../../nbs/penalty/quadratic.ipynb #5f33e272
 def find_new(
-    model:nn.Module, # The network to be tuned
+    model:nn.Module, # The network to be fine-tuned
     source:Mapping, # Parameter name -> tensor: the source's Fisher or anchor
 )->list: # Names, such as ['last_linear.weight', 'last_linear.bias']; empty if all are shared
-    "The new parameters: those at the model's end that the source does not have. `ValueError` if others differ too."
-    own,differ = [n for n,_ in model.named_parameters()],dict(mismatched_parameters(model, source))
-    if not set(own)-set(differ): raise ValueError(f"{type(model).__name__} shares no parameter with the source: no name and shape in common")
-    last = max(i for i,n in enumerate(own) if n not in differ)
-    if wrong := [f'{k} {v}' for k,v in differ.items() if k not in own[last+1:]]:
-        raise ValueError(f"this Fisher or anchor is of another model: {shorten(', '.join(wrong), 400)}. "
-                         "If these are new on purpose, name them in `new`.")
-    return own[last+1:]
+    "The parameters at the model's end that the source lacks. Raises `ValueError` if others differ too."
+    own = [n for n,_ in model.named_parameters()]
+    mismatched = dict(mismatched_parameters(model, source))
+    shared = [i for i,n in enumerate(own) if n not in mismatched]
+    if not shared:
+        raise ValueError(f"{type(model).__name__} shares no parameter with the source: no name and shape in common")
+    new = own[shared[-1]+1:]
+    if wrong := [f'{n} {difference}' for n,difference in mismatched.items() if n not in new]:
+        listed = shorten(', '.join(wrong), 400)
+        raise ValueError(f"this Fisher or anchor belongs to another model: {listed}; "
+                         "if they are new on purpose, name them in `new`")
+    return new
 
 # %% ../../nbs/penalty/quadratic.ipynb #bfae5cd5
 def parameter_kinds(
     model:nn.Module, # Any network
-)->dict: # Parameter name -> 'weight', 'bias', 'norm' (scale and shift of a normalisation) or 'other' (tokens, position embeddings, raw gains)
-    "What each parameter is for, by its own name and its module's class."
+)->dict: # Name -> 'weight', 'bias', 'norm' (scale and shift of a normalisation) or 'other' (tokens, embeddings, gains)
+    "The kind of each parameter, by its own name and the class of its module."
     def kind(name):
         module,_,own = name.rpartition('.')
-        if own in ('weight','bias') and 'norm' in type(model.get_submodule(module)).__name__.lower(): return 'norm'
+        is_norm = 'norm' in type(model.get_submodule(module)).__name__.lower()
+        if own in ('weight','bias') and is_norm: return 'norm'
         return next((o for o in ('weight','bias') if own.endswith(o)), 'other')
     return {n: kind(n) for n,_ in model.named_parameters()}
 
 # %% ../../nbs/penalty/quadratic.ipynb #f7024d7e
-def is_upper_block(name):
-    "Is it the head or an upper block, in the paper's code? `ValueError` for another network than Inception-v4"
+def is_upper_block(
+    name:str, # A parameter of timm's Inception-v4, such as 'features.9.branch0.conv.weight'
+)->bool: # In the head or in a block from 8 on?
+    "Is it an upper parameter in the paper's code? Raises `ValueError` for a network other than Inception-v4."
     block = re.match(r'features\.(\d+)\.', name)
     if not block and 'linear' not in name:
-        raise ValueError(f"'published' is the paper's choice by the blocks of Inception-v4, features.0 to features.21; {name} is in none of them")
+        raise ValueError("'published' chooses by the blocks of Inception-v4, features.0 to features.21, "
+                         f"and {name} is in none of them")
     return not block or int(block[1])>=8
 
 # %% ../../nbs/penalty/quadratic.ipynb #cc305acc
@@ -78,247 +89,291 @@ CHOICES = {
 
 # %% ../../nbs/penalty/quadratic.ipynb #206ea7f3
 def _choose(model, new, term, on):
-    "The names of the parameters that `on` puts under `term`, 'alpha' or 'beta'"
+    "The names of the parameters to which `on` applies `term`, 'alpha' or 'beta'"
     if callable(on): return {n for n,p in model.named_parameters() if on(n, p)}
     known = [o for o in CHOICES if (term,o)!=('beta','new')]
-    if on not in known: raise ValueError(f"{term}_on={on!r}: choose one of {', '.join(known)}, or pass a function of name and parameter")
+    if on not in known:
+        raise ValueError(f"{term}_on={on!r}: choose {', '.join(known)}, or pass a function of name and parameter")
     chosen = [n for n,kind in parameter_kinds(model).items() if CHOICES[on](n, kind, _is_new(n, new))]
     return {n for n in chosen if on!='published' or is_upper_block(n)==(term=='alpha')}
 
 # %% ../../nbs/penalty/quadratic.ipynb #95a59227
-def check_coefficients(fisher=None, **coefs):
-    "`ValueError` for a negative or infinite coefficient, and for beta without a Fisher"
+def check_coefficients(
+    fisher:Mapping|None=None, # The Fisher that beta needs
+    **coefs, # alpha, beta and l2sp
+):
+    "Raises `ValueError` for a coefficient that is negative or not finite, and for beta without a Fisher."
     for k,v in coefs.items():
-        if not (isinstance(v, Real) and math.isfinite(v) and v>=0): raise ValueError(f"{k}={v}: a coefficient of the penalty is a number from 0 on")
+        if not (isinstance(v, Real) and math.isfinite(v) and v>=0):
+            raise ValueError(f"{k}={v}: a coefficient of the penalty must be a finite number, 0 or larger")
     if coefs['beta']>0 and fisher is None:
         raise ValueError(f"beta={coefs['beta']} needs a Fisher: pass fisher=estimate_fisher(source_model, source_dl)")
 
 # %% ../../nbs/penalty/quadratic.ipynb #132551b8
 def _check_new(model, new):
-    "A list of names; `ValueError` for one that no parameter and no module has"
+    "`new` as a list of names; `ValueError` for a name that no parameter and no module has"
     new = [new] if isinstance(new, str) else list(new)
-    for o in new:
-        if not any(_is_new(n, [o]) for n,_ in model.named_parameters()):
-            raise ValueError(f"new: {o!r} is no parameter and no module of {type(model).__name__}")
+    for name in new:
+        if not any(_is_new(n, [name]) for n,_ in model.named_parameters()):
+            raise ValueError(f"new: {name!r} is neither a parameter nor a module of {type(model).__name__}")
     return new
 
+# %% ../../nbs/penalty/quadratic.ipynb #76c0dcad
+def _check_terms(penalty, alpha_on, beta_on):
+    "`ValueError` for a term that applies to no parameter"
+    anchored = penalty.beta or penalty.l2sp
+    if anchored and not penalty.shared:
+        raise ValueError("beta and l2sp need shared parameters, and all parameters are new")
+    for coef,on,names in ((penalty.alpha, f'alpha_on={alpha_on!r}', penalty.decayed),
+                          (anchored, f'beta_on={beta_on!r}', penalty.anchored)):
+        if coef and not names: raise ValueError(f"{on} chooses none of the {len(penalty.params)} parameters")
+
+# %% ../../nbs/penalty/quadratic.ipynb #e6f65fba
+def _clone_shared(model, source, new, dtype, device):
+    "Local clones of the tensors that `source` has for the shared parameters, with the parameters' memory layout"
+    if wrong := [f'{k} {v}' for k,v in mismatched_parameters(model, source) if not _is_new(k, new)]:
+        raise ValueError(f"this Fisher or anchor belongs to another model: {shorten(', '.join(wrong), 400)}")
+    on_cpu = device is not None and torch.device(device).type=='cpu'
+    def clone(p, value):
+        kw = dict(dtype=dtype, device=device, requires_grad=False, pin_memory=on_cpu and p.is_cuda)
+        return torch.empty_like(local_tensor(p), **kw).copy_(matching_shard(value.detach(), p))
+    return {n: clone(p.detach(), source[n]) for n,p in model.named_parameters() if not _is_new(n, new)}
+
 # %% ../../nbs/penalty/quadratic.ipynb #75c5033b
-def _greatest(fisher, params):
-    "The greatest value of each parameter's Fisher; `ValueError` names those that are negative or not a number"
-    def top(v): return torch.tensor((v.max().item() if v.numel() else 0.) if v.isfinite().all() and (v>=0).all() else math.inf, dtype=torch.float64)
-    tops = {k: v.item() for k,v in reduce_over_shards({k: top(v) for k,v in fisher.items()}, params, 'max').items()}
-    if bad := [k for k,v in tops.items() if v==math.inf]:
-        raise ValueError(f"the Fisher of {shorten(', '.join(bad), 400)} has negative or non-finite values as {fisher[bad[0]].dtype}: "
-                         "estimate it again, or keep it in another dtype")
-    return tops
+def _max_fisher(fisher, params):
+    "The largest Fisher value of each parameter; `ValueError` names parameters with negative or non-finite values"
+    def largest(v):
+        valid = v.isfinite().all() and (v>=0).all()
+        return torch.tensor((v.max().item() if v.numel() else 0.) if valid else math.inf, dtype=torch.float64)
+    largests = reduce_over_shards({k: largest(v) for k,v in fisher.items()}, params, 'max')
+    largests = {k: v.item() for k,v in largests.items()}
+    if bad := [k for k,v in largests.items() if v==math.inf]:
+        raise ValueError(f"the Fisher of {shorten(', '.join(bad), 400)} has negative or non-finite values in "
+                         f"{fisher[bad[0]].dtype}: estimate it again, or pass another dtype")
+    return largests
 
 # %% ../../nbs/penalty/quadratic.ipynb #44ce1e9f
-def _mean(fisher, params):
-    "The mean over all values; `ValueError` if it is zero"
-    total = sum(v.item() for v in reduce_over_shards({k: v.sum(dtype=torch.float64) for k,v in fisher.items()}, params).values())
-    if not total: raise ValueError("normalize=True: the Fisher is zero for every parameter under beta, and has no scale")
+def _mean_fisher(fisher, params):
+    "The mean over all values of a Fisher; `ValueError` if it is zero"
+    sums = reduce_over_shards({k: v.sum(dtype=torch.float64) for k,v in fisher.items()}, params)
+    total = sum(v.item() for v in sums.values())
+    if not total:
+        raise ValueError("normalize=True: the Fisher of all parameters under beta is zero, and so is its mean")
     return total/sum(params[k].numel() for k in fisher)
 
 # %% ../../nbs/penalty/quadratic.ipynb #087ed016
 class QuadraticPenalty:
-    "Omega(theta), equation (1). Raises `ValueError` for what cannot be meant, naming the parameters or numbers."
+    "Omega(theta), equation (1). Raises `ValueError` for invalid arguments and names the parameters or numbers."
     def __init__(self,
-        model:nn.Module, # The network to be tuned
-        anchor:Mapping|None=None, # theta0, parameter name -> tensor, whole also for a sharded model; None: the model's present parameters, cloned
-        fisher:Mapping|None=None, # F, parameter name -> tensor, likewise; a `DiagFisher` is one
+        model:nn.Module, # The network to be fine-tuned
+        anchor:Mapping|None=None, # theta0, name -> tensor of the full shape; None: a clone of the current parameters
+        fisher:Mapping|None=None, # F, name -> tensor of the parameter's full shape; a `DiagFisher` is one
         alpha:float=0., # Coefficient of the L2 term
         beta:float=0., # Coefficient of the Fisher term, over shared parameters
         l2sp:float=0., # Coefficient of the plain L2-SP term, over shared parameters
-        new=(), # Names of new parameters, or of modules that are new: no anchor, no Fisher
-        alpha_on='all', # Who is under alpha: a key of `CHOICES`, or a function `(name, parameter) -> bool`
-        beta_on='all', # Which of the shared are under beta and l2sp: likewise
+        new=(), # Names of new parameters or of new modules, which have no anchor and no Fisher
+        alpha_on='all', # Parameters under alpha: a key of `CHOICES`, or a function `(name, parameter) -> bool`
+        beta_on='all', # Shared parameters under beta and l2sp: likewise
         normalize:bool=False, # Divide F by its mean over the parameters under beta?
-        dtype:torch.dtype|None=None, # How anchor and Fisher are kept; None: as the parameters are. bfloat16 rounds the anchor by up to 0.4 %
-        device=None, # Where they are kept; None: where the parameters are; 'cpu' saves a small card's memory, and costs a transfer a step
+        dtype:torch.dtype|None=None, # Of the stored values; None: the parameters'. bfloat16 rounds them by up to 0.4 %
+        device=None, # Where they are stored; None: with the parameters; 'cpu' saves GPU memory, costs a transfer a step
     ):
         check_coefficients(fisher, alpha=alpha, beta=beta, l2sp=l2sp)
-        if dtype is not None and not dtype.is_floating_point: raise ValueError(f"dtype={dtype}: anchor and Fisher are kept as floating-point numbers")
+        if dtype is not None and not dtype.is_floating_point:
+            raise ValueError(f"dtype={dtype}: anchor and Fisher need a floating-point type")
         reshard(model)
-        self.alpha,self.beta,self.l2sp = alpha,beta,l2sp
-        self.params,self.kinds = dict(model.named_parameters()),parameter_kinds(model)
         new = _check_new(model, new)
+        self.alpha,self.beta,self.l2sp = alpha,beta,l2sp
+        self.params = dict(model.named_parameters())
+        self.kinds = parameter_kinds(model)
         self.shared = [n for n in self.params if not _is_new(n, new)]
-        self.decayed,self.held = _choose(model, new, 'alpha', alpha_on),_choose(model, new, 'beta', beta_on).intersection(self.shared)
-        self._check_chosen(alpha_on, beta_on)
-        self.anchor,self.fisher = [None if o is None else self._take(model, o, new, dtype, device)
-                                   for o in (self.params if anchor is None else anchor, fisher)]
-        self.greatest = {} if fisher is None else _greatest(self.fisher, self.params)
-        self.unit = _mean({n: self.fisher[n] for n in self.shared if n in self.held}, self.params) if normalize and fisher is not None else 1.
-
-# %% ../../nbs/penalty/quadratic.ipynb #ad13eaee
-@patch
-def _check_chosen(self:QuadraticPenalty, alpha_on, beta_on):
-    "`ValueError` for a term that nobody is under"
-    if (self.beta or self.l2sp) and not self.shared: raise ValueError("no parameter is shared: there is nothing to hold on to")
-    for coef,on,who in ((self.alpha, f'alpha_on={alpha_on!r}', self.decayed), (self.beta or self.l2sp, f'beta_on={beta_on!r}', self.held)):
-        if coef and not who: raise ValueError(f"{on} chooses no parameter of {len(self.params)}")
-
-# %% ../../nbs/penalty/quadratic.ipynb #5b80cc31
-@patch
-def _take(self:QuadraticPenalty, model, source, new, dtype, device):
-    "Clones of what `source` has of the shared parameters, of the parts that are here, laid out in memory as the parameters are"
-    if wrong := [f'{k} {v}' for k,v in mismatched_parameters(model, source) if not _is_new(k, new)]:
-        raise ValueError(f"this Fisher or anchor is of another model: {shorten(', '.join(wrong), 400)}")
-    far = device is not None and torch.device(device).type=='cpu'
-    def clone(p, v): return torch.empty_like(local_tensor(p), dtype=dtype, device=device, requires_grad=False, pin_memory=far and p.is_cuda).copy_(matching_shard(v.detach(), p))
-    return {n: clone(self.params[n].detach(), source[n]) for n in self.shared}
+        self.decayed = _choose(model, new, 'alpha', alpha_on)
+        self.anchored = _choose(model, new, 'beta', beta_on).intersection(self.shared)
+        _check_terms(self, alpha_on, beta_on)
+        self.anchor = _clone_shared(model, self.params if anchor is None else anchor, new, dtype, device)
+        self.fisher,self.max_fisher,self.fisher_scale = None,{},1.
+        if fisher is None: return
+        self.fisher = _clone_shared(model, fisher, new, dtype, device)
+        self.max_fisher = _max_fisher(self.fisher, self.params)
+        chosen = {n: self.fisher[n] for n in self.shared if n in self.anchored}
+        if normalize: self.fisher_scale = _mean_fisher(chosen, self.params)
 
 # %% ../../nbs/penalty/quadratic.ipynb #d52a6ff5
-@patch
-def _holds(self:QuadraticPenalty, name):
-    "Is this parameter held to its anchor?"
-    return name in self.held and bool(self.beta or self.l2sp)
+def _is_anchored(penalty, name):
+    "Does a term with a positive coefficient pull this parameter to its anchor?"
+    return name in penalty.anchored and bool(penalty.beta or penalty.l2sp)
 
 # %% ../../nbs/penalty/quadratic.ipynb #29ce2d41
-@patch
-def _cost(self:QuadraticPenalty, name):
-    "The penalty of what is here of a parameter, a tensor without dimensions"
-    p = local_tensor(self.params[name])
-    cost = self.alpha*p.square().sum() if name in self.decayed else p.new_zeros(())
-    if not self._holds(name): return cost
-    firmness = self.l2sp + (self.beta/self.unit*self.fisher[name].to(p) if self.beta else 0.)
-    return cost + (firmness*(p-self.anchor[name].to(p)).square()).sum()
+def _costs(penalty):
+    "Parameter name -> its part of the penalty, a scalar tensor, for every trainable parameter"
+    def local_cost(name):
+        p = local_tensor(penalty.params[name])
+        cost = penalty.alpha*p.square().sum() if name in penalty.decayed else p.new_zeros(())
+        if not _is_anchored(penalty, name): return cost
+        fisher = penalty.beta/penalty.fisher_scale*penalty.fisher[name].to(p) if penalty.beta else 0.
+        return cost + ((penalty.l2sp+fisher)*(p-penalty.anchor[name].to(p)).square()).sum()
+    trainable = [n for n,p in penalty.params.items() if p.requires_grad]
+    return reduce_over_shards({n: local_cost(n) for n in trainable}, penalty.params)
 
 # %% ../../nbs/penalty/quadratic.ipynb #9da35df1
 @patch
-def value(self:QuadraticPenalty)->Tensor: # Without dimensions, differentiable
-    "Omega(theta) at the model's present parameters, the frozen ones left out."
-    return sum(reduce_over_shards({n: self._cost(n) for n,p in self.params.items() if p.requires_grad}, self.params).values(), torch.zeros(()))
+def value(self:QuadraticPenalty)->Tensor: # A scalar, differentiable
+    "Omega(theta) at the current parameters of the model; frozen parameters are left out."
+    return sum(_costs(self).values(), torch.zeros(()))
 
 # %% ../../nbs/penalty/quadratic.ipynb #6d0c41aa
-@patch
 @torch.no_grad()
-def _moved(self:QuadraticPenalty):
-    "Parameter name -> squared distance from its anchor, of the shared ones"
-    def squared(p, anchor): return torch.linalg.vector_norm(p-anchor.to(p), dtype=torch.float64).square()
-    return reduce_over_shards({n: squared(local_tensor(self.params[n]), self.anchor[n]) for n in self.shared}, self.params)
+def _squared_distances(penalty):
+    "Parameter name -> squared Euclidean distance from its anchor, of the shared parameters"
+    def squared(name):
+        p = local_tensor(penalty.params[name])
+        return torch.linalg.vector_norm(p-penalty.anchor[name].to(p), dtype=torch.float64).square()
+    return reduce_over_shards({n: squared(n) for n in penalty.shared}, penalty.params)
 
 # %% ../../nbs/penalty/quadratic.ipynb #2bbac7d6
 @patch
-@torch.no_grad()
 def distance(self:QuadraticPenalty)->float: # Euclidean, over all shared parameters
-    "How far the shared parameters are from their anchor."
-    return math.sqrt(sum(o.item() for o in self._moved().values()))
+    "The distance of the shared parameters from their anchor."
+    return math.sqrt(sum(squared.item() for squared in _squared_distances(self).values()))
 
 # %% ../../nbs/penalty/quadratic.ipynb #403aaf6f
-BUNCH = {'cpu': 2**18} # Values in a bunch by kind of device, more where one parameter has more; elsewhere 2**24
+BUNCH = {'cpu': 2**18} # Values in a bunch, by device type; 2**24 on others. A larger parameter is a bunch of its own
 
 # %% ../../nbs/penalty/quadratic.ipynb #18345b78
-@patch
-def _bunches(self:QuadraticPenalty, rates):
-    "`((rate, alpha, held), names)`: trainable parameters with something to do, few enough at a time"
+def _bunches(penalty, rates):
+    "`((rate, alpha, anchored), names)` for the trainable parameters that have a term and a rate other than 0"
     bunches = {}
-    for n,p in self.params.items():
-        rate,alpha,held = rates.get(n),self.alpha*(n in self.decayed),self._holds(n)
-        if not (p.requires_grad and rate and (alpha or held)): continue
+    for n,p in penalty.params.items():
+        rate = rates.get(n)
+        alpha = penalty.alpha*(n in penalty.decayed)
+        anchored = _is_anchored(penalty, n)
+        if not (p.requires_grad and rate and (alpha or anchored)): continue
         p = local_tensor(p)
-        names,size = bunches.pop(key := (rate,alpha,held,p.device,p.dtype), ([],0))
-        if size+p.numel()>BUNCH.get(p.device.type, 2**24) and names: yield key[:3],names; names,size = [],0
+        key = rate,alpha,anchored,p.device,p.dtype
+        names,size = bunches.pop(key, ([],0))
+        if names and size+p.numel()>BUNCH.get(p.device.type, 2**24):
+            yield key[:3],names
+            names,size = [],0
         bunches[key] = names+[n],size+p.numel()
     for key,(names,_) in bunches.items(): yield key[:3],names
 
 # %% ../../nbs/penalty/quadratic.ipynb #9af00d21
-@patch
-def _fetch(self:QuadraticPenalty, kept, names):
-    "Anchors or Fishers of some parameters, where and as the parameters are"
-    return [kept[n].to(local_tensor(self.params[n]), non_blocking=True) for n in names]
+def _like_params(stored, params):
+    "The anchors or Fishers of some parameters, on the device and in the type of each parameter"
+    return [stored[n].to(local_tensor(p), non_blocking=True) for n,p in params.items()]
 
 # %% ../../nbs/penalty/quadratic.ipynb #6d0c41ab
 def _grad(p):
-    "What is here of a parameter's gradient, of zeros if it has none"
+    "The local part of a parameter's gradient, which is made of zeros if there is none"
     if p.grad is None: p.grad = torch.zeros_like(p)
-    elif is_sharded(p) and p.grad.placements!=p.placements: p.grad = p.grad.redistribute(placements=p.placements) # tensor parallelism leaves sums undone
+    elif is_sharded(p) and p.grad.placements!=p.placements:
+        p.grad = p.grad.redistribute(placements=p.placements)          # tensor parallelism can leave it to be summed
     return local_tensor(p.grad)
 
 # %% ../../nbs/penalty/quadratic.ipynb #653ee4c9
 @patch
 @torch.no_grad()
 def add_grad_(self:QuadraticPenalty,
-    scale:float=1., # Factor on the penalty's gradient
+    scale:float=1., # Factor on the gradient of the penalty
 ):
     "Add the gradient of the penalty to `.grad` of every trainable parameter."
-    for (scale,alpha,held),names in self._bunches(dict.fromkeys(self.params, scale)):
-        ps,grads = [local_tensor(self.params[n]) for n in names],[_grad(self.params[n]) for n in names]
+    for (scale,alpha,anchored),names in _bunches(self, dict.fromkeys(self.params, scale)):
+        params = {n: self.params[n] for n in names}
+        ps = [local_tensor(p) for p in params.values()]
+        grads = [_grad(p) for p in params.values()]
         if alpha: torch._foreach_add_(grads, ps, alpha=2*scale*alpha)
-        if not held: continue
-        away = torch._foreach_sub(ps, self._fetch(self.anchor, names))
+        if not anchored: continue
+        away = torch._foreach_sub(ps, _like_params(self.anchor, params))
         if self.l2sp: torch._foreach_add_(grads, away, alpha=2*scale*self.l2sp)
-        if self.beta: torch._foreach_addcmul_(grads, away, self._fetch(self.fisher, names), value=2*scale*self.beta/self.unit)
+        if self.beta:
+            factor = 2*scale*self.beta/self.fisher_scale
+            torch._foreach_addcmul_(grads, away, _like_params(self.fisher, params), value=factor)
 
 # %% ../../nbs/penalty/quadratic.ipynb #b9b3b600
-@patch
-def _pulls(self:QuadraticPenalty, names, step):
-    "Which part of the way to their anchors these parameters go, by a step of `2 lr / (1+a)`: tensors, or one number"
-    beta = self.beta/self.unit
-    if beta*max(self.greatest.values(), default=0.) <= 1e-20*self.l2sp: return step*self.l2sp/(1+step*self.l2sp) # F adds nothing to l2sp
-    dtype = self.params[names[0]].dtype
-    fisher = [o.to(torch.promote_types(dtype, torch.float32)) for o in self._fetch(self.fisher, names)] # k does not fit into 16 bits
-    if self.l2sp: fisher = torch._foreach_add(fisher, self.l2sp/beta)
+def _prox_weights(penalty, params, step):
+    "The fraction of the way to the anchor for a step of `2 lr / (1+a)`: a tensor per parameter, or one number"
+    beta,l2sp = penalty.beta/penalty.fisher_scale,penalty.l2sp
+    fisher_is_negligible = beta*max(penalty.max_fisher.values(), default=0.) <= 1e-20*l2sp
+    if fisher_is_negligible: return step*l2sp/(1+step*l2sp)
+    dtype = next(iter(params.values())).dtype
+    precise = torch.promote_types(dtype, torch.float32)          # k can be too large or too small for 16 bits
+    fisher = [f.to(precise) for f in _like_params(penalty.fisher, params)]
+    if l2sp: fisher = torch._foreach_add(fisher, l2sp/beta)
     half = max(1/(step*beta), torch.finfo(fisher[0].dtype).tiny)
-    pulls = torch._foreach_add(fisher, half)
-    torch._foreach_reciprocal_(pulls)
-    torch._foreach_mul_(pulls, fisher)
-    return [o.to(dtype) for o in pulls]
+    weights = torch._foreach_add(fisher, half)
+    torch._foreach_reciprocal_(weights)
+    torch._foreach_mul_(weights, fisher)
+    return [w.to(dtype) for w in weights]
 
 # %% ../../nbs/penalty/quadratic.ipynb #e104ca7e
-@patch
-def _rates(self:QuadraticPenalty, lr):
-    "Parameter name -> learning rate"
+def _learning_rates(params, lr):
+    "Parameter name -> learning rate; `ValueError` for an invalid rate, and for an optimizer of other parameters"
     if isinstance(optimizer := lr, torch.optim.Optimizer):
         by_id = {id(p): float(group['lr']) for group in optimizer.param_groups for p in group['params']}
-        lr = {n: by_id[id(p)] for n,p in self.params.items() if id(p) in by_id}
-        if not lr: raise ValueError(f"this {type(optimizer).__name__} has none of the penalty's {len(self.params)} parameters: "
-                                    "make the penalty of the model that the optimizer trains, after it is sharded")
-    rates = lr if isinstance(lr, Mapping) else dict.fromkeys(self.params, lr)
+        lr = {n: by_id[id(p)] for n,p in params.items() if id(p) in by_id}
+        if not lr:
+            raise ValueError(f"this {type(optimizer).__name__} has none of the penalty's {len(params)} parameters: "
+                             "make the penalty for the model that the optimizer trains, after sharding it")
+    rates = lr if isinstance(lr, Mapping) else dict.fromkeys(params, lr)
     for rate in set(rates.values()):
-        if not (math.isfinite(rate) and rate>=0): raise ValueError(f"lr={rate}: a learning rate is a number from 0 on")
+        if not (math.isfinite(rate) and rate>=0):
+            raise ValueError(f"lr={rate}: a learning rate must be a finite number, 0 or larger")
     return rates
 
 # %% ../../nbs/penalty/quadratic.ipynb #19b9c3e6
 @patch
 @torch.no_grad()
 def prox_(self:QuadraticPenalty,
-    lr:float|Mapping|torch.optim.Optimizer, # Learning rate of the step just taken; or parameter name -> rate, or an optimizer: who is not in it stays
+    lr:float|Mapping|torch.optim.Optimizer, # Rate of the step just taken: one number, name -> rate, or the optimizer
 ):
-    "Move every trainable parameter by the exact proximal step of the penalty."
-    for (rate,alpha,held),names in self._bunches(self._rates(lr)):
-        ps,shrink = [local_tensor(self.params[n]) for n in names],1+2*rate*alpha
+    """Move every trainable parameter by the exact proximal step of the penalty.
+    A parameter that is not in the mapping or the optimizer does not move. Raises `ValueError` for an invalid rate."""
+    for (rate,alpha,anchored),names in _bunches(self, _learning_rates(self.params, lr)):
+        params = {n: self.params[n] for n in names}
+        ps = [local_tensor(p) for p in params.values()]
+        shrink = 1+2*rate*alpha
         if alpha: torch._foreach_mul_(ps, 1/shrink)
-        if held: torch._foreach_lerp_(ps, self._fetch(self.anchor, names), self._pulls(names, 2*rate/shrink))
+        if anchored:
+            weights = _prox_weights(self, params, 2*rate/shrink)
+            torch._foreach_lerp_(ps, _like_params(self.anchor, params), weights)
 
 # %% ../../nbs/penalty/quadratic.ipynb #fdf45946
 @patch
 def stiffest(self:QuadraticPenalty,
     lr:float|Mapping|torch.optim.Optimizer, # As in `prox_`
-)->tuple: # `2 lr (beta max(F) + l2sp + alpha)`, beyond 2 the explicit step diverges; and the parameter's name, or None
-    "The parameter in which the explicit step is least stable."
+)->tuple: # `2 lr (beta max(F) + l2sp + alpha)`, where above 2 the explicit step diverges; the parameter's name
+    "The trainable parameter for which the explicit step is least stable."
     def factor(name, rate):
-        hold = self.l2sp + (self.beta/self.unit*self.greatest[name] if self.beta else 0.) if self._holds(name) else 0.
-        return 2*rate*(hold + self.alpha*(name in self.decayed))
-    return max(((factor(n, r), n) for n,r in self._rates(lr).items() if self.params[n].requires_grad), default=(0., None))
+        pull = self.beta/self.fisher_scale*self.max_fisher[name] if self.beta and _is_anchored(self, name) else 0.
+        plain = self.l2sp if _is_anchored(self, name) else 0.
+        return 2*rate*(plain + pull + self.alpha*(name in self.decayed))
+    rates = _learning_rates(self.params, lr)
+    return max(((factor(n, r), n) for n,r in rates.items() if self.params[n].requires_grad), default=(0., None))
 
 # %% ../../nbs/penalty/quadratic.ipynb #c4ee6161
-@patch
-def _terms(self:QuadraticPenalty, name):
-    "The terms that a parameter is under"
-    if not self.params[name].requires_grad: return ['frozen']
-    return (['alpha'] if self.alpha and name in self.decayed else []) + [
-        o for o,coef in (('beta F', self.beta), ('l2sp', self.l2sp)) if coef and name in self.held]
+def _terms(penalty, name):
+    "The terms that apply to a parameter"
+    if not penalty.params[name].requires_grad: return ['frozen']
+    coefs = dict(alpha=penalty.alpha if name in penalty.decayed else 0.)
+    if name in penalty.anchored: coefs |= {'beta F': penalty.beta, 'l2sp': penalty.l2sp}
+    return [term for term,coef in coefs.items() if coef]
 
 # %% ../../nbs/penalty/quadratic.ipynb #9a385fe4
 @patch
 @torch.no_grad()
-def table(self:QuadraticPenalty)->pd.DataFrame: # `parameter`, `shape`, `kind`, `part`, `terms`, `moved` (Euclidean), `cost` (share of Omega)
-    "A row a parameter."
-    moved,costs = self._moved(),reduce_over_shards({n: self._cost(n) for n,p in self.params.items() if p.requires_grad}, self.params)
-    return pd.DataFrame([dict(parameter=n, shape=tuple(p.shape), kind=kind, part='shared' if n in moved else 'new', terms=' + '.join(self._terms(n)),
-        moved=math.sqrt(moved[n].item()) if n in moved else math.nan, cost=costs[n].item() if n in costs else 0.)
-        for (n,p),kind in zip(self.params.items(), self.kinds.values())])
+def table(self:QuadraticPenalty): # A pandas DataFrame
+    "A row per parameter: `parameter`, `shape`, `kind`, `part`, `terms`, `moved` (Euclidean), `cost` (part of Omega)."
+    import pandas as pd
+    squared,costs = _squared_distances(self),_costs(self)
+    rows = []
+    for n,p in self.params.items():
+        moved = math.sqrt(squared[n].item()) if n in squared else math.nan
+        cost = costs[n].item() if n in costs else 0.
+        part = 'shared' if n in squared else 'new'
+        terms = ' + '.join(_terms(self, n))
+        rows.append(dict(parameter=n, shape=tuple(p.shape), kind=self.kinds[n], part=part,
+                         terms=terms, moved=moved, cost=cost))
+    return pd.DataFrame(rows)
 
 # %% ../../nbs/penalty/quadratic.ipynb #ab861196
 def _mb(tensors): return f'{sum(o.numel()*o.element_size() for o in tensors)/1e6:.1f} MB'
@@ -326,13 +381,16 @@ def _mb(tensors): return f'{sum(o.numel()*o.element_size() for o in tensors)/1e6
 # %% ../../nbs/penalty/quadratic.ipynb #ab1332db
 @patch
 def summary(self:QuadraticPenalty)->str: # Such as 'beta F on 447 of 449 parameters; new: ...'
-    "Who is under what, in a line."
-    terms,new = [self._terms(n) for n in self.params],[n for n in self.params if n not in self.anchor]
-    parts = [f'{o} on {sum(o in t for t in terms)} of {len(terms)} parameters' for o in ('alpha','beta F','l2sp') if any(o in t for t in terms)]
-    if frozen := sum(t==['frozen'] for t in terms): parts.append(f'{frozen} frozen')
-    if new: parts.append(f"new: {shorten(', '.join(new), 200)}")
-    kept = [(o, self.params[n]) for d in (self.anchor, self.fisher or {}) for n,o in d.items()]
-    parts.append(f'anchor and Fisher take {_mb(o for o,_ in kept)}' if self.fisher else f'the anchor takes {_mb(o for o,_ in kept)}')
-    if any(is_sharded(p) for _,p in kept): parts[-1] += ' in this process'
-    if far := [o for o,p in kept if o.device!=p.device]: parts.append(f'{_mb(far)} of them go from {far[0].device} to the parameters at every step')
+    "One line that says which terms apply to how many parameters, and what anchor and Fisher take in memory."
+    terms = [_terms(self, n) for n in self.params]
+    counts = {term: sum(term in t for t in terms) for term in ('alpha','beta F','l2sp','frozen')}
+    parts = [f'{term} on {n} of {len(terms)} parameters' for term,n in counts.items() if n and term!='frozen']
+    if counts['frozen']: parts.append(f"{counts['frozen']} frozen")
+    if new := [n for n in self.params if n not in self.anchor]: parts.append(f"new: {shorten(', '.join(new), 200)}")
+    stored = [(t, self.params[n]) for d in (self.anchor, self.fisher or {}) for n,t in d.items()]
+    size = _mb(t for t,_ in stored)
+    where = ' in this process' if any(is_sharded(p) for _,p in stored) else ''
+    parts.append((f'anchor and Fisher take {size}' if self.fisher else f'the anchor takes {size}') + where)
+    if elsewhere := [t for t,p in stored if t.device!=p.device]:
+        parts.append(f'{_mb(elsewhere)} of them are copied from {elsewhere[0].device} to the parameters at every step')
     return '; '.join(parts)
