@@ -297,8 +297,8 @@ class TestFrontier:
         ax = frontier(runs)
         assert 'L2-SP-Fisher, beta = 1, explicit' in ax.get_xlabel()
         assert list(texts(ax)) == ['beta = 10']
-        with pytest.raises(ValueError, match='diverged'): frontier(runs[-1:])
-        with pytest.raises(ValueError, match='diverged'): frontier([runs[0], dict(arm='plain', seed=7, last=None)])
+        with pytest.raises(ValueError, match='`curves`'): frontier(runs[-1:])
+        with pytest.raises(ValueError, match='`curves`'): frontier([runs[0], dict(arm='plain', seed=7, last=None)])
 
     def test_no_retention(self):
         with pytest.raises(ValueError, match='retention'): frontier(rows())
