@@ -149,7 +149,7 @@ def test_who_is_at_a_run_is_respected(run, tmp_path, monkeypatch):
         with pytest.raises(ValueError, match=re.escape(str(folder))): _train(run, tmp_path, Heard())
 
 def test_a_lock_that_comes_free_is_waited_for(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(live, '_do', lambda run, *args: dict(last=0.5))
+    monkeypatch.setattr(live, 'do_claimed_run', lambda run, *args: dict(last=0.5))
     folder,heard = tmp_path/'runs'/run.id,Heard()
     folder.mkdir(parents=True)
     lock = FileLock(folder/'lock', thread_local=False)
