@@ -1,4 +1,4 @@
-"Whatever lies on disk becomes one kind of table"
+"FGVC-Aircraft, folders and CSV files are read as one kind of table"
 import shutil
 from io import BytesIO
 import numpy as np, pandas as pd, pytest
@@ -46,7 +46,8 @@ def test_no_strip_elsewhere(drawn, photos):
 
 def test_boxes(drawn):
     table = crop_to_boxes(read_aircraft(drawn))
-    boxes = {o.split()[0]: tuple(map(int, o.split()[1:])) for o in (drawn/'data/images_box.txt').read_text().splitlines()}
+    lines = [o.split() for o in (drawn/'data/images_box.txt').read_text().splitlines()]
+    boxes = {image: tuple(map(int, box)) for image,*box in lines}
     for o in table.itertuples(): assert o.crop==(boxes[o.image][0]-1, boxes[o.image][1]-1, *boxes[o.image][2:])
     whole,boxed = [next(iter(aircraft_dls(drawn, box=o, size=32, bs=4, num_workers=0).valid))[0] for o in (False, True)]
     assert (whole-boxed).abs().mean()>0.01
@@ -62,7 +63,8 @@ def test_missing_boxes(drawn, tmp_path):
 def random_table(seed, n=400, classes=7):
     rng = np.random.default_rng(seed)
     labels = np.concatenate([np.arange(classes), rng.integers(0, classes, n-classes)**2 % classes])
-    return pd.DataFrame({'image': rng.permutation(n).astype(str), 'label': pd.Categorical(labels, categories=range(classes)), 'split': 'train'})
+    label = pd.Categorical(labels, categories=range(classes))
+    return pd.DataFrame({'image': rng.permutation(n).astype(str), 'label': label, 'split': 'train'})
 
 @pytest.mark.parametrize('seed', range(5))
 def test_fractions_are_stratified_nested_and_seeded(seed):
@@ -93,7 +95,7 @@ def test_hold_out():
         assert (rows.split=='val').sum()==min(max(1, round(0.2*len(rows))), len(rows)-1)
     alone = pd.DataFrame({'image': ['a','b','c'], 'label': pd.Categorical(['x','y','y']), 'split': 'train'})
     assert set(hold_out(alone).query("label=='x'").split)=={'train'}
-    with pytest.raises(ValueError, match='hold_out=1'): hold_out(table, 1)
+    with pytest.raises(ValueError, match='fraction=1'): hold_out(table, 1)
 
 def test_class_weights():
     from sklearn.utils.class_weight import compute_class_weight
@@ -119,17 +121,19 @@ def flowers(tmp_path):
     for split in ('train','val'):
         for k,label in enumerate(('rose','daisy','tulip')):
             (tmp_path/'flowers'/split/label).mkdir(parents=True)
-            for i in range(4): Image.new('RGB', (40,30), (80*k,20*i,0)).save(tmp_path/f'flowers/{split}/{label}/{i}.png')
+            for i in range(4):
+                Image.new('RGB', (40,30), (80*k,20*i,0)).save(tmp_path/f'flowers/{split}/{label}/{i}.png')
     return tmp_path/'flowers'
 
 def test_image_folder(flowers):
     table = read_image_folder(flowers)
-    assert len(table)==24 and list(table.label.cat.categories)==['daisy','rose','tulip'] and table.split.value_counts().to_dict()=={'train':12,'val':12}
+    assert len(table)==24 and list(table.label.cat.categories)==['daisy','rose','tulip']
+    assert table.split.value_counts().to_dict()=={'train':12,'val':12}
     assert all(o.path.parent.name==o.label and o.path.parent.parent.name==o.split for o in table.itertuples())
     dls = folder_dls(flowers, size=16, bs=4, num_workers=0, cache=True)
     assert list(dls.vocab)==['daisy','rose','tulip'] and (len(dls.train_ds), len(dls.valid_ds))==(12,12)
-    assert (flowers.with_name('flowers_24')/'train/rose/0.png.jpg').is_file()            # beside, not inside: it is no class
-    assert len(folder_dls(flowers/'train', size=16, bs=4, num_workers=0).valid_ds)==3     # no splits: a fifth of each class, held out
+    assert (flowers.with_name('flowers_24')/'train/rose/0.png.jpg').is_file()        # beside, not inside: it is no class
+    assert len(folder_dls(flowers/'train', size=16, bs=4, num_workers=0).valid_ds)==3  # no splits: a fifth is held out
 
 def test_image_folder_without(flowers, tmp_path):
     with pytest.raises(FileNotFoundError, match='nowhere'): folder_dls(tmp_path/'nowhere')
@@ -143,9 +147,11 @@ def test_csv(flowers, splits):
     rows = [(str(o.relative_to(flowers)), o.parent.name, o.parent.parent.name) for o in sorted(flowers.rglob('*.png'))]
     table = pd.DataFrame(rows, columns=['file','species','part'])
     table.to_csv(flowers/'list.csv', index=False)
-    dls = table_dls(flowers/'list.csv', path='file', label='species', split='part' if splits else 'split', size=16, bs=4, num_workers=0)
-    assert (len(dls.train_ds), len(dls.valid_ds))==((12,12) if splits else (18,6)) and list(dls.vocab)==['daisy','rose','tulip']
-    again = table_dls(table, flowers, 'file', 'species', 'part' if splits else 'split', size=16, bs=4, num_workers=0)
+    columns = dict(path='file', label='species', split='part' if splits else 'split')
+    dls = table_dls(flowers/'list.csv', size=16, bs=4, num_workers=0, **columns)
+    assert (len(dls.train_ds), len(dls.valid_ds))==((12,12) if splits else (18,6))
+    assert list(dls.vocab)==['daisy','rose','tulip']
+    again = table_dls(table, flowers, size=16, bs=4, num_workers=0, **columns)
     assert [o.path for o in again.valid_ds.items]==[o.path for o in dls.valid_ds.items]
 
 def test_csv_with_numbers_for_labels(flowers):

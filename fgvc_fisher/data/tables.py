@@ -1,4 +1,4 @@
-"""What lies on disk as one table: a row a picture, with its label, its split and its path
+"""Read FGVC-Aircraft, folders of pictures or a CSV file as one kind of table
 
 Docs: https://fgvc-fisher.github.io/fgvc_fisher/data/tables.html.md"""
 
@@ -12,31 +12,38 @@ __all__ = ['LEVELS', 'aircraft_root', 'read_lines', 'read_aircraft', 'crop_to_bo
 from pathlib import Path
 from textwrap import shorten
 import numpy as np, pandas as pd, torch
+from fastai.data.transforms import get_image_files
 from timm.data import ImageNetInfo
 from torchvision.datasets import ImageFolder
 
 # %% ../../nbs/data/tables.ipynb #334b391f
-LEVELS = {'variant':'variants.txt', 'family':'families.txt', 'manufacturer':'manufacturers.txt'} # each with its list of labels
+# The levels of FGVC-Aircraft, each with the file that lists its labels
+LEVELS = {'variant':'variants.txt', 'family':'families.txt', 'manufacturer':'manufacturers.txt'}
 
 # %% ../../nbs/data/tables.ipynb #50a55387
 def aircraft_root(
-    path:str|Path, # The archive's folder, its `data` folder, or the folder that the archive was unpacked in
-)->Path: # The folder that holds `images/` and the lists
-    "Where the FGVC-Aircraft tree below `path` starts. Raises `FileNotFoundError` if there is none."
-    tried = [Path(path)/o for o in ('.', 'data', 'fgvc-aircraft-2013b/data')]
-    for root in tried:
+    path:str|Path, # Folder that the archive was unpacked to, the archive's own folder, or its `data` folder
+)->Path: # The folder with `images/` and the text files
+    "Find the root of the FGVC-Aircraft tree in `path`. Raises `FileNotFoundError` if there is none."
+    candidates = [Path(path)/o for o in ('.', 'data', 'fgvc-aircraft-2013b/data')]
+    for root in candidates:
         if (root/'images').is_dir() and (root/'variants.txt').is_file(): return root
-    raise FileNotFoundError(f"{path} is no FGVC-Aircraft tree: looked for images/ and variants.txt in "
-                            + ', '.join(map(str, tried)))
+    raise FileNotFoundError(f"{path} is not an FGVC-Aircraft tree: looked for images/ and variants.txt in "
+                            f"{', '.join(map(str, candidates))}")
 
 # %% ../../nbs/data/tables.ipynb #61be07cc
-def read_lines(file): return [o.strip() for o in file.read_text(encoding='utf-8').splitlines() if o.strip()]
+def read_lines(
+    file:Path, # Text file in UTF-8
+)->list: # Its lines, without empty ones and without spaces at the ends
+    "The lines of a text file."
+    lines = [line.strip() for line in file.read_text(encoding='utf-8').splitlines()]
+    return [line for line in lines if line]
 
 # %% ../../nbs/data/tables.ipynb #db299174
 def _read_split(root, level, split):
-    "One list of pictures and labels; `ValueError` for a line without a label or with an unknown one"
+    "Read one list of pictures. Raises `ValueError` for a line without a label or with an unknown one."
     file = root/f'images_{level}_{split}.txt'
-    rows = [o.split(maxsplit=1) for o in read_lines(file)]
+    rows = [line.split(maxsplit=1) for line in read_lines(file)]
     for row in rows:
         if len(row)!=2: raise ValueError(f"{file}: the line {row[0]!r} has no label; expected 'image label'")
     known = set(read_lines(root/LEVELS[level]))
@@ -47,15 +54,16 @@ def _read_split(root, level, split):
 
 # %% ../../nbs/data/tables.ipynb #85bc7c9e
 def _read_splits(root, level):
-    "The lists of all splits that the tree has at `level`"
-    there = [o for o in ('train', 'val', 'trainval', 'test') if (root/f'images_{level}_{o}.txt').is_file()]
-    if not there: raise FileNotFoundError(f"{root} has no list of pictures: looked for images_{level}_train.txt and the like")
-    if {'train','val'} <= set(there): there = [o for o in there if o!='trainval']
-    return pd.concat([_read_split(root, level, o) for o in there], ignore_index=True)
+    "Read the lists of all splits at `level`"
+    splits = [o for o in ('train', 'val', 'trainval', 'test') if (root/f'images_{level}_{o}.txt').is_file()]
+    if not splits:
+        raise FileNotFoundError(f"{root} has no list of pictures: looked for images_{level}_train.txt and other splits")
+    if {'train','val'} <= set(splits): splits = [o for o in splits if o!='trainval']
+    return pd.concat([_read_split(root, level, o) for o in splits], ignore_index=True)
 
 # %% ../../nbs/data/tables.ipynb #d3da5ddf
 def _add_boxes(table, root):
-    "Add the columns `xmin`, `ymin`, `xmax`, `ymax` where the tree has boxes"
+    "Add the columns `xmin`, `ymin`, `xmax`, `ymax` if the tree has boxes"
     file = root/'images_box.txt'
     if not file.is_file(): return table
     names = ['image', 'xmin', 'ymin', 'xmax', 'ymax']
@@ -64,86 +72,100 @@ def _add_boxes(table, root):
 
 # %% ../../nbs/data/tables.ipynb #24ba0683
 def read_aircraft(
-    path:str|Path, # An FGVC-Aircraft tree
+    path:str|Path, # An FGVC-Aircraft tree, see `aircraft_root`
     level:str='variant', # Which labels: 'variant', 'family' or 'manufacturer'
-    credit:int|None=None, # Height of the strip to cut off below, in pixels; None: 20 for the whole real archive, else 0
-)->pd.DataFrame: # A row a picture: `image`, `label` (categorical), `split`, `path`, `credit`, and the box in pixels where there is one
-    "Read an FGVC-Aircraft tree. Raises `ValueError` for an unknown level or label, `FileNotFoundError` for missing files."
-    if level not in LEVELS: raise ValueError(f"level {level!r}: choose from {', '.join(LEVELS)}")
+    credit:int|None=None, # Pixels to cut off at the lower edge; default: 20 for the complete real archive, else 0
+)->pd.DataFrame: # A row for each picture: `image`, `label`, `split`, `path`, `credit`, and if known `xmin` ... `ymax`
+    """Read an FGVC-Aircraft tree. Raises `ValueError` for an unknown level or label, and `FileNotFoundError` for
+    missing lists or pictures."""
+    if level not in LEVELS: raise ValueError(f"unknown level {level!r}; choose from {', '.join(LEVELS)}")
     root = aircraft_root(path)
     table = _read_splits(root, level)
     table['label'] = pd.Categorical(table.label, categories=read_lines(root/LEVELS[level]))
     table['path'] = [root/'images'/f'{o}.jpg' for o in table.image]
-    there = {o.name for o in (root/'images').iterdir()}
-    missing = [str(o) for o in table.path if o.name not in there]
-    if missing: raise FileNotFoundError(f"{len(missing)} pictures are listed but missing: {shorten(', '.join(missing), 400)}")
-    whole = len(table)==10_000 and len(read_lines(root/LEVELS['variant']))==100
-    table['credit'] = (20 if whole else 0) if credit is None else credit
+    existing = {o.name for o in (root/'images').iterdir()}
+    missing = [str(o) for o in table.path if o.name not in existing]
+    if missing:
+        raise FileNotFoundError(f"{len(missing)} listed pictures are missing: {shorten(', '.join(missing), 400)}")
+    is_real = len(table)==10_000 and len(read_lines(root/LEVELS['variant']))==100
+    if credit is None: credit = 20 if is_real else 0
+    table['credit'] = credit
     return _add_boxes(table, root)
 
 # %% ../../nbs/data/tables.ipynb #a8f4eee4
 def crop_to_boxes(
-    table:pd.DataFrame, # From `read_aircraft`, of a tree with boxes
-)->pd.DataFrame: # A copy with the column `crop`, (left, top, right, bottom) in pixels
-    "Mean the aircraft's box instead of the whole picture. Raises `ValueError` if there are pictures without a box."
+    table:pd.DataFrame, # From `read_aircraft`, with boxes
+)->pd.DataFrame: # A copy with the column `crop`, (left, top, right, bottom) in pixels from 0
+    "Use the aircraft's bounding box instead of the whole picture. Raises `ValueError` if a picture has no box."
     names = ['xmin', 'ymin', 'xmax', 'ymax']
-    if not set(names) <= set(table.columns): raise ValueError("box: this tree has no images_box.txt, so its pictures cannot be cropped to boxes")
-    if (bare := table[names].isna().any(axis=1)).any():
-        raise ValueError(f"box: {bare.sum()} pictures have none in images_box.txt: {shorten(', '.join(table.image[bare]), 400)}")
+    if not set(names) <= set(table.columns):
+        raise ValueError("cannot crop to boxes: this tree has no images_box.txt")
+    lacks_box = table[names].isna().any(axis=1)
+    if lacks_box.any():
+        images = shorten(', '.join(table.image[lacks_box]), 400)
+        raise ValueError(f"cannot crop to boxes: images_box.txt lacks {lacks_box.sum()} pictures: {images}")
     boxes = table[names].astype(int).itertuples(index=False)
-    return table.assign(crop=[(l-1, t-1, r, b) for l,t,r,b in boxes])
+    return table.assign(crop=[(xmin-1, ymin-1, xmax, ymax) for xmin,ymin,xmax,ymax in boxes])
 
 # %% ../../nbs/data/tables.ipynb #2ad7d3f5
 def pick_split(
-    table:pd.DataFrame, # From `read_aircraft`
+    table:pd.DataFrame, # Any table of pictures
     split:str, # 'train', 'val', 'trainval' or 'test'
 )->pd.DataFrame: # The rows of that split
-    "The pictures of one split. Raises `ValueError` for a split that the tree does not have."
-    there = list(table.split.unique())
-    names = ['train','val'] if split=='trainval' and 'trainval' not in there else [split]
-    if missing := [o for o in names if o not in there]:
-        raise ValueError(f"split {split!r}: there is no {' and no '.join(missing)}, only {', '.join(there)}")
+    "The pictures of one split. Raises `ValueError` if the table does not have that split."
+    present = list(table.split.unique())
+    names = ['train','val'] if split=='trainval' and 'trainval' not in present else [split]
+    missing = [o for o in names if o not in present]
+    if missing:
+        reason = f" ({' and '.join(missing)} missing)" if len(names)>1 else ''
+        raise ValueError(f"there is no split {split!r}{reason}; choose from {', '.join(present)}")
     return table[table.split.isin(names)].reset_index(drop=True)
 
 # %% ../../nbs/data/tables.ipynb #b5611628
-def _rank(table, seed):
-    "A random order within each class: 0, 1, 2, ..."
+def _rank_in_class(table, seed):
+    "A random order within each class: 0, 1, 2, ... for each picture"
     order = np.random.default_rng(seed).permutation(len(table))
     return table.iloc[order].groupby('label', observed=True).cumcount().sort_index()
 
 # %% ../../nbs/data/tables.ipynb #858cb2e7
-def _size(table): return table.groupby('label', observed=True).label.transform('size') # of each picture's class
+def _class_size(table):
+    "For each picture the number of pictures in its class"
+    return table.groupby('label', observed=True).label.transform('size')
 
 # %% ../../nbs/data/tables.ipynb #b109cf57
 def take_fraction(
-    table:pd.DataFrame, # Any of these tables
+    table:pd.DataFrame, # Any table of pictures
     fraction:float, # Above 0, at most 1
     seed:int=0, # The same seed takes the same pictures
 )->pd.DataFrame: # That fraction of every class, at least one picture of each, in the table's order
-    "A stratified part of a table; the parts of one seed are nested. Raises `ValueError` for another fraction."
-    if not 0<fraction<=1: raise ValueError(f"fraction={fraction}: take one above 0, at most 1")
+    "A stratified subset; those of one seed are nested. Raises `ValueError` for an invalid fraction."
+    if not 0<fraction<=1: raise ValueError(f"fraction={fraction} must be above 0 and at most 1")
     table = table.reset_index(drop=True)
-    return table[_rank(table, seed) < (_size(table)*fraction).round().clip(lower=1)].reset_index(drop=True)
+    n_taken = (_class_size(table)*fraction).round().clip(lower=1)
+    return table[_rank_in_class(table, seed) < n_taken].reset_index(drop=True)
 
 # %% ../../nbs/data/tables.ipynb #33f9e03a
 def hold_out(
-    table:pd.DataFrame, # Any of these tables
-    fraction:float=0.2, # Of every class, above 0 and below 1; a class of one picture stays in training
+    table:pd.DataFrame, # Any table of pictures
+    fraction:float=0.2, # Validation share of every class, above 0 and below 1; a class of one picture stays in training
     seed:int=0, # The same seed holds out the same pictures
 )->pd.DataFrame: # A copy whose `split` is 'train' or 'val'
-    "Deal a table into training and validation pictures, class by class. Raises `ValueError` for another fraction."
-    if not 0<fraction<1: raise ValueError(f"hold_out={fraction}: take a fraction above 0 and below 1")
+    "Divide a table into training and validation pictures, class by class. Raises `ValueError` for an invalid fraction."
+    if not 0<fraction<1: raise ValueError(f"fraction={fraction} to hold out must be above 0 and below 1")
     table = table.reset_index(drop=True)
-    n = (_size(table)*fraction).round().clip(lower=1).clip(upper=_size(table)-1)
-    return table.assign(split=np.where(_rank(table, seed) < n, 'val', 'train'))
+    size = _class_size(table)
+    n_valid = (size*fraction).round().clip(lower=1).clip(upper=size-1)
+    return table.assign(split=np.where(_rank_in_class(table, seed) < n_valid, 'val', 'train'))
 
 # %% ../../nbs/data/tables.ipynb #1c905341
 def class_weights(
     table:pd.DataFrame, # The training pictures
-)->torch.Tensor: # (C,) float, in the order of the class numbers
-    "Weights in inverse proportion to the size of the classes, 1 if all are equal. Raises `ValueError` for an empty class."
+)->torch.Tensor: # (C,) float32, in the order of the class numbers
+    """Weights in inverse proportion to the size of each class, 1 if all are of equal size. Raises `ValueError` for
+    an empty class."""
     n = table.label.value_counts().loc[table.label.cat.categories]
-    if (n==0).any(): raise ValueError(f"{(n==0).sum()} classes have no picture: {shorten(', '.join(map(str, n.index[n==0])), 400)}")
+    empty = n.index[n==0]
+    if len(empty): raise ValueError(f"{len(empty)} classes have no picture: {shorten(', '.join(map(str, empty)), 400)}")
     return torch.tensor((len(table)/len(n)/n).to_numpy(), dtype=torch.float)
 
 # %% ../../nbs/data/tables.ipynb #16c59718
@@ -151,72 +173,88 @@ _SPLITS = {'train':'train', 'val':'val', 'valid':'val', 'validation':'val', 'tes
 
 # %% ../../nbs/data/tables.ipynb #aa2c139e
 def read_image_folder(
-    path:str|Path, # A folder with a folder of pictures for each class, or with `train`, `val` and `test` above those
-)->pd.DataFrame: # `image` (path below `path`), `label` (categorical, by name), `split` ('train' if there are no splits), `path`
-    "Read pictures that are sorted into folders. Raises `FileNotFoundError` where there is no folder or a class has no picture."
+    path:str|Path, # Folder with a folder of pictures for each class, or with `train`, `val` and `test` above these
+)->pd.DataFrame: # `image` (relative to `path`), `label` (by name), `split` ('train' if there are no splits), `path`
+    "Read pictures that are sorted into folders. Raises `FileNotFoundError` for a missing folder or an empty class."
     path = Path(path)
     if not path.is_dir(): raise FileNotFoundError(f"there is no folder {path}")
-    folders = {o: _SPLITS[o.name] for o in sorted(path.iterdir()) if o.is_dir() and o.name in _SPLITS} or {path: 'train'}
+    folders = {o: _SPLITS[o.name] for o in sorted(path.iterdir()) if o.is_dir() and o.name in _SPLITS}
+    if not folders: folders = {path: 'train'}
     rows = []
     for folder,split in folders.items():
         found = ImageFolder(folder)
-        rows += [(str(Path(o).relative_to(path)), found.classes[i], split, Path(o)) for o,i in found.samples]
+        rows += [(str(Path(file).relative_to(path)), found.classes[i], split, Path(file)) for file,i in found.samples]
     table = pd.DataFrame(rows, columns=['image','label','split','path'])
     return table.assign(label=pd.Categorical(table.label, categories=sorted(set(table.label))))
 
+# %% ../../nbs/data/tables.ipynb #8a1d1c03
+def _read_csv(file):
+    if not Path(file).is_file(): raise FileNotFoundError(f"there is no file {file}")
+    try: return pd.read_csv(file)
+    except ValueError as e: raise ValueError(f"{file} cannot be read as CSV ({e})") from e
+
 # %% ../../nbs/data/tables.ipynb #c3942abe
 def read_table(
-    table:str|Path|pd.DataFrame, # A CSV file, or a table that was read by other means
-    root:str|Path|None=None, # The folder that the paths start from; None: the CSV file's own, or the present one
+    table:str|Path|pd.DataFrame, # A CSV file or a DataFrame
+    root:str|Path|None=None, # Folder that paths are relative to; default: that of the CSV file, else the current one
     path:str='path', # Name of the column of paths
     label:str='label', # Name of the column of labels
     split:str='split', # Name of the column of splits; without such a column all pictures are 'train'
 )->pd.DataFrame: # `image` (the path as given), `label` (categorical), `split`, `path`, and the other columns
-    "Read a list of pictures with their labels. Raises `FileNotFoundError` or `ValueError` that name what is missing."
-    name = 'the table' if isinstance(table, pd.DataFrame) else table
-    if not isinstance(table, pd.DataFrame):
-        if not Path(table).is_file(): raise FileNotFoundError(f"there is no file {table}")
+    """Read a list of pictures with labels. Raises `FileNotFoundError` for missing files, and `ValueError` for missing
+    columns or values."""
+    is_file = not isinstance(table, pd.DataFrame)
+    name = str(table) if is_file else 'the table'
+    if is_file:
         root = root or Path(table).parent
-        try: table = pd.read_csv(table)
-        except ValueError as e: raise ValueError(f"{name} cannot be read as a table with commas ({e})") from e
+        table = _read_csv(table)
     if missing := {path,label}-set(table.columns):
-        raise ValueError(f"{name} has no column {', '.join(sorted(missing))}, only {', '.join(map(str, table.columns))}")
-    if (bare := table[[path,label]].isna().any(axis=1)).any():
-        raise ValueError(f"{name}: {bare.sum()} rows have no path or no label, the first is row {int(np.argmax(bare))}")
-    labels = table[label] if isinstance(table[label].dtype, pd.CategoricalDtype) else pd.Categorical(table[label])
-    table = table.assign(image=table[path].astype(str), label=labels, split=table.get(split, 'train'), path=[Path(root or '.')/o for o in table[path]])
-    if missing := [str(o) for o in table.path if not o.is_file()]:
-        raise FileNotFoundError(f"{len(missing)} pictures are listed in {name} but missing: {shorten(', '.join(missing), 400)}")
+        columns = ', '.join(map(str, table.columns))
+        raise ValueError(f"{name} has no column {', '.join(sorted(missing))}; its columns are {columns}")
+    is_empty = table[[path,label]].isna().any(axis=1)
+    if is_empty.any():
+        first = int(np.argmax(is_empty))
+        raise ValueError(f"{name}: {is_empty.sum()} rows have no path or no label, the first is row {first}")
+    has_categories = isinstance(table[label].dtype, pd.CategoricalDtype)
+    labels = table[label] if has_categories else pd.Categorical(table[label])
+    paths = [Path(root or '.')/o for o in table[path]]
+    table = table.assign(image=table[path].astype(str), label=labels, split=table.get(split, 'train'), path=paths)
+    if missing := [str(o) for o in paths if not o.is_file()]:
+        raise FileNotFoundError(f"{len(missing)} pictures in {name} are missing: {shorten(', '.join(missing), 400)}")
     return table.reset_index(drop=True)
 
 # %% ../../nbs/data/tables.ipynb #8ad53cfb
 def _imagenet_folders(path):
-    "Pictures in folders named by WordNet ids, with the class numbers of ImageNet-1k"
-    table,number = read_image_folder(path),{o: i for i,o in enumerate(ImageNetInfo('imagenet-1k').label_names())}
-    if other := sorted(set(table.label)-set(number)):
-        raise ValueError(f"{path}: {len(other)} folders are no classes of ImageNet-1k: {shorten(', '.join(other), 400)}")
-    return table.assign(class_index=[number[o] for o in table.label])
+    "Pictures in folders named by WordNet id, with the class numbers of ImageNet-1k"
+    table = read_image_folder(path)
+    class_index = {wordnet_id: i for i,wordnet_id in enumerate(ImageNetInfo('imagenet-1k').label_names())}
+    if other := sorted(set(table.label)-set(class_index)):
+        names = shorten(', '.join(other), 400)
+        raise ValueError(f"{path}: {len(other)} folders are not classes of ImageNet-1k: {names}")
+    return table.assign(class_index=[class_index[o] for o in table.label])
 
 # %% ../../nbs/data/tables.ipynb #8cd50201
 def read_pictures(
-    path:str|Path, # A folder of pictures with a `labels.csv`: columns `path` and `class_index`; or ImageNet's own folders
-)->pd.DataFrame: # A row a picture; `path` absolute, `label` a categorical over 0, 1, ... up to the greatest class number
-    "Read a folder of labelled source pictures. Raises `FileNotFoundError` or `ValueError` that name what is missing."
-    file = Path(path)/'labels.csv'
+    path:str|Path, # Folder with a `labels.csv` (columns `path` and `class_index`), or with ImageNet's folders
+)->pd.DataFrame: # A row for each picture; `label` is a categorical over 0, 1, ... up to the largest class number
+    """Read a folder of labelled source pictures. Raises `FileNotFoundError` for a missing `labels.csv` or missing
+    pictures, and `ValueError` for missing columns or for folders that are not classes of ImageNet."""
+    path = Path(path)
+    file = path/'labels.csv'
     if file.is_file(): table = read_table(file, label='class_index')
-    elif any(Path(path).glob('n[01]*')) or any(Path(path).glob('*/n[01]*')): table = _imagenet_folders(path)
-    else: raise FileNotFoundError(f"{path} has no labels.csv (a table of pictures with columns path,class_index) and no folders like ImageNet's n01440764")
+    elif any(path.glob('n[01]*')) or any(path.glob('*/n[01]*')): table = _imagenet_folders(path)
+    else:
+        raise FileNotFoundError(f"{path} has no labels.csv (a table of pictures with columns path,class_index) "
+                                f"and no folders like ImageNet's n01440764")
     return table.assign(label=pd.Categorical(table.class_index, categories=range(table.class_index.max()+1)))
-
-# %% ../../nbs/data/tables.ipynb #24d4035e
-from fastai.vision.all import get_image_files
 
 # %% ../../nbs/data/tables.ipynb #c5d9b946
 def read_folder(
     path:str|Path, # A folder with pictures, at any depth
-)->pd.DataFrame: # A row a picture, sorted by path: `path` and `label`, the class number if there is a `labels.csv`
-    "Any folder of pictures as a table. Raises `FileNotFoundError` if there are none."
+)->pd.DataFrame: # A row for each picture, sorted by path: `path`, and `label` ('unknown' without a `labels.csv`)
+    "Read any folder of pictures. Raises `FileNotFoundError` if it has none."
     if (Path(path)/'labels.csv').is_file(): return read_pictures(path)
     files = sorted(get_image_files(path)) if Path(path).is_dir() else []
-    if not files: raise FileNotFoundError(f"{path} is no folder with pictures: looked for .jpg, .png and the like, at any depth")
+    if not files:
+        raise FileNotFoundError(f"{path} has no pictures: looked for .jpg, .png and other formats at any depth")
     return pd.DataFrame(dict(path=files, label=pd.Categorical(['unknown']*len(files))))
