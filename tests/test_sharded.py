@@ -1,7 +1,7 @@
 """The penalty on a model that is spread over processes is the penalty on the whole one.
 
-Two processes train a model under `fully_shard`, each on its half of every batch; this one trains the same model whole, on plain tensors. No number of rows
-divides by two, and one layer has a single row, of which the second process has nothing.
+Two processes train a model under `fully_shard`, each on its half of every batch; this process trains the same model
+without sharding. No number of rows is divisible by two, and one layer has a single row, so the second process has none.
 """
 import copy, math
 from datetime import timedelta
@@ -13,16 +13,19 @@ from fgvc_fisher.penalty import QuadraticPenalty
 from forks import ranks, succeed
 
 try: from torch.distributed.fsdp import fully_shard
-except ImportError: pytest.skip("this PyTorch has no torch.distributed.fsdp.fully_shard: it came in 2.6", allow_module_level=True)
+except ImportError: pytest.skip("torch.distributed.fsdp.fully_shard came with PyTorch 2.6", allow_module_level=True)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
-COEFS,NEW,LR = dict(alpha=0.02, beta=3., l2sp=0.1),['7'],{'sgd': 0.05, 'adamw': 0.01}
+COEFS = dict(alpha=0.02, beta=3., l2sp=0.1)
+NEW = ['7']
+LR = {'sgd': 0.05, 'adamw': 0.01}
 
 def problem():
     "A model, its anchor and Fisher, and batches"
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3,5,3), nn.BatchNorm2d(5), nn.GroupNorm(1,5), nn.Flatten(), nn.Linear(45,7), nn.LayerNorm(7), nn.Linear(7,1), nn.Linear(1,3)).double()
+    model = nn.Sequential(nn.Conv2d(3,5,3), nn.BatchNorm2d(5), nn.GroupNorm(1,5), nn.Flatten(),
+                          nn.Linear(45,7), nn.LayerNorm(7), nn.Linear(7,1), nn.Linear(1,3)).double()
     model[1].running_mean.normal_()
     model[1].running_var.uniform_(0.5, 2)
     theta0 = {n: (p + 0.1*torch.randn_like(p)).detach() for n,p in model.named_parameters()}
@@ -37,11 +40,12 @@ def optimizer(model, name):
 
 def full(t): return (t.full_tensor() if isinstance(t, DTensor) else t).detach().clone()
 
-def told(penalty):
-    "All that a penalty says of the whole model"
+def described(penalty):
+    "All that a penalty reports about the whole model"
     with torch.no_grad(): value = penalty.value()
     grads = torch.autograd.grad(penalty.value(), [*penalty.params.values()])
-    return dict(value=value, distance=penalty.distance(), table=penalty.table(), greatest=penalty.greatest, unit=penalty.unit, stiffest=penalty.stiffest(0.1),
+    return dict(value=value, distance=penalty.distance(), table=penalty.table(), max_fisher=penalty.max_fisher,
+                fisher_scale=penalty.fisher_scale, stiffest=penalty.stiffest(0.1),
                 grads=dict(zip(penalty.params, map(full, grads))))
 
 def train(net, penalty, opt, step, batches, share=slice(None)):
@@ -54,23 +58,28 @@ def train(net, penalty, opt, step, batches, share=slice(None)):
         if step=='prox': penalty.prox_(opt)
 
 def fit(case, shard=lambda model: model, share=slice(None)):
-    "What a penalty said before and after a training, the parameters then, and what the penalty kept of anchor and Fisher"
+    "What a penalty reports before and after a training, the parameters then, and what it stores of anchor and Fisher"
     model,theta0,fisher,batches = problem()
     model = shard(model)
     args = (None,None) if case.get('bare') else (theta0,fisher)
     penalty = QuadraticPenalty(model, *args, new=NEW, **case['kw'])
-    before = told(penalty)
+    before = described(penalty)
     train(model, penalty, optimizer(model, case['opt']), case['step'], batches, share)
-    kept = [o for d in (penalty.anchor, penalty.fisher or {}) for o in d.values()]
-    return dict(before=before, after=told(penalty), params={n: full(p) for n,p in model.named_parameters()}, summary=penalty.summary(),
-                kept=sum(o.numel() for o in kept), held=sum(o.untyped_storage().nbytes() for o in kept), dtypes={o.dtype for o in kept}, devices={o.device.type for o in kept})
+    stored = [o for d in (penalty.anchor, penalty.fisher or {}) for o in d.values()]
+    return dict(before=before, after=described(penalty), params={n: full(p) for n,p in model.named_parameters()},
+                summary=penalty.summary(), numel=sum(o.numel() for o in stored),
+                nbytes=sum(o.untyped_storage().nbytes() for o in stored),
+                dtypes={o.dtype for o in stored}, devices={o.device.type for o in stored})
 
 def case(opt, step, bare=False, **kw): return dict(opt=opt, step=step, bare=bare, kw=kw)
 CASES = {f'{o} {s} {name}': case(o, s, **kw) for o in LR for s in ('prox','grad') for name,kw in
          {'all': COEFS, 'normalized': COEFS | dict(normalize=True), 'fisher': dict(beta=3.)}.items()} | {
-    'float32': case('sgd', 'prox', dtype=torch.float32, **COEFS), 'bfloat16': case('sgd', 'grad', dtype=torch.bfloat16, **COEFS),
-    'cpu': case('sgd', 'prox', device='cpu', **COEFS), 'weights': case('adamw', 'prox', beta_on='weights', normalize=True, **COEFS),
-    'in the loss': case('sgd', 'loss', normalize=True, **COEFS), 'bare': case('adamw', 'prox', bare=True, alpha=0.02, l2sp=0.1)}
+    'float32': case('sgd', 'prox', dtype=torch.float32, **COEFS),
+    'bfloat16': case('sgd', 'grad', dtype=torch.bfloat16, **COEFS),
+    'cpu': case('sgd', 'prox', device='cpu', **COEFS),
+    'weights': case('adamw', 'prox', beta_on='weights', normalize=True, **COEFS),
+    'in the loss': case('sgd', 'loss', normalize=True, **COEFS),
+    'bare': case('adamw', 'prox', bare=True, alpha=0.02, l2sp=0.1)}
 
 # In each of the two processes
 
@@ -79,22 +88,27 @@ def sharded(model, **kw):
     for k in (0,4): fully_shard(model[k], **kw)
     return fully_shard(model, **kw)
 
-def says(f, *args, **kw):
+def error_of(f, *args, **kw):
     try: f(*args, **kw)
     except ValueError as e: return str(e)
 
 def laid_out(like):
     "DTensors laid out in several ways, and the tensors that they are made of"
-    flat,square = init_device_mesh('cpu', (2,)),init_device_mesh('cpu', (1,2))
-    for mesh,how in ((flat, [Shard(0)]), (flat, [Shard(1)]), (flat, [Replicate()]), (square, [Shard(0),Shard(0)]), (square, [Shard(1),Shard(0)]), (square, [Replicate(),Shard(1)])):
+    flat = init_device_mesh('cpu', (2,))
+    square = init_device_mesh('cpu', (1,2))
+    layouts = [(flat, [Shard(0)]), (flat, [Shard(1)]), (flat, [Replicate()]),
+               (square, [Shard(0),Shard(0)]), (square, [Shard(1),Shard(0)]), (square, [Replicate(),Shard(1)])]
+    for mesh,how in layouts:
         for t in like: yield distribute_tensor(t, mesh, how),t
 
-def parts_agree():
-    "`part_of` beside PyTorch's own distribution, of tensors and of DTensors that are laid out otherwise"
+def shards_agree():
+    "`matching_shard` and PyTorch's own distribution, of tensors and of DTensors with another layout"
     torch.manual_seed(1)
     tensors = [torch.randn(*s) for s in ((5,3), (1,7), (2,1), (4,4,2))]
     other = {id(t): distribute_tensor(t, init_device_mesh('cpu', (2,)), [Shard(t.ndim-1)]) for t in tensors}
-    return all([torch.equal(matching_shard(o, d), d.to_local()) for d,t in laid_out(tensors) for o in (t, other[id(t)], d)])   # all of them, or a process waits for the other
+    # a list: every process has to make every comparison, or one of them waits for the other
+    agree = [torch.equal(matching_shard(o, d), d.to_local()) for d,t in laid_out(tensors) for o in (t, other[id(t)], d)]
+    return all(agree)
 
 def dtensors_as_source():
     "Anchor and Fisher of a sharded source, and replicated ones"
@@ -102,7 +116,7 @@ def dtensors_as_source():
     source,flat = sharded(copy.deepcopy(model)),init_device_mesh('cpu', (2,))
     for n,p in source.named_parameters(): p.to_local().data.copy_(matching_shard(theta0[n], p))
     copies = {n: distribute_tensor(f, flat, [Replicate()]) for n,f in fisher.items()}
-    return told(QuadraticPenalty(sharded(model), dict(source.named_parameters()), copies, new=NEW, **COEFS))
+    return described(QuadraticPenalty(sharded(model), dict(source.named_parameters()), copies, new=NEW, **COEFS))
 
 def partial_gradient():
     "A replicated parameter whose gradient is still to be summed: what tensor parallelism can leave"
@@ -114,12 +128,13 @@ def partial_gradient():
     return full(model.weight.grad)
 
 def refused():
-    "What is said to a Fisher with a bad value in the first process's part, and to a penalty from before the sharding"
+    "The errors for a Fisher with a bad value in the first process's shard, and for a penalty made before sharding"
     model,theta0,fisher,_ = problem()
     early = QuadraticPenalty(model, theta0, fisher, new=NEW, **COEFS)
     sharded(model)
     fisher['0.weight'][0,0,0,0] = math.nan
-    return dict(fisher=says(QuadraticPenalty, model, theta0, fisher, new=NEW, **COEFS), early=says(early.prox_, optimizer(model, 'sgd')))
+    bad = error_of(QuadraticPenalty, model, theta0, fisher, new=NEW, **COEFS)
+    return dict(fisher=bad, early=error_of(early.prox_, optimizer(model, 'sgd')))
 
 def gathered():
     "A penalty that is made after a forward pass, when some parameters are whole"
@@ -134,16 +149,18 @@ def data_parallel(case, share):
     "The penalty on the model within `DistributedDataParallel`"
     model,theta0,fisher,batches = problem()
     penalty = QuadraticPenalty(model, theta0, fisher, new=NEW, **case['kw'])
-    train(nn.parallel.DistributedDataParallel(model), penalty, optimizer(model, case['opt']), case['step'], batches, share)
-    return dict(after=told(penalty), params={n: full(p) for n,p in model.named_parameters()})
+    net = nn.parallel.DistributedDataParallel(model)
+    train(net, penalty, optimizer(model, case['opt']), case['step'], batches, share)
+    return dict(after=described(penalty), params={n: full(p) for n,p in model.named_parameters()})
 
 def accelerated(share):
     "The training by hand, with a model and an optimizer that accelerate has prepared"
     from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
     plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy='size_based_wrap', min_num_params=100)
     accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)
-    # on processors accelerate leaves the plugin out without a word; told that it is not so, it does what it does on cards
-    accelerator.state.distributed_type,accelerator.state.fsdp_plugin = DistributedType.FSDP,plugin
+    # on CPUs accelerate silently ignores the plugin; with these two it does what it does on GPUs
+    accelerator.state.distributed_type = DistributedType.FSDP
+    accelerator.state.fsdp_plugin = plugin
     model,theta0,fisher,batches = problem()
     model,opt = accelerator.prepare(model, optimizer(model, 'adamw'))
     penalty = QuadraticPenalty(model, theta0, fisher, new=NEW, **COEFS)
@@ -152,7 +169,8 @@ def accelerated(share):
         accelerator.backward(F.cross_entropy(model(x[share]), y[share]))
         opt.step()
         penalty.prox_(opt)
-    return dict(kinds={type(p).__name__ for p in model.parameters()}, summary=penalty.summary(), after=told(penalty),
+    kinds = {type(p).__name__ for p in model.parameters()}
+    return dict(kinds=kinds, summary=penalty.summary(), after=described(penalty),
                 params={n: full(p) for n,p in model.named_parameters()})
 
 def one_of_two(folder):
@@ -161,11 +179,13 @@ def one_of_two(folder):
     share = slice(4*rank, 4*rank+4)
     meshes = {f'hybrid {s}': init_device_mesh('cpu', s, mesh_dim_names=('copies','parts')) for s in ((2,1), (1,2))}
     some = CASES['sgd prox normalized']
-    results = {k: fit(c, sharded, share) for k,c in CASES.items()} | {k: fit(some, partial(sharded, mesh=m), share) for k,m in meshes.items()}
+    results = {k: fit(c, sharded, share) for k,c in CASES.items()}
+    results |= {k: fit(some, partial(sharded, mesh=m), share) for k,m in meshes.items()}
     results |= {f'ddp {k}': data_parallel(CASES[k], share) for k in ('sgd prox all', 'adamw grad all')}
-    results |= dict(agree=parts_agree(), dtensors=dtensors_as_source(), partial=partial_gradient(), refused=refused(), gathered=gathered(), accelerate=accelerated(share))
+    results |= dict(agree=shards_agree(), dtensors=dtensors_as_source(), partial=partial_gradient())
+    results |= dict(refused=refused(), gathered=gathered(), accelerate=accelerated(share))
     torch.save(results, folder/f'{rank}.pt')
-    # a process that just goes can break the other's connection
+    # a process that exits early can break the other's connection
     dist.barrier()
     dist.destroy_process_group()
 
@@ -181,16 +201,19 @@ def both(tmp_path_factory):
 def close(a, b, rtol=1e-12): assert (a-b).abs().max() <= rtol*b.abs().max()
 
 def same(a, b):
-    "Do two processes say the same, to the last bit?"
-    assert torch.equal(a['value'], b['value']) and all(a[k]==b[k] for k in ('distance','greatest','unit','stiffest'))
+    "Do two processes agree to the last bit?"
+    assert torch.equal(a['value'], b['value'])
+    assert all(a[k]==b[k] for k in ('distance','max_fisher','fisher_scale','stiffest'))
     pd.testing.assert_frame_equal(a['table'], b['table'], check_exact=True)
     for n,g in a['grads'].items(): assert torch.equal(g, b['grads'][n]), n
 
 def right(got, wanted):
-    "Does it say what the penalty on the whole model says?"
+    "Does it agree with the penalty on the whole model?"
     close(got['value'], wanted['value'])
-    for k in ('distance','unit'): assert got[k]==pytest.approx(wanted[k], rel=1e-12)
-    assert got['greatest']==wanted['greatest'] and got['stiffest']==(pytest.approx(wanted['stiffest'][0], rel=1e-12),wanted['stiffest'][1])
+    for k in ('distance','fisher_scale'): assert got[k]==pytest.approx(wanted[k], rel=1e-12)
+    assert got['max_fisher']==wanted['max_fisher']
+    stiffness,name = wanted['stiffest']
+    assert got['stiffest']==(pytest.approx(stiffness, rel=1e-12), name)
     pd.testing.assert_frame_equal(got['table'], wanted['table'], rtol=1e-12, atol=1e-14)
     for n,g in got['grads'].items(): close(g, wanted['grads'][n])
 
@@ -203,21 +226,22 @@ def test_it_is_the_penalty_on_the_whole_model(both, name):
     for k in ('before','after'): same(*(o[name][k] for o in both))
 
 @pytest.mark.parametrize('name', [*CASES, 'hybrid (2, 1)', 'hybrid (1, 2)'])
-def test_each_process_keeps_its_part(both, name):
-    model,fine = problem()[0],CASES.get(name, CASES['sgd prox normalized'])['kw'].get('dtype') or torch.float64
+def test_each_process_stores_its_shard(both, name):
+    model = problem()[0]
+    dtype = CASES.get(name, CASES['sgd prox normalized'])['kw'].get('dtype') or torch.float64
     n = sum(p.numel() for k,p in model.named_parameters() if k[0] not in NEW)*(1 if name=='bare' else 2)
-    kept = [o[name]['kept'] for o in both]
-    if name=='hybrid (2, 1)': assert kept==[n,n]
-    else: assert sum(kept)==n and 0.4*n < kept[1] < kept[0] < 0.6*n
-    for o in both:
-        assert o[name]['held']==o[name]['kept']*fine.itemsize and o[name]['dtypes']=={fine} and o[name]['devices']=={'cpu'}
-        assert '0.0 MB' in o[name]['summary'] and 'process' in o[name]['summary']
+    numel = [o[name]['numel'] for o in both]
+    if name=='hybrid (2, 1)': assert numel==[n,n]
+    else: assert sum(numel)==n and 0.4*n < numel[1] < numel[0] < 0.6*n
+    for got in (o[name] for o in both):
+        assert got['nbytes']==got['numel']*dtype.itemsize and got['dtypes']=={dtype} and got['devices']=={'cpu'}
+        assert '0.0 MB' in got['summary'] and 'process' in got['summary']
 
-def test_parts_are_as_pytorch_cuts(both): assert all(o['agree'] for o in both)
+def test_shards_are_those_of_pytorch(both): assert all(o['agree'] for o in both)
 
 def test_anchor_and_fisher_that_are_sharded_themselves(both):
     model,theta0,fisher,_ = problem()
-    for o in both: right(o['dtensors'], told(QuadraticPenalty(model, theta0, fisher, new=NEW, **COEFS)))
+    for o in both: right(o['dtensors'], described(QuadraticPenalty(model, theta0, fisher, new=NEW, **COEFS)))
 
 def test_a_model_whose_parameters_are_whole_after_a_forward_pass(both):
     model,theta0,fisher,_ = problem()
@@ -226,9 +250,10 @@ def test_a_model_whose_parameters_are_whole_after_a_forward_pass(both):
         for n,p in model.named_parameters(): close(o['gathered'][n], p)
 
 def test_a_gradient_that_is_still_to_be_summed(both):
-    for o in both: assert torch.equal(o['partial'], torch.full((2,3), 4.).double())           # 1 + 1 from the processes, 2 from alpha, once
+    wanted = torch.full((2,3), 4.).double()                  # 1 + 1 from the processes, 2 from alpha, once
+    for o in both: assert torch.equal(o['partial'], wanted)
 
-def test_what_cannot_be_meant_is_refused_in_every_process(both):
+def test_invalid_arguments_are_refused_in_every_process(both):
     for o in (o['refused'] for o in both):
         assert '0.weight' in o['fisher']
         assert 'SGD' in o['early'] and '14' in o['early']

@@ -1,4 +1,4 @@
-"""One training by several GPUs or machines: who does what, who writes, and how they end
+"""Which of several processes this is, what rank 0 does for all, and how they shut down together
 
 Docs: https://fgvc-fisher.github.io/fgvc_fisher/distributed/ranks.html.md"""
 
@@ -14,38 +14,39 @@ import torch
 
 # %% ../../nbs/distributed/ranks.ipynb #b5684dfc
 def process_state():
-    "accelerate's own knowledge of the processes, with their connection; a process without a GPU talks by gloo"
+    "accelerate's `PartialState`: rank, world size, device and connection. A process without a GPU uses gloo."
     from accelerate import PartialState
     return PartialState(cpu=not torch.cuda.is_available())
 
 # %% ../../nbs/distributed/ranks.ipynb #4cb457fa
-def processes()->tuple: # Their number, and the number of this one, from 0
-    "How many processes work together, as `torchrun` or `accelerate launch` have started them, and which this is."
+def processes()->tuple: # World size, and the rank of this process
+    "How many processes `torchrun` or `accelerate launch` have started together, and which of them this is."
     if int(os.environ.get('WORLD_SIZE', 1))<2: return 1,0
-    return process_state().num_processes,process_state().process_index
+    state = process_state()
+    return state.num_processes,state.process_index
 
 # %% ../../nbs/distributed/ranks.ipynb #946ca734
 def shutdown_processes():
-    "Leave together, at the end of a program."
-    if torch.distributed.is_initialized(): torch.distributed.barrier(); torch.distributed.destroy_process_group()
-
-# %% ../../nbs/distributed/ranks.ipynb #608368b6
-def _told(f):
-    "What `f` returns, or the error that it raises, as an object that can be sent"
-    try: return f(),None
-    except Exception as e: return None,e
+    "Wait for all processes and close their connection, at the end of a program."
+    if not torch.distributed.is_initialized(): return
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
 
 # %% ../../nbs/distributed/ranks.ipynb #6829cfda
 def on_rank0(
-    f:Callable, # Without arguments; what it returns can be pickled
-): # What `f` returned
-    "Let the first process do something, and tell its result to all. What it raises is raised in all: a built-in error as itself, another as `RuntimeError`."
-    n,i = processes()
-    if n<2: return f()
+    f:Callable, # Called without arguments; its result can be pickled
+): # The result of `f`
+    """Call a function on rank 0 and return its result on all ranks. What it raises is raised on all ranks:
+    a built-in exception with its own type, any other as `RuntimeError`."""
+    world_size,rank = processes()
+    if world_size<2: return f()
     from accelerate.utils import broadcast_object_list
-    result,error = _told(f) if not i else (None,None)
-    kind = error and (type(error) if type(error).__module__=='builtins' else RuntimeError)
-    result,kind,text = broadcast_object_list([result, kind, str(error)])
+    result,error = None,None
+    if not rank:
+        try: result = f()
+        except Exception as e: error = e
+    kind = type(error) if type(error).__module__=='builtins' else RuntimeError     # others may not know its class
+    result,kind,message = broadcast_object_list([result, error and kind, str(error)])
     if error: raise error
-    if kind: raise kind(text)
+    if kind: raise kind(message)
     return result

@@ -1,4 +1,4 @@
-"""Which part of a sharded parameter is in this process, the same part of any other tensor, and a number of the whole from those of the parts
+"""The local shard of a sharded parameter, the matching shard of any other tensor, and global sums and maxima from local shards
 
 Docs: https://fgvc-fisher.github.io/fgvc_fisher/distributed/sharded.html.md"""
 
@@ -14,20 +14,20 @@ from torch import nn, Tensor
 # %% ../../nbs/distributed/sharded.ipynb #8b4e4fee
 def is_sharded(
     t:Tensor, # Any tensor
-)->bool: # A DTensor?
-    "Does this tensor stand for one that is spread over processes?"
+)->bool: # Is it a DTensor?
+    "Whether a tensor is distributed over processes."
     return hasattr(t, 'device_mesh')
 
 # %% ../../nbs/distributed/sharded.ipynb #69994f7c
 def local_tensor(
     t:Tensor, # Any tensor
-)->Tensor: # Of a DTensor its piece, in the same memory; a plain tensor itself
-    "The part of a tensor that is in this process, differentiable."
+)->Tensor: # The local shard of a DTensor, which shares its memory; a plain tensor itself
+    "The part of a tensor that is stored in this process, differentiable."
     return t.to_local() if is_sharded(t) else t
 
 # %% ../../nbs/distributed/sharded.ipynb #ca524100
 def _dtensor():
-    "`DTensor, Partial, Replicate, Shard`, from where this PyTorch has them"
+    "`DTensor, Partial, Replicate, Shard` from where this PyTorch has them"
     try: from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
     except ImportError:                                        # before 2.5
         from torch.distributed._tensor.api import DTensor
@@ -35,63 +35,67 @@ def _dtensor():
     return DTensor, Partial, Replicate, Shard
 
 # %% ../../nbs/distributed/sharded.ipynb #6091059f
-def _piece(t, dim, n, k):
-    "Piece k of the n that a dimension is cut into"
-    pieces = t.chunk(n, dim)
-    return pieces[k] if k<len(pieces) else t.narrow(dim, 0, 0)
+def _chunk(t, dim, n, k):
+    "Chunk k of n along a dimension, possibly empty"
+    chunks = t.chunk(n, dim)
+    return chunks[k] if k<len(chunks) else t.narrow(dim, 0, 0)
 
 # %% ../../nbs/distributed/sharded.ipynb #2362e5ba
 def matching_shard(
     t:Tensor, # A whole tensor, the same in every process, or a DTensor
-    like:Tensor, # A tensor of the same shape, or a DTensor
-)->Tensor: # A view of `t` where that is possible
-    "The part of `t` that belongs to the part of `like` that is here. `ValueError` for a layout that is not cut from left to right."
-    if is_sharded(t) and is_sharded(like) and (t.device_mesh,t.placements)==(like.device_mesh,like.placements): return local_tensor(t)
-    t = t.full_tensor() if is_sharded(t) else t
-    if not is_sharded(like): return t
+    like:Tensor, # A plain tensor or a DTensor of the same shape
+)->Tensor: # A view of `t` where possible
+    "The part of `t` that corresponds to the local shard of `like`. Raises `ValueError` for an unsupported layout."
+    if not is_sharded(like): return t.full_tensor() if is_sharded(t) else t
+    if is_sharded(t):
+        same_layout = (t.device_mesh,t.placements)==(like.device_mesh,like.placements)
+        if same_layout: return local_tensor(t)
+        t = t.full_tensor()
     Shard = _dtensor()[-1]
-    for o,n,k in zip(like.placements, like.device_mesh.shape, like.device_mesh.get_coordinate()):
-        if type(o) is Shard: t = _piece(t, o.dim, n, k)
-        elif not o.is_replicate(): raise ValueError(f"a parameter of shape {tuple(like.shape)} is laid out as {o}: only Shard and Replicate are known here. "
-                                                    "Give its part as a DTensor that is laid out alike")
+    for placement,n,k in zip(like.placements, like.device_mesh.shape, like.device_mesh.get_coordinate()):
+        if type(placement) is Shard: t = _chunk(t, placement.dim, n, k)
+        elif not placement.is_replicate():
+            raise ValueError(f"a parameter of shape {tuple(like.shape)} has the placement {placement}, and only Shard "
+                             "and Replicate are supported: pass a DTensor with the same layout as the parameter")
     return t
 
 # %% ../../nbs/distributed/sharded.ipynb #be03233d
 def reduce_over_shards(
-    numbers:dict, # Parameter name -> number of the part that is here, a tensor without dimensions
+    numbers:dict, # Parameter name -> a scalar tensor computed from the local shard
     params:dict, # Parameter name -> parameter
     op:str='sum', # Or 'max'
-)->dict: # Parameter name -> number of the whole, the same in every process; of plain parameters as it was
-    "Numbers of whole parameters from those of their parts. Every process has to call this, with the same names."
-    alike = {}
+)->dict: # Parameter name -> the reduced scalar, the same in every process; unchanged for plain parameters
+    "Global sums or maxima from local shards. Every process has to call this, with the same names."
+    layouts = {}
     for n,v in numbers.items():
         p = params[n]
-        if is_sharded(p): alike.setdefault((p.device_mesh, p.placements, v.dtype), []).append(n)
-    for (mesh,placements,_),names in alike.items():
+        if is_sharded(p): layouts.setdefault((p.device_mesh, p.placements, v.dtype), []).append(n)
+    for (mesh,placements,_),names in layouts.items():
         DTensor,Partial,Replicate,_ = _dtensor()
-        how = [Replicate() if o.is_replicate() else Partial(op) for o in placements]
-        together = DTensor.from_local(torch.stack([numbers[n] for n in names]), mesh, how).full_tensor()
-        numbers = numbers | dict(zip(names, together))
+        partial = [Replicate() if o.is_replicate() else Partial(op) for o in placements]
+        local = torch.stack([numbers[n] for n in names])
+        numbers = numbers | dict(zip(names, DTensor.from_local(local, mesh, partial).full_tensor()))
     return numbers
 
 # %% ../../nbs/distributed/sharded.ipynb #b6e55f4e
 def reshard(
     model:nn.Module, # Any network
 ):
-    "Let go of parameters that `fully_shard` has gathered for a forward pass. `ValueError` for a model in the older `FullyShardedDataParallel`."
+    "Release parameters that `fully_shard` has gathered. Raises `ValueError` for the older `FullyShardedDataParallel`."
     for name,m in model.named_modules():
         if type(m).__name__=='FullyShardedDataParallel':
-            raise ValueError(f"{name or 'the model'} is in FullyShardedDataParallel, whose flat parameters have no names and shapes of their own: "
-                             "use torch.distributed.fsdp.fully_shard, in accelerate FullyShardedDataParallelPlugin(fsdp_version=2)")
+            raise ValueError(f"{name or 'the model'} is in FullyShardedDataParallel, whose flat parameters keep "
+                             "neither names nor shapes: use torch.distributed.fsdp.fully_shard, or in accelerate "
+                             "FullyShardedDataParallelPlugin(fsdp_version=2)")
         if hasattr(m, 'reshard') and hasattr(m, 'unshard'): m.reshard()
 
 # %% ../../nbs/distributed/sharded.ipynb #b497432c
 def check_whole(
     model:nn.Module, # Any network
-    what:str, # Who needs it whole
+    what:str, # The function that needs a whole model, for the error message
 ):
-    "Raises `ValueError` if parameters of the model are spread over processes."
+    "Raises `ValueError` if parameters of the model are sharded."
     reshard(model)
     if names := [n for n,p in model.named_parameters() if is_sharded(p)]:
-        raise ValueError(f"{what} needs a whole model, and {len(names)} parameters of this {type(model).__name__}, such as {names[0]}, are spread over "
-                         "processes: call it before the model is sharded")
+        raise ValueError(f"{what} needs a whole model, and {len(names)} parameters of this {type(model).__name__}, "
+                         f"such as {names[0]}, are sharded: call it before sharding the model")

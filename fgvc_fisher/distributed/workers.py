@@ -1,4 +1,4 @@
-"""Further processes of this machine, that take part in the work and end with it
+"""More processes on this machine that share a list of work and end with the process that started them
 
 Docs: https://fgvc-fisher.github.io/fgvc_fisher/distributed/workers.html.md"""
 
@@ -12,45 +12,63 @@ import os, pickle, pkgutil, subprocess, sys, threading
 from contextlib import contextmanager, suppress
 
 # %% ../../nbs/distributed/workers.ipynb #9ac6e711
-def run_worker(do):
-    "What a helper does"
+def run_worker(
+    do:str, # The function to call, 'module:function'
+):
+    "What a worker runs: read a task from standard input and call a function with it; exit when standard input closes."
     task = pickle.load(sys.stdin.buffer)
-    def watch():
-        os.read(sys.stdin.fileno(), 1)                                # nothing more is ever sent: it returns at the end of the pipe
+    def exit_with_parent():
+        os.read(sys.stdin.fileno(), 1)                      # nothing more is ever sent: returns when the pipe closes
         os._exit(1)
-    threading.Thread(target=watch, daemon=True).start()
+    threading.Thread(target=exit_with_parent, daemon=True).start()
     pkgutil.resolve_name(do)(task)
 
 # %% ../../nbs/distributed/workers.ipynb #23f62d2f
-def python_path(): return os.pathsep.join(o for o in sys.path if o)          # where other processes of this machine are to look for modules
-def _packed(task):
+def python_path()->str: # A value for the environment variable PYTHONPATH
+    "The folders in which this process finds its modules, for other processes on this machine."
+    return os.pathsep.join(folder for folder in sys.path if folder)
+
+# %% ../../nbs/distributed/workers.ipynb #39e1a1d0
+def _pickled(task):
     try: return pickle.dumps(task)
-    except Exception as e: raise ValueError(f"jobs: a task cannot be sent to another process ({e}). Use jobs=1.") from e
+    except Exception as e:
+        raise ValueError(f"jobs: the task cannot be pickled for another process ({e}); use jobs=1") from e
+
+# %% ../../nbs/distributed/workers.ipynb #7402ad5c
+def _start_worker(do, threads):
+    "A worker that waits for its task"
+    env = os.environ | dict(OMP_NUM_THREADS=str(threads), PYTHONPATH=python_path())
+    code = f'from fgvc_fisher.distributed.workers import run_worker; run_worker({do!r})'
+    return subprocess.Popen([sys.executable, '-c', code], stdin=subprocess.PIPE, env=env)
 
 # %% ../../nbs/distributed/workers.ipynb #58aae859
 @contextmanager
 def worker_processes(
-    do:str, # What they call with their task, 'module:function'
-    tasks:list, # A task for each helper; it can be pickled
-    theirs:str='work', # What they do, for the message when one of them has died
-): # The helpers, as `subprocess.Popen`: to wait for them, if there is reason to
-    """Have further processes at work while the block runs; they and this one share out the processors. At its end they are stopped.
+    do:str, # The function that each worker calls with its task, 'module:function'
+    tasks:list, # A task for each worker, which can be pickled
+    items:str='work', # What the workers work through, for the message when one of them fails
+): # The workers, as `subprocess.Popen`
+    """Run workers while the block runs, and stop them at its end. They and this process share the CPU cores.
     Raises `ValueError` for a task that cannot be pickled."""
-    if not tasks: yield []; return
-    import torch              # not above: a helper is to watch its pipe before it imports anything that takes seconds
-    threads,mine = max(1, (os.cpu_count() or 1)//(len(tasks)+1)),torch.get_num_threads()
-    packed = [_packed(o) for o in tasks]
-    env = os.environ | dict(OMP_NUM_THREADS=str(threads), PYTHONPATH=python_path())
-    command = [sys.executable, '-c', f'from fgvc_fisher.distributed.workers import run_worker; run_worker({do!r})']
-    there = [subprocess.Popen(command, stdin=subprocess.PIPE, env=env) for _ in tasks]
+    if not tasks:
+        yield []
+        return
+    import torch              # not at the top: a worker must watch its pipe before an import that takes seconds
+    threads = max(1, (os.cpu_count() or 1)//(len(tasks)+1))
+    threads_before = torch.get_num_threads()
+    pickled = [_pickled(task) for task in tasks]
+    workers = [_start_worker(do, threads) for _ in tasks]
     torch.set_num_threads(threads)
     try:
-        for o,p in zip(there, packed):
-            with suppress(BrokenPipeError): o.stdin.write(p); o.stdin.flush()   # one that is dead already is told of below
-        yield there
-        if any(o.poll() for o in there): print(f'a helper process ended with an error, see above; its {theirs} were done by others', flush=True)
+        for worker,task in zip(workers, pickled):
+            with suppress(BrokenPipeError):                 # one that has failed already is reported below
+                worker.stdin.write(task)
+                worker.stdin.flush()
+        yield workers
+        if any(worker.poll() for worker in workers):
+            print(f'A worker process failed with the error above; the other processes did its {items}.', flush=True)
     finally:
-        torch.set_num_threads(mine)
-        for o in there:
-            o.terminate()
-            with suppress(BrokenPipeError): o.communicate()
+        torch.set_num_threads(threads_before)
+        for worker in workers:
+            worker.terminate()
+            with suppress(BrokenPipeError): worker.communicate()
