@@ -28,17 +28,22 @@ def curve(n, top=0.7, shift=0.):
     t = np.arange(n)
     return dict(epoch=t, train_loss=2*0.6**t, valid_loss=2*0.7**t+shift, accuracy=top*(1-0.5**(t+1)), seconds=1.)
 
-def measured(last, kept=0.2, **kwargs): return dict(best=last, last=last, retention_target_bn=kept, retention_source_bn=kept/2, seconds=9.) | kwargs
+def measured(last, retention=0.2, **kwargs):
+    retentions = dict(retention_target_bn=retention, retention_source_bn=retention/2)
+    return dict(best=last, last=last, **retentions, seconds=9.) | kwargs
 
 @pytest.fixture
 def out(tmp_path):
     "Two arms of three seeds, written in another order than they are read"
     for seed in (2,0,1):
-        write(tmp_path, f'b{seed}', dict(arm='L2-SP-Fisher, beta = 10', beta=10., seed=seed), curve(3, 0.6, seed/10), measured(0.6+seed/100, 0.4))
-        write(tmp_path, f'z{seed}', dict(arm='plain', beta=0., seed=seed), curve(3, 0.7, seed/10), measured(0.7+seed/50, 0.1))
+        strong = dict(arm='L2-SP-Fisher, beta = 10', beta=10., seed=seed)
+        plain = dict(arm='plain', beta=0., seed=seed)
+        write(tmp_path, f'b{seed}', strong, curve(3, 0.6, seed/10), measured(0.6+seed/100, 0.4))
+        write(tmp_path, f'z{seed}', plain, curve(3, 0.7, seed/10), measured(0.7+seed/50, 0.1))
     return tmp_path
 
-def rows(arm='plain', seeds=(0,), last=0.7, **kwargs): return [dict(arm=arm, seed=o, last=last+o/100) | kwargs for o in seeds]
+def rows(arm='plain', seeds=(0,), last=0.7, **kwargs):
+    return [dict(arm=arm, seed=o, last=last+o/100) | kwargs for o in seeds]
 
 class TestRead:
     def test_order(self, out):
@@ -47,7 +52,8 @@ class TestRead:
         assert list(runs.columns[:3]) == ['id','arm','beta'] and list(runs.id[:3]) == ['z0','z1','z2']
 
     def test_sorts_by_strength(self, tmp_path):
-        runs = dict(a=dict(beta=10), b=dict(beta=1, step='prox'), c=dict(alpha=5e-4), d=dict(l2sp=0.01), e={}, f=dict(beta=1, step='grad'))
+        runs = dict(a=dict(beta=10), b=dict(beta=1, step='prox'), c=dict(alpha=5e-4), d=dict(l2sp=0.01), e={},
+                    f=dict(beta=1, step='grad'))
         for id,run in runs.items():
             write(tmp_path, id, dict(arm=id, seed=0) | run, result=dict(last=0.5))
         assert list(read_runs(tmp_path).id) == list('efbadc')
@@ -110,7 +116,8 @@ class TestTable:
         t = table(out)
         assert list(t.index) == ['plain','L2-SP-Fisher, beta = 10']
         assert t.loc['plain','last'].tolist() == pytest.approx(interval([0.7,0.72,0.74]))
-        assert list(t.columns.get_level_values(0).unique()) == ['best','last','retention_target_bn','retention_source_bn','seconds','runs','diverged']
+        assert list(t.columns.get_level_values(0).unique()) == [
+            'best','last','retention_target_bn','retention_source_bn','seconds','runs','diverged']
         assert t['runs',''].tolist()==[3,3] and t['diverged',''].tolist()==[0,0]
 
     def test_the_same_from_folder_table_and_dicts(self, out):
@@ -123,12 +130,14 @@ class TestTable:
         assert list(table(rows('b')+rows('a')+rows('b', [1])).index) == ['b','a']
 
     def test_measures(self, out):
-        assert list(table(out, 'last')) == list(table(out, ['last'])) == [('last','mean'),('last','±'),('runs',''),('diverged','')]
+        columns = [('last','mean'),('last','±'),('runs',''),('diverged','')]
+        assert list(table(out, 'last')) == list(table(out, ['last'])) == columns
         assert list(table(out, ['last','beta'])['beta','mean']) == [0,10]
         assert 'test' not in table(out, ['test','last'])
 
     def test_missing(self, tmp_path):
-        write(tmp_path, 'a', dict(arm='plain', seed=0), result=dict(last=0.7, test=None, retention_target_bn=float('nan'), seconds=3))
+        result = dict(last=0.7, test=None, retention_target_bn=float('nan'), seconds=3)
+        write(tmp_path, 'a', dict(arm='plain', seed=0), result=result)
         t = table(tmp_path)
         assert list(t.columns.get_level_values(0).unique()) == ['last','seconds','runs','diverged']
         assert show_table(t).values.tolist() == [['70.0','3.0','1']]
@@ -138,9 +147,10 @@ class TestTable:
         assert t[ACCURACIES['test']].tolist() == ['50.0 ± 0.0','–']
 
     def test_diverged(self):
-        t = table(rows('a', [0,1]) + rows('b', [0]) + [dict(arm='b', seed=1, last=None, best=0.6, test=0.6, retention_target_bn=0, seconds=4)])
+        lost = dict(arm='b', seed=1, last=None, best=0.6, test=0.6, retention_target_bn=0, seconds=4)
+        t = table(rows('a', [0,1]) + rows('b', [0]) + [lost])
         assert t.loc['b','diverged'].item()==1 and t.loc['b','runs'].item()==2
-        assert t.loc['b','last'].isna().all() and 'best' not in t and 'test' not in t and 'retention_target_bn' not in t
+        assert t.loc['b','last'].isna().all() and not {'best','test','retention_target_bn'} & set(t)
         assert show_table(t).loc['b'].tolist() == ['–','–','2','1']
 
     def test_all_diverged(self):
@@ -148,11 +158,13 @@ class TestTable:
         assert show_table(t).values.tolist() == [['4.0 ± 0.0','2','2']]
 
     def test_whole_numbers(self):
-        t = table([dict(arm='a', seed=0, last=1, retention_source_bn=0), dict(arm='b', seed=0, last=math.nan, retention_source_bn=0)])
+        t = table([dict(arm='a', seed=0, last=1, retention_source_bn=0),
+                   dict(arm='b', seed=0, last=math.nan, retention_source_bn=0)])
         assert show_table(t).values.tolist() == [['100.0','0.0','1','0'], ['–','–','1','1']]
 
     def test_without_seeds(self):
-        assert show_table(table([dict(arm='a', last=0.5), dict(arm='a', last=0.5)])).values.tolist() == [['50.0 ± 0.0','2']]
+        t = table([dict(arm='a', last=0.5), dict(arm='a', last=0.5)])
+        assert show_table(t).values.tolist() == [['50.0 ± 0.0','2']]
 
     def test_two_experiments_in_one(self):
         with pytest.raises(ValueError, match=r"'plain'.*\b1\b.*\b2\b.*arch, epochs"):
@@ -172,7 +184,8 @@ class TestTable:
 class TestDifferences:
     def test_paired(self, out):
         d = differences(out)
-        assert list(d.index) == [('L2-SP-Fisher, beta = 10',o) for o in ('best','last','retention_target_bn','retention_source_bn')]
+        measures = 'best','last','retention_target_bn','retention_source_bn'
+        assert list(d.index) == [('L2-SP-Fisher, beta = 10',o) for o in measures]
         row = d.loc[('L2-SP-Fisher, beta = 10','last')]
         assert row[['difference','low','high']].tolist() == pytest.approx(paired([0.6,0.61,0.62], [0.7,0.72,0.74]))
         assert row.seeds==3 and row.seeds_for_1==seeds_needed(0.01)
@@ -184,7 +197,8 @@ class TestDifferences:
     def test_seeds_that_one_lacks(self):
         d = differences(rows('plain', [0,1,2]) + rows('b', [1,2,3], last=0.6) + rows('c', [2]) + rows('d', [9]))
         assert d.loc['b'].seeds.item()==2 and d.loc['b'].difference.item()==pytest.approx(-0.1)
-        assert d.loc['c'].seeds.item()==1 and d.loc['c'].difference.item()==0 and d.loc['c'][['low','high','seeds_for_1']].isna().all(axis=None)
+        assert d.loc['c'].seeds.item()==1 and d.loc['c'].difference.item()==0
+        assert d.loc['c'][['low','high','seeds_for_1']].isna().all(axis=None)
         assert d.loc['d'].seeds.item()==0 and d.loc['d'].drop(columns='seeds').isna().all(axis=None)
 
     def test_diverged(self):
@@ -198,7 +212,8 @@ class TestDifferences:
 
     def test_only_the_control(self):
         d = differences(rows())
-        assert d.empty and list(d)==['difference','low','high','seeds','seeds_for_1'] and d.index.names==['arm','measure']
+        assert d.empty and list(d)==['difference','low','high','seeds','seeds_for_1']
+        assert d.index.names==['arm','measure']
 
     def test_no_seeds(self):
         with pytest.raises(ValueError, match='`seed`'): differences([dict(arm='plain', last=0.5)])
@@ -217,7 +232,8 @@ class TestCurves:
 
     def test_from_a_table(self, out): assert len(lines(curves(read_curves(out))))==2
 
-    def test_without_seeds(self): assert lines(curves(pd.DataFrame(curve(4)).assign(arm='plain')))['plain'].get_xdata()[-1]==4
+    def test_without_seeds(self):
+        assert lines(curves(pd.DataFrame(curve(4)).assign(arm='plain')))['plain'].get_xdata()[-1]==4
 
     def test_unfinished_and_failed(self, out):
         write(out, 'u', dict(arm='plain', seed=3), curve(2))
@@ -226,11 +242,13 @@ class TestCurves:
         assert len(drawn['plain'].get_xdata())==3 and len(drawn['L2'].get_xdata())==1
 
     def test_diverged(self, out):
-        write(out, 'n', dict(arm='L2', seed=0), curve(2) | dict(train_loss=[1,math.nan], valid_loss=[1,math.nan], accuracy=[0.5,math.nan]))
+        lost = dict(train_loss=[1,math.nan], valid_loss=[1,math.nan], accuracy=[0.5,math.nan])
+        write(out, 'n', dict(arm='L2', seed=0), curve(2) | lost)
         assert math.isnan(lines(curves(out))['L2'].get_ydata()[1])
 
     def test_published_behind(self, out):
-        published = pd.concat([pd.DataFrame(curve(5)).rename(columns=dict(valid_loss='val_loss')).assign(run=o) for o in ('x','y')])
+        one = pd.DataFrame(curve(5)).rename(columns=dict(valid_loss='val_loss'))
+        published = pd.concat([one.assign(run=o) for o in ('x','y')])
         fig = curves(out, published)
         drawn = lines(fig)
         x,y = [next(line for label,line in drawn.items() if label.endswith(f' {o}')) for o in 'xy']
@@ -252,20 +270,23 @@ class TestCurves:
 
 def texts(ax): return {o.get_text(): o for o in ax.texts}
 
+def marks(ax):
+    one = [o for o in ax.collections if hasattr(o, 'get_sizes') and len(o.get_offsets())==1]
+    return [o.get_offsets()[0].tolist() for o in one]
+
 class TestFrontier:
     def test_marks(self, out):
         ax = frontier(out)
         assert [o.get_text() for o in ax.get_legend().get_texts()] == ['plain','L2-SP-Fisher']
         assert list(texts(ax)) == ['beta = 10']
-        marks = [o.get_offsets()[0].tolist() for o in ax.collections if len(o.get_offsets())==1 and hasattr(o, 'get_sizes')]
-        assert marks == [pytest.approx(o) for o in ([0.1,0.72],[0.05,0.72],[0.4,0.61],[0.2,0.61])]
+        assert marks(ax) == [pytest.approx(o) for o in ([0.1,0.72],[0.05,0.72],[0.4,0.61],[0.2,0.61])]
         assert ACCURACIES['last'] in ax.get_ylabel() and 'BatchNorm' in ax.get_title()
 
     def test_without_batchnorm_there_is_one_retention(self, out):
         runs = read_runs(out)
         ax = frontier(runs.assign(retention_source_bn=runs.retention_target_bn))
-        marks = [o.get_offsets()[0].tolist() for o in ax.collections if len(o.get_offsets())==1 and hasattr(o, 'get_sizes')]
-        assert marks == [pytest.approx(o) for o in ([0.1,0.72],[0.4,0.61])] and 'BatchNorm' not in ax.get_title()
+        assert marks(ax) == [pytest.approx(o) for o in ([0.1,0.72],[0.4,0.61])]
+        assert 'BatchNorm' not in ax.get_title()
 
     def test_target(self, out):
         runs = read_runs(out).assign(test_last=0.3)
@@ -286,7 +307,8 @@ class TestFrontier:
         fig,ax = plt.subplots()
         ax.plot([0,0.9], [0.2,0.9], label='mine')
         assert frontier(out, ax=ax) is ax
-        assert 'mine' in [o.get_text() for o in ax.get_legend().get_texts()] and ax.get_xlim()[1]>=0.9 and ax.get_ylim()[0]<=0.2
+        assert 'mine' in [o.get_text() for o in ax.get_legend().get_texts()]
+        assert ax.get_xlim()[1]>=0.9 and ax.get_ylim()[0]<=0.2
 
     def test_one_seed_without_the_sources_statistics(self):
         ax = frontier(rows(retention_target_bn=0.1) + rows('L2, 5e-4', retention_target_bn=0.2))
@@ -304,15 +326,18 @@ class TestFrontier:
         with pytest.raises(ValueError, match='retention'): frontier(rows())
 
     def test_some_without_retention(self, out):
-        assert list(texts(frontier(read_runs(out).to_dict('records') + rows('L2, 5e-4')))) == ['beta = 10']
-        assert list(texts(frontier(read_runs(out).to_dict('records') + rows('L2, 5e-4', retention_target_bn=0.3)))) == ['beta = 10','5e-4']
+        runs = read_runs(out).to_dict('records')
+        assert list(texts(frontier(runs + rows('L2, 5e-4')))) == ['beta = 10']
+        assert list(texts(frontier(runs + rows('L2, 5e-4', retention_target_bn=0.3)))) == ['beta = 10','5e-4']
         with pytest.raises(ValueError, match="'last'.*'retention_target_bn'"):
             frontier(rows(retention_target_bn=0.1) + rows(seeds=[1]))
 
     @pytest.mark.parametrize('near', [1e-6, 0.003])
     def test_texts_do_not_cover_each_other(self, near):
         spread = [dict(arm='plain', seed=0, last=0.2, retention_target_bn=0.9)]
-        ax = frontier(spread + [dict(arm=f'L2-SP-Fisher, beta = {o}', seed=0, last=0.7+near*o, retention_target_bn=0.1+near*o) for o in range(6)])
+        cluster = [dict(arm=f'L2-SP-Fisher, beta = {o}', seed=0, last=0.7+near*o, retention_target_bn=0.1+near*o)
+                   for o in range(6)]
+        ax = frontier(spread + cluster)
         ax.figure.draw_without_rendering()
         boxes = [o.get_window_extent() for o in ax.texts]
         assert len(boxes)==6
@@ -325,14 +350,16 @@ class TestFrontier:
         assert frontier(runs).get_ylim()[0] > 0.55
 
     def test_joined_by_strength(self, out):
-        at = [dict(arm=f'L2-SP-Fisher, beta = {o}', beta=o, seed=0, last=0.7-o/100, retention_target_bn=o/100) for o in (10,1,5)]
+        at = [dict(arm=f'L2-SP-Fisher, beta = {o}', beta=o, seed=0, last=0.7-o/100, retention_target_bn=o/100)
+              for o in (10,1,5)]
         joined = [o for o in frontier(at).lines if len(o.get_xdata())==3]
         assert len(joined)==1 and joined[0].get_xdata() == pytest.approx([0.01,0.05,0.1])
         same = frontier([o | dict(beta=1) for o in at])
         assert not [o for o in same.lines if len(o.get_xdata())==3]
 
 def test_styles():
-    assert {'plain','L2','L2-SP','L2-SP-Fisher','as published','last layer only','linear probe first','LwF','linear probe'} < set(STYLES)
+    assert {'plain','L2','L2-SP','L2-SP-Fisher','as published','last layer only','linear probe first',
+            'LwF','linear probe'} < set(STYLES)
     assert style('of my own, 3')['marker'] not in {o for _,o in STYLES.values()}
     assert set(MEASURES) == {*ACCURACIES,'seconds'}
 
@@ -365,8 +392,11 @@ class TestSeeds:
     def test_power_by_integration(self, sd, power, level):
         "The t statistic is normal over the root of chi squared: integrated, without the non-central t distribution"
         def of(n):
-            t,centre,chi = stats.t.ppf((1+level)/2, n-1),0.01/sd*math.sqrt(n),stats.chi(n-1)
-            def tails(c): return stats.norm.sf(t*c/math.sqrt(n-1)-centre) + stats.norm.cdf(-t*c/math.sqrt(n-1)-centre)
+            t = stats.t.ppf((1+level)/2, n-1)
+            centre = 0.01/sd*math.sqrt(n)
+            chi = stats.chi(n-1)
+            def tails(c):
+                return stats.norm.sf(t*c/math.sqrt(n-1)-centre) + stats.norm.cdf(-t*c/math.sqrt(n-1)-centre)
             return integrate.quad(lambda c: chi.pdf(c)*tails(c), *chi.ppf([1e-13,1-1e-13]), limit=200)[0]
         n = seeds_needed(sd, 0.01, power, level)
         assert of(n) >= power-1e-7 and (n==2 or of(n-1) < power+1e-7)
@@ -374,15 +404,17 @@ class TestSeeds:
     def test_units(self): assert seeds_needed(0.8, 1) == seeds_needed(0.008, 0.01)
 
     def test_extremes(self):
-        assert seeds_needed(1e-12)==2 and seeds_needed(0.5, 1e-3)==pytest.approx((1.959964+0.841621)**2*250000, rel=1e-4)
+        assert seeds_needed(1e-12)==2
+        assert seeds_needed(0.5, 1e-3)==pytest.approx((1.959964+0.841621)**2*250000, rel=1e-4)
         for sd in (-1, math.nan, math.inf):
             with pytest.raises(ValueError, match=f'sd.*{sd}'): seeds_needed(sd)
 
 class TestAtRetention:
     "The frontier read off at a level"
     def curve(self, family, seeds=(0,1), n=4, slope=-0.5, top=0.9):
-        kept = np.linspace(0.1, 0.7, n)
-        return [dict(arm=f'{family}, {k}', seed=s, last=top+slope*x+s/50, retention_target_bn=x) for s in seeds for k,x in enumerate(kept)]
+        retentions = np.linspace(0.1, 0.7, n)
+        return [dict(arm=f'{family}, {k}', seed=s, last=top+slope*x+s/50, retention_target_bn=x)
+                for s in seeds for k,x in enumerate(retentions)]
 
     def test_on_a_straight_line_it_is_the_line(self):
         rng = np.random.default_rng()
@@ -397,13 +429,17 @@ class TestAtRetention:
         assert d.difference==pytest.approx(0.03) and d.seeds==2
 
     def test_along_the_curves_is_level_by_level(self):
-        runs,levels = self.curve('L2-SP') + self.curve('L2-SP-Fisher', slope=np.random.default_rng().uniform(-1, 1)),(0.2,0.35,0.6)
+        slope = np.random.default_rng().uniform(-1, 1)
+        runs = self.curve('L2-SP') + self.curve('L2-SP-Fisher', slope=slope)
+        levels = 0.2,0.35,0.6
         found = equal_retention(runs, 'L2-SP', 'L2-SP-Fisher', levels)
         assert found.index.tolist()==list(levels)
         for level in levels:
             one = at_retention(runs, level)
-            d,means = differences(one, 'L2-SP').loc['L2-SP-Fisher','last'],one.groupby('arm')['last'].mean()
-            assert found.loc[level].tolist()==pytest.approx([means['L2-SP'], means['L2-SP-Fisher'], d.difference, d.low, d.high, 2], abs=1e-12)
+            d = differences(one, 'L2-SP').loc['L2-SP-Fisher','last']
+            means = one.groupby('arm')['last'].mean()
+            row = [means['L2-SP'], means['L2-SP-Fisher'], d.difference, d.low, d.high, 2]
+            assert found.loc[level].tolist()==pytest.approx(row, abs=1e-12)
 
     def test_a_level_that_one_seed_does_not_reach_is_left_out(self):
         short = [o for o in self.curve('L2-SP-Fisher') if o['seed']==0 or o['retention_target_bn']<0.5]
@@ -413,19 +449,23 @@ class TestAtRetention:
         with pytest.raises(ValueError, match="'L1'.*L2-SP"): equal_retention(short + self.curve('L2-SP'), 'L1', 'L2-SP')
 
     def test_the_control_is_the_weak_end_of_all(self):
-        runs = rows(last=0.9, retention_target_bn=0.) + [dict(arm=f'L2-SP, {k}', seed=0, last=0.9-k, retention_target_bn=k) for k in (0.2,0.4)]
+        runs = rows(last=0.9, retention_target_bn=0.)
+        runs += [dict(arm=f'L2-SP, {k}', seed=0, last=0.9-k, retention_target_bn=k) for k in (0.2,0.4)]
         assert at_retention(runs, 0.1)['last'].tolist()==[pytest.approx(0.8)]
         with pytest.raises(ValueError, match='level.*0.1'): at_retention(runs, 0.1, weakest=None)
 
     def test_no_extrapolation(self):
-        runs = self.curve('L2-SP', seeds=[0]) + [o | dict(retention_target_bn=o['retention_target_bn']-0.1) for o in self.curve('L2-SP', seeds=[1])]
+        less = [o | dict(retention_target_bn=o['retention_target_bn']-0.1) for o in self.curve('L2-SP', seeds=[1])]
+        runs = self.curve('L2-SP', seeds=[0]) + less
         assert at_retention(runs, 0.65).seed.tolist()==[0] and at_retention(runs, 0.05).seed.tolist()==[1]
         with pytest.raises(ValueError, match='level.*0.8'): at_retention(runs, 0.8)
 
     def test_arms_that_stand_alone_and_diverged_ones(self):
-        runs = self.curve('L2-SP') + rows('last layer only', seeds=(0,1), retention_target_bn=0.7) + [dict(arm='L2-SP, 9', seed=0, last=None, retention_target_bn=0.5)]
+        alone = rows('last layer only', seeds=(0,1), retention_target_bn=0.7)
+        lost = dict(arm='L2-SP, 9', seed=0, last=None, retention_target_bn=0.5)
+        runs = self.curve('L2-SP') + alone + [lost]
         assert set(at_retention(runs, 0.5).arm)=={'L2-SP'} and at_retention(runs, 0.5)['last'].notna().all()
 
     def test_what_is_not_there(self):
-        for kw in (dict(target='test'), dict(measure='retention_source_bn')):
+        for kw in (dict(target='test'), dict(retention='retention_source_bn')):
             with pytest.raises(ValueError, match=repr(*kw.values())): at_retention(self.curve('L2-SP'), 0.3, **kw)

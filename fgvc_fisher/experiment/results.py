@@ -1,4 +1,4 @@
-"""Tables and figures of an experiment: every arm with its interval, its difference from the control, its curves, and what it forgot
+"""Tables and figures of an experiment: mean and interval of each arm, differences from the control, learning curves, accuracy against retention
 
 Docs: https://fgvc-fisher.github.io/fgvc_fisher/experiment/results.html.md"""
 
@@ -14,154 +14,188 @@ from pathlib import Path
 import matplotlib.pyplot as plt, numpy as np, pandas as pd
 
 # %% ../../nbs/experiment/results.ipynb #33089b82
+from adjustText import adjust_text
 from fastcore.basics import listify
 from matplotlib.transforms import Bbox
 from ..distributed.files import read_json
 from .seeds import interval, paired, seeds_needed
 
 # %% ../../nbs/experiment/results.ipynb #6e446a2c
-def _strength(run):
-    "By what runs are sorted"
-    return *(run.get(o) or 0 for o in ('alpha','l2sp','beta')), *(str(run.get(o) or '') for o in ('step','arm')), run['seed']
+def _sort_key(run):
+    "Sort runs by the strength of the penalty, then by name and seed"
+    strengths = [run.get(o) or 0 for o in ('alpha','l2sp','beta')]
+    names = [str(run.get(o) or '') for o in ('step','arm')]
+    return *strengths, *names, run['seed']
 def _folders(out):
-    "The folders of all runs and their settings, in order"
+    "The folder and the settings of every run, sorted"
     runs = Path(out)/'runs'
     if not runs.is_dir():
-        raise FileNotFoundError(f"{runs}: there is no such folder; give the folder that the experiment was written to")
-    found = [(o.parent,read_json(o)) for o in sorted(runs.glob('*/run.json'))]
+        raise FileNotFoundError(f"There is no folder {runs}. Pass the folder that the experiment was written to.")
+    found = [(o.parent, read_json(o)) for o in sorted(runs.glob('*/run.json'))]
     for folder,run in found:
-        if not {'arm','seed'}<=run.keys(): raise ValueError(f"{folder/'run.json'}: has no `arm` or no `seed`; run it again with a current version")
-    return sorted(found, key=lambda o: _strength(o[1]))
+        if not {'arm','seed'}<=run.keys():
+            raise ValueError(f"{folder/'run.json'} has no `arm` or no `seed`. Repeat the run with a current version.")
+    return sorted(found, key=lambda o: _sort_key(o[1]))
 
 # %% ../../nbs/experiment/results.ipynb #4c0f387a
 def read_runs(
     out:str|Path, # Folder of the experiment
-)->pd.DataFrame: # `id`, the settings and the measures: a row a run, by strength of the penalty and by seed
-    "The finished runs. `ValueError` if a file is broken, `FileNotFoundError` if there is no such folder."
-    found = [dict(id=folder.name) | read_json(folder/'result.json') for folder,_ in _folders(out) if (folder/'result.json').exists()]
+)->pd.DataFrame: # One row per run, sorted: `id`, settings and measurements
+    "The finished runs. `ValueError` if a file is broken, `FileNotFoundError` if the folder does not exist."
+    results = [(folder.name, folder/'result.json') for folder,_ in _folders(out)]
+    found = [dict(id=id) | read_json(file) for id,file in results if file.exists()]
     return pd.DataFrame(found, columns=None if found else ['id','arm','seed'])
 
 # %% ../../nbs/experiment/results.ipynb #e30a815d
-def read_curve(file):
-    "A run's curve, so far"
+def read_curve(
+    file:Path, # A run's `curve.csv`
+)->pd.DataFrame: # One row per epoch; empty if the file does not exist yet
+    "The learning curve of one run so far. `ValueError` if the file is not a table."
     if not file.exists(): return pd.DataFrame()
     try: return pd.read_csv(file)
-    except ValueError as e: raise ValueError(f"{file}: is not a table ({str(e).strip()}); delete the run's folder and run it again") from None
+    except ValueError as e:
+        reason = str(e).strip()
+        raise ValueError(f"{file} is not a table ({reason}). Delete the folder of this run and repeat it.") from None
 
 # %% ../../nbs/experiment/results.ipynb #e07e6322
 def read_curves(
     out:str|Path, # Folder of the experiment
-)->pd.DataFrame: # `id`, `arm`, `seed`, `epoch` from 0, `train_loss`, `valid_loss`, `accuracy`, ...: a row an epoch
-    "The curves of all runs, also of those that have not ended. `ValueError` if a file is broken."
+)->pd.DataFrame: # One row per epoch: `id`, `arm`, `seed`, `epoch` from 0, `train_loss`, `valid_loss`, `accuracy`, ...
+    "The learning curves of all runs, including unfinished ones. `ValueError` if a file is broken."
     found = []
     for folder,run in _folders(out):
-        curve,of = read_curve(folder/'curve.csv'),dict(id=folder.name, arm=run['arm'], seed=run['seed'])
-        if len(curve): found.append(curve.assign(**of)[[*of, *(o for o in curve if o not in of)]])
+        curve = read_curve(folder/'curve.csv')
+        if curve.empty: continue
+        names = dict(id=folder.name, arm=run['arm'], seed=run['seed'])
+        found.append(curve.assign(**names)[[*names, *(o for o in curve if o not in names)]])
     return pd.concat(found, ignore_index=True) if found else pd.DataFrame(columns=['id','arm','seed','epoch'])
 
 # %% ../../nbs/experiment/results.ipynb #e2ca23eb
 def read_errors(
     out:str|Path, # Folder of the experiment
-)->pd.DataFrame: # `arm`, `seed`, `error`: the last line of the traceback, `id`
-    "The runs that failed, and why."
+)->pd.DataFrame: # One row per failed run: `arm`, `seed`, `error` (the last line of the traceback), `id`
+    "The failed runs and their errors."
     found = []
     for folder,run in _folders(out):
-        if (folder/'error.txt').exists() and not (folder/'result.json').exists():
-            lines = (folder/'error.txt').read_text(encoding='utf-8').strip().splitlines() or ['']
-            found.append(dict(arm=run['arm'], seed=run['seed'], error=lines[-1], id=folder.name))
+        file = folder/'error.txt'
+        if not file.exists() or (folder/'result.json').exists(): continue
+        lines = file.read_text(encoding='utf-8').strip().splitlines() or ['']
+        found.append(dict(arm=run['arm'], seed=run['seed'], error=lines[-1], id=folder.name))
     return pd.DataFrame(found, columns=['arm','seed','error','id'])
 
 # %% ../../nbs/experiment/results.ipynb #8ddf09e3
-ACCURACIES = { # A run's accuracies, as shares from 0 to 1, and what they are called
-    'best': 'best epoch on val', 'last': 'last epoch on val', 'test': 'test, epoch chosen on val', 'test_last': 'test, last epoch',
+ACCURACIES = { # Column of the runs (values from 0 to 1) -> its title in tables and figures
+    'best': 'best epoch on val', 'last': 'last epoch on val',
+    'test': 'test, epoch chosen on val', 'test_last': 'test, last epoch',
     'retention_target_bn': 'retention', 'retention_source_bn': "retention, source's BatchNorm"}
-MEASURES = *ACCURACIES,'seconds' # What `table` shows
+MEASURES = *ACCURACIES,'seconds' # The columns that `table` shows
 
 # %% ../../nbs/experiment/results.ipynb #e97e8c48
-def _check_once(t, keys, choose):
-    "Raise `ValueError` if `keys` do not tell the rows apart: what to `choose` by"
-    again = t[t.duplicated(keys, keep=False)] if set(keys)<=set(t) else t[:0]
-    if again.empty: return
-    same = again[(again[keys]==again[keys].iloc[0]).all(axis=1)]
-    differ = [o for o in same if o not in (*MEASURES,'best_epoch','step_s','machine') and same[o].astype(str).nunique()>1]
-    raise ValueError(f"arm {same.arm.iloc[0]!r}, seed {same.seed.iloc[0]} is there {len(same)} times, with different "
-                     f"{', '.join(differ) or 'results'}; choose some, such as {choose}")
+def _check_once(t, keys, example):
+    "Raise `ValueError` if two rows have the same `keys`; `example` shows how to select rows"
+    if not set(keys)<=set(t): return
+    repeated = t[t.duplicated(keys, keep=False)]
+    if repeated.empty: return
+    same = repeated[(repeated[keys]==repeated[keys].iloc[0]).all(axis=1)]
+    ignored = *MEASURES,'best_epoch','step_s','machine'
+    differ = [o for o in same if o not in ignored and same[o].astype(str).nunique()>1]
+    raise ValueError(f"arm {same.arm.iloc[0]!r} with seed {same.seed.iloc[0]} occurs {len(same)} times, with different "
+                     f"{', '.join(differ) or 'results'}. Select one experiment first, for example {example}.")
 
 # %% ../../nbs/experiment/results.ipynb #dc51b152
-def _runs(out):
-    "The runs behind a folder, a table or a list of dicts; those that diverged without accuracies"
-    runs = read_runs(out) if isinstance(out, (str,os.PathLike)) else pd.DataFrame(out).reset_index(drop=True)
-    if runs.empty: raise ValueError("there is no finished run; `read_curves` says how far they are, `read_errors` what failed")
-    if 'arm' not in runs: raise ValueError(f"the runs have no `arm`, only {', '.join(map(str, runs))}; give a folder or the table of `read_runs`")
-    _check_once(runs, ['arm','seed'], "`runs[runs.arch=='resnet50']` of `runs = read_runs(out)`")
-    names = [o for o in (*MEASURES,'before') if o in runs]
-    runs[names] = runs[names].apply(pd.to_numeric).astype(float)
-    ends = [o for o in ('last','test_last') if o in runs]                # a run without validation has only the test
-    runs['diverged'] = runs[ends].isna().all(axis=1) if ends else False
-    runs.loc[runs.diverged, [o for o in names if o in ACCURACIES]] = math.nan
+def _finished(out):
+    "The runs of a folder, a table or a list of dicts, with a column `diverged`; diverged runs have no accuracies"
+    is_folder = isinstance(out, (str,os.PathLike))
+    runs = read_runs(out) if is_folder else pd.DataFrame(out).reset_index(drop=True)
+    if runs.empty:
+        raise ValueError("No run has finished yet. `read_curves` shows their progress, `read_errors` what failed.")
+    if 'arm' not in runs:
+        raise ValueError(f"The runs have no column `arm`, only {', '.join(map(str, runs))}. "
+                         "Pass a folder or the table that `read_runs` returns.")
+    _check_once(runs, ['arm','seed'], "`runs[runs.arch=='resnet50']` with `runs = read_runs(out)`")
+    numbers = [o for o in (*MEASURES,'before') if o in runs]
+    runs[numbers] = runs[numbers].apply(pd.to_numeric).astype(float)
+    last = [o for o in ('last','test_last') if o in runs]               # without a validation split only `test_last`
+    runs['diverged'] = runs[last].isna().all(axis=1) if last else False
+    runs.loc[runs.diverged, [o for o in numbers if o in ACCURACIES]] = math.nan
     return runs
+def _measured(runs, measures):
+    "Those of `measures` that at least one run has"
+    return [o for o in listify(measures) if o in runs and runs[o].notna().any()]
 
 # %% ../../nbs/experiment/results.ipynb #180bafa9
 def table(
     out, # Folder of the experiment, or its runs as a table or a list of dicts
-    measures:str|list=MEASURES, # Columns of the runs; those that no run has are left out
-)->pd.DataFrame: # By arm: `(measure, 'mean')` and `(measure, '±')` in the unit of the runs; `runs`, and how many `diverged`
-    "Mean over seeds and half the width of its 95 % interval. `ValueError` if there is no run."
-    runs,rows = _runs(out),{}
-    measures = [o for o in listify(measures) if o in runs and runs[o].notna().any()]
+    measures:str|list=MEASURES, # Columns of the runs; columns that no run has are left out
+)->pd.DataFrame: # By arm: `(measure, 'mean')` and `(measure, '±')` in the unit of the runs; how many `runs`, `diverged`
+    "Mean over seeds and half the width of its 95 % interval. `ValueError` if no run has finished."
+    runs = _finished(out)
+    rows = {}
     for arm,r in runs.groupby('arm', sort=False):
-        found = {(o,part): v for o in measures for part,v in zip(('mean','±'), interval(r[o]))}
-        rows[arm] = found | {('runs',''): len(r), ('diverged',''): int(r.diverged.sum())}
+        row = {(o,part): v for o in _measured(runs, measures) for part,v in zip(('mean','±'), interval(r[o]))}
+        rows[arm] = row | {('runs',''): len(r), ('diverged',''): int(r.diverged.sum())}
     t = pd.DataFrame.from_dict(rows, orient='index').rename_axis('arm')
     return t.set_axis(pd.MultiIndex.from_tuples(t.columns), axis=1)
 
 # %% ../../nbs/experiment/results.ipynb #821b4801
 def show_table(
     t:pd.DataFrame, # From `table`
-)->pd.DataFrame: # Strings such as '80.2 ± 0.4'; a dash where there is no mean
-    "A table of results in per cent, its times in seconds, each with its 95 % interval."
-    def text(mean, half): return '–' if math.isnan(mean) else f'{mean:.1f}' if math.isnan(half) else f'{mean:.1f} ± {half:.1f}'
+)->pd.DataFrame: # Strings such as '80.2 ± 0.4', in per cent; a dash where there is no mean. `seconds` stay seconds
+    "Format the means and 95 % intervals of `table` for reading."
+    def text(mean, half):
+        if math.isnan(mean): return '–'
+        return f'{mean:.1f}' if math.isnan(half) else f'{mean:.1f} ± {half:.1f}'
     shown = {}
-    for o in t.columns.get_level_values(0).unique():
-        if o in ('runs','diverged'): shown[o] = t[o,''].astype(str)
-        else: shown[ACCURACIES.get(o, o)] = [text(*(v*(100 if o in ACCURACIES else 1))) for v in t[o].to_numpy(float)]
-    return pd.DataFrame(shown, index=t.index)[[o for o in shown if o!='diverged' or t[o,''].any()]]
+    for measure in t.columns.get_level_values(0).unique():
+        if measure=='diverged' and not t[measure,''].any(): continue
+        if measure in ('runs','diverged'):
+            shown[measure] = t[measure,''].astype(str)
+            continue
+        scale = 100 if measure in ACCURACIES else 1
+        shown[ACCURACIES.get(measure, measure)] = [text(*scale*o) for o in t[measure].to_numpy(float)]
+    return pd.DataFrame(shown, index=t.index)
 
 # %% ../../nbs/experiment/results.ipynb #b6887fb1
 def _difference(a, b):
-    "By the seeds that both have: difference, its interval, and how many seeds would show one of a per cent"
+    "Difference of two arms over their common seeds, its interval, and how many seeds would show a difference of 0.01"
     seeds = a.index.intersection(b.index)
     if not len(seeds): return dict(difference=math.nan, low=math.nan, high=math.nan, seeds=0, seeds_for_1=math.nan)
     difference,low,high = paired(a[seeds], b[seeds])
     sd = (a[seeds]-b[seeds]).std(skipna=False)
-    return dict(difference=difference, low=low, high=high, seeds=len(seeds), seeds_for_1=math.nan if math.isnan(sd) else seeds_needed(sd, 0.01))
+    seeds_for_1 = math.nan if math.isnan(sd) else seeds_needed(sd, 0.01)
+    return dict(difference=difference, low=low, high=high, seeds=len(seeds), seeds_for_1=seeds_for_1)
 
 # %% ../../nbs/experiment/results.ipynb #0fb59cb8
 def differences(
     out, # Folder of the experiment, or its runs as a table or a list of dicts
     control:str='plain', # The arm to compare with
-    measures:str|list=tuple(ACCURACIES), # Columns of the runs, shares from 0 to 1; those that no run has are left out
-)->pd.DataFrame: # By arm and measure: `difference`, `low`, `high`; `seeds` that both have; `seeds_for_1`, needed to show one of 0.01
-    "How much greater each arm is than the control, paired by seed, with a 95 % interval. `ValueError` without the control or the seeds."
-    runs = _runs(out)
-    if 'seed' not in runs: raise ValueError("the runs have no `seed` to pair them by")
+    measures:str|list=tuple(ACCURACIES), # Columns of the runs, values from 0 to 1; columns that no run has are left out
+)->pd.DataFrame: # By arm and measure: `difference`, `low`, `high`, `seeds`, `seeds_for_1`
+    """Arm minus control, paired by seed, with a 95 % interval from `low` to `high`.
+
+    `seeds` is the number of common seeds, `seeds_for_1` how many would show a difference of 0.01.
+    `ValueError` if the control or the seeds are missing."""
+    runs = _finished(out)
+    if 'seed' not in runs: raise ValueError("The runs have no column `seed`, so they cannot be paired.")
     arms = {k: r.set_index('seed') for k,r in runs.groupby('arm', sort=False)}
-    if control not in arms: raise ValueError(f"control: there is no arm {control!r}; there are {', '.join(arms)}")
-    measures = [o for o in listify(measures) if o in runs and runs[o].notna().any()]
-    found = {(k,o): _difference(r[o], arms[control][o]) for k,r in arms.items() if k!=control for o in measures}
+    if control not in arms: raise ValueError(f"control: there is no arm {control!r}, only {', '.join(arms)}.")
+    rows = {(arm,o): _difference(r[o], arms[control][o])
+            for arm,r in arms.items() if arm!=control for o in _measured(runs, measures)}
+    index = pd.MultiIndex.from_tuples(rows) if rows else pd.MultiIndex.from_arrays([[],[]])
     columns = ['difference','low','high','seeds','seeds_for_1']
-    index = pd.MultiIndex.from_tuples(found, names=['arm','measure']) if found else pd.MultiIndex.from_arrays([[],[]], names=['arm','measure'])
-    return pd.DataFrame(list(found.values()), index, columns).astype(dict(seeds=int, seeds_for_1=float))
+    t = pd.DataFrame(list(rows.values()), index.set_names(['arm','measure']), columns)
+    return t.astype(dict(seeds=int, seeds_for_1=float))
 
 # %% ../../nbs/experiment/results.ipynb #d9b935e3
 def _sentence(arm, measure, d, control):
-    "What one row of `differences` says"
-    about = f"{arm}, {ACCURACIES.get(measure, measure)}: "
-    if not d.seeds: return about + f"no seed in common with {control}, or an arm diverged."
-    about += f"{100*d.difference:+.1f} points against {control}"
-    if d.seeds<2 or math.isnan(d.low): return about + ' (one seed: nothing can be said about chance).'
-    verdict = 'not told apart from no difference' if d.low<=0<=d.high else 'higher' if d.low>0 else 'lower'
-    return about + f" (95 % interval {100*d.low:+.1f} to {100*d.high:+.1f}, {d.seeds:.0f} seeds): {verdict}. About {d.seeds_for_1:.0f} seeds would show one point."
+    "One row of `differences` as a sentence"
+    title = f"{arm}, {ACCURACIES.get(measure, measure)}: "
+    if not d.seeds: return title + f"no seed in common with {control}, or an arm diverged."
+    title += f"{100*d.difference:+.1f} points against {control}"
+    if d.seeds<2 or math.isnan(d.low): return title + " (one seed, so there is no interval)."
+    verdict = 'no significant difference' if d.low<=0<=d.high else 'higher' if d.low>0 else 'lower'
+    return (f"{title} (95 % interval {100*d.low:+.1f} to {100*d.high:+.1f}, {d.seeds:.0f} seeds): {verdict}. "
+            f"About {d.seeds_for_1:.0f} seeds would show a difference of one point.")
 
 # %% ../../nbs/experiment/results.ipynb #dff29a7d
 def conclusions(
@@ -169,196 +203,193 @@ def conclusions(
     control:str='plain', # The arm to compare with
     measures:str|list=tuple(ACCURACIES), # As in `differences`
 )->list: # Sentences
-    "What the differences from the control say, each arm and measure by itself: among twenty such intervals one is expected to miss."
+    "Differences from the control as sentences. Not corrected for multiple comparisons: one interval in twenty misses."
     return [_sentence(*index, d, control) for index,d in differences(out, control, measures).iterrows()]
 
 # %% ../../nbs/experiment/results.ipynb #bf72c587
-def _read_off(r, levels, target, measure):
-    "The accuracy of one seed's runs of a family at some levels of retention; NaN outside of what they reach"
-    r = r.groupby(measure)[target].mean()                              # sorted by retention; of equally much the mean
+def _read_off(r, levels, target, retention):
+    "Accuracy of one seed of a family at `levels` of retention, interpolated linearly; NaN outside of its range"
+    r = r.groupby(retention)[target].mean()                            # sorted; the mean of runs with equal retention
     return np.interp(levels, r.index, r, left=math.nan, right=math.nan)
+def _with_families(out, *columns):
+    "The runs with a column `family`. `ValueError` if one of `columns` is missing"
+    runs = _finished(out)
+    for o in columns:
+        if o not in runs: raise ValueError(f"The runs have no column {o!r}, only {', '.join(runs)}.")
+    return runs.assign(family=[o.split(',')[0] for o in runs.arm])
 
 # %% ../../nbs/experiment/results.ipynb #f67ae5dd
-def _all_at(runs, levels, target, measure, weakest):
-    "Accuracy of each family and seed at some levels of retention, as far as they reach: a row a family, seed and level"
-    runs = runs[['arm','family','seed','diverged',measure,target]]
-    first,runs = runs[runs.arm==weakest],runs[~runs.diverged]
-    families = [f for f,r in runs.groupby('family', sort=False) if r.arm.nunique()>1]
+def _all_at(runs, levels, target, retention, weakest):
+    "Accuracy of each family and seed at `levels` of retention: one row per family, seed and level that it reaches"
+    runs = runs[['arm','family','seed','diverged',retention,target]]
+    weak = runs[runs.arm==weakest]
+    runs = runs[~runs.diverged]
     found = []
-    for family in families:
-        for seed,r in runs[runs.family==family].groupby('seed'):
-            read = _read_off(pd.concat([r, first[first.seed==seed]]), levels, target, measure)
-            found += [dict(arm=family, seed=seed, level=o) | {target: v} for o,v in zip(levels, read)]
+    for family,f in runs.groupby('family', sort=False):
+        if f.arm.nunique()<2: continue
+        for seed,r in f.groupby('seed'):
+            accuracies = _read_off(pd.concat([r, weak[weak.seed==seed]]), levels, target, retention)
+            found += [{'arm': family, 'seed': seed, 'level': o, target: v} for o,v in zip(levels, accuracies)]
     return pd.DataFrame(found, columns=['arm','seed','level',target]).dropna().reset_index(drop=True)
-def _families(out, *measures):
-    "The runs, with their families; `ValueError` for a measure that they have not got"
-    runs = _runs(out)
-    for o in measures:
-        if o not in runs: raise ValueError(f"the runs have no {o!r}, only {', '.join(runs)}")
-    return runs.assign(family=[o.split(',')[0] for o in runs.arm])
 
 # %% ../../nbs/experiment/results.ipynb #08001116
 def at_retention(
     out, # Folder of the experiment, or its runs as a table or a list of dicts
-    level:float, # Of retention, a share from 0 to 1
-    target:str='last', # Which accuracy on the target
-    measure:str='retention_target_bn', # Which retention
-    weakest:str|None='plain', # The arm that is every family's weakest member; None: there is none
-)->pd.DataFrame: # `arm`, `seed` and the accuracy, a row a family and seed; seeds that do not reach the level are left out
-    "Accuracy on the target where a family keeps so much of the source, by linear interpolation between its arms. `ValueError` if no family does."
-    runs = _families(out, target, measure)
-    found = _all_at(runs, [level], target, measure, weakest).drop(columns='level')
-    if found.empty: raise ValueError(f"level: no family keeps {level:g} between its weakest and its strongest arm; {measure} goes "
-                                     f"from {runs[measure].min():g} to {runs[measure].max():g}")
+    level:float, # Retention at which to compare, from 0 to 1
+    target:str='last', # Column with the accuracy on the target
+    retention:str='retention_target_bn', # Column with the retention
+    weakest:str|None='plain', # Arm that counts as the weakest member of every family; None: no such arm
+)->pd.DataFrame: # `arm` (the family), `seed` and the accuracy; seeds that do not reach the level are left out
+    "Accuracy of each family at a level of retention, interpolated linearly. `ValueError` if no family reaches it."
+    runs = _with_families(out, target, retention)
+    found = _all_at(runs, [level], target, retention, weakest).drop(columns='level')
+    if found.empty:
+        raise ValueError(f"level: no family has a retention of {level:g} between its weakest and its strongest arm; "
+                         f"{retention} goes from {runs[retention].min():g} to {runs[retention].max():g}.")
     return found
 
 # %% ../../nbs/experiment/results.ipynb #3d242b39
 def equal_retention(
     out, # Folder of the experiment, or its runs as a table or a list of dicts
     first:str, # A family of arms, such as 'L2-SP'
-    second:str, # Another, such as 'L2-SP-Fisher'
-    levels=(0.1,0.2,0.3,0.4,0.5), # Of retention, shares from 0 to 1
-    target:str='last', # Which accuracy on the target
-    measure:str='retention_target_bn', # Which retention
-    weakest:str|None='plain', # The arm that is every family's weakest member; None: there is none
-)->pd.DataFrame: # By `retention`: the mean accuracy of either family; the `difference` of the second from the first, `low`, `high`, `seeds`
-    "Where both keep equally much, which is better on the target? With 95 % intervals, paired by seed. `ValueError` for a family that is not there."
-    runs,found = _families(out, target, measure),[]
+    second:str, # Another family, such as 'L2-SP-Fisher'
+    levels=(0.1,0.2,0.3,0.4,0.5), # Retentions at which to compare, from 0 to 1
+    target:str='last', # Column with the accuracy on the target
+    retention:str='retention_target_bn', # Column with the retention
+    weakest:str|None='plain', # Arm that counts as the weakest member of every family; None: no such arm
+)->pd.DataFrame: # By `retention`: mean accuracy of both, `difference` (second minus first), `low`, `high`, `seeds`
+    "Compare two families at equal retention: 95 % intervals, paired by seed. `ValueError` for an unknown family."
+    runs = _with_families(out, target, retention)
     for o in (first, second):
-        if o not in set(runs.family): raise ValueError(f"there is no family {o!r}; there are {', '.join(runs.family.unique())}")
-    seeds,runs = runs[runs.family.isin([first, second])].seed.nunique(),runs[runs.family.isin([first, second, weakest])]
-    at = _all_at(runs, levels, target, measure, weakest)
+        if o not in set(runs.family):
+            raise ValueError(f"There is no family {o!r}, only {', '.join(runs.family.unique())}.")
+    n_seeds = runs[runs.family.isin([first, second])].seed.nunique()
+    runs = runs[runs.family.isin([first, second, weakest])]
+    accuracies = _all_at(runs, levels, target, retention, weakest)
+    rows = []
     for level in levels:
-        got = at[at.level==level].set_index('seed')
-        a,b = [got[got.arm==o][target] for o in (first, second)]
-        if len(a)==len(b)==seeds: found.append(dict(retention=level) | {first: a.mean(), second: b.mean()} | _difference(b, a))
+        here = accuracies[accuracies.level==level].set_index('seed')
+        a,b = [here[here.arm==o][target] for o in (first, second)]
+        if len(a)==len(b)==n_seeds:
+            rows.append({'retention': level, first: a.mean(), second: b.mean()} | _difference(b, a))
     columns = ['retention',first,second,'difference','low','high','seeds']
-    return pd.DataFrame(found, columns=columns, dtype=float).set_index('retention').astype(dict(seeds=int))
+    return pd.DataFrame(rows, columns=columns, dtype=float).set_index('retention').astype(dict(seeds=int))
 
 # %% ../../nbs/experiment/results.ipynb #d6fc0dd3
-STYLES = { # Family, the name of an arm up to its comma -> colour and mark
-    'plain': ('#555555','o'), 'L2': ('#b97f00','s'), 'L2-SP': ('#009e73','^'), 'L2-SP-Fisher': ('#0072b2','D'), 'as published': ('#d55e00','v'),
-    'last layer only': ('#7a4a2b','P'), 'linear probe': ('#7a4a2b','p'), 'linear probe first': ('#b5558a','X'), 'LwF': ('#3fa0d8','<'),
-    'exact Fisher': ('#56b4e9','>'), 'target Fisher': ('#882255','d'), 'explicit step': ('#999933','H'), 'WiSE-FT': ('#cc79a7','h'), 'Fisher merging': ('#661100','8')}
+STYLES = { # Family (the name of an arm up to its comma) -> colour, marker
+    'plain': ('#555555','o'), 'L2': ('#b97f00','s'), 'L2-SP': ('#009e73','^'), 'L2-SP-Fisher': ('#0072b2','D'),
+    'as published': ('#d55e00','v'), 'last layer only': ('#7a4a2b','P'), 'linear probe': ('#7a4a2b','p'),
+    'linear probe first': ('#b5558a','X'), 'LwF': ('#3fa0d8','<'), 'exact Fisher': ('#56b4e9','>'),
+    'target Fisher': ('#882255','d'), 'explicit step': ('#999933','H'), 'WiSE-FT': ('#cc79a7','h'),
+    'Fisher merging': ('#661100','8')}
 def style(
-    arm:str, # Such as 'L2-SP-Fisher, beta = 10': what follows the comma does not count
-)->dict: # `color` and `marker` for matplotlib
-    "How an arm is drawn."
+    arm:str, # Such as 'L2-SP-Fisher, beta = 10'; only the part before the comma counts
+)->dict: # `color` and `marker` for matplotlib; unknown families are black stars
+    "Colour and marker of an arm."
     color,marker = STYLES.get(arm.split(',')[0], ('#000000','*'))
     return dict(color=color, marker=marker)
 
 # %% ../../nbs/experiment/results.ipynb #4aba4515
 _DASHES = '-','--','-.',(0,(6,1.5,1,1.5,1,1.5))
-def _line(axs, arm, c, dashes):
-    "One arm in both panels: loss and accuracy"
-    mean,low,high = [getattr(c.groupby('epoch')[['train_loss','valid_loss','accuracy']], o)() for o in ('mean','min','max')]
-    epochs,marks = mean.index+1,dict(style(arm), ls=dashes, ms=4, markevery=max(1, len(mean)//10))
-    axs[0].plot(epochs, mean.train_loss, ls=':', lw=1, color=marks['color'])
+def _draw_arm(axs, arm, c, dashes):
+    "Draw one arm in both panels, loss and accuracy"
+    by_epoch = c.groupby('epoch')[['train_loss','valid_loss','accuracy']]
+    mean,low,high = by_epoch.mean(),by_epoch.min(),by_epoch.max()
+    epochs = mean.index+1
+    line = dict(style(arm), ls=dashes, ms=4, markevery=max(1, len(mean)//10))
+    axs[0].plot(epochs, mean.train_loss, ls=':', lw=1, color=line['color'])
     for ax,name in zip(axs, ('valid_loss','accuracy')):
-        ax.plot(epochs, mean[name], label=arm, **marks)
-        ax.fill_between(epochs, low[name], high[name], color=marks['color'], alpha=0.15, lw=0)
-def _behind(axs, run, c, dashes):
-    "One published run in both panels"
+        ax.plot(epochs, mean[name], label=arm, **line)
+        ax.fill_between(epochs, low[name], high[name], color=line['color'], alpha=0.15, lw=0)
+def _draw_published(axs, run, c, dashes):
+    "Draw one published run in both panels"
     grey = dict(color='#a0a0a0', lw=1, zorder=1)
     axs[0].plot(c.epoch+1, c.train_loss, ls=':', **grey)
     axs[0].plot(c.epoch+1, c.val_loss, ls=dashes, **grey)
     axs[1].plot(c.epoch+1, c.accuracy, ls=dashes, label=f'published: {run}', **grey)
 
 # %% ../../nbs/experiment/results.ipynb #100ec446
-def _need(t, names, what):
+def _check_columns(t, names, argument):
     "Raise `ValueError` if a table lacks a column or has no rows"
     missing = [o for o in names if o not in t]
-    if missing==['valid_loss','accuracy']: raise ValueError(f"{what}: these runs had no validation split, there is nothing to draw by epoch")
-    if missing: raise ValueError(f"{what}: has no column {', '.join(missing)}, only {', '.join(map(str, t))}")
-    if t.empty: raise ValueError(f"{what}: no epoch has ended yet, there is nothing to draw")
+    if missing==['valid_loss','accuracy']:
+        raise ValueError(f"{argument}: these runs had no validation split, so there are no curves to draw.")
+    if missing:
+        raise ValueError(f"{argument}: there is no column {', '.join(missing)}, only {', '.join(map(str, t))}.")
+    if t.empty: raise ValueError(f"{argument}: no epoch has finished yet, so there is nothing to draw.")
 
 # %% ../../nbs/experiment/results.ipynb #b4cdf08c
 def curves(
-    out, # Folder of the experiment, or its curves as a table: `arm`, `seed`, `epoch` from 0, `train_loss`, `valid_loss`, `accuracy`
-    published:pd.DataFrame|None=None, # Curves to draw behind: `run`, `epoch` from 0, `train_loss`, `val_loss`, `accuracy` from 0 to 1
+    out, # Folder of the experiment, or its curves as `read_curves` returns them
+    published:pd.DataFrame|None=None, # Curves to draw in grey: `run`, `epoch`, `train_loss`, `val_loss`, `accuracy`
 )->plt.Figure: # Two panels: loss, accuracy
-    "Loss and accuracy by epoch: of an arm the mean and the range over seeds. `ValueError` if there is nothing to draw."
+    "Loss and accuracy by epoch: mean and range over seeds of each arm. `ValueError` if there is nothing to draw."
     c = read_curves(out) if isinstance(out, (str,os.PathLike)) else pd.DataFrame(out)
-    _need(c, ['epoch','arm','train_loss','valid_loss','accuracy'], 'curves')
-    _check_once(c, ['arm','seed','epoch'], "`c[c.id.isin(runs.id)]` of `c = read_curves(out)`")
+    _check_columns(c, ['epoch','arm','train_loss','valid_loss','accuracy'], 'curves')
+    _check_once(c, ['arm','seed','epoch'], "`c[c.id.isin(runs.id)]` with `c = read_curves(out)`")
+    if published is not None:
+        _check_columns(published, ['run','epoch','train_loss','val_loss','accuracy'], 'published')
     fig,axs = plt.subplots(1, 2, figsize=(10,4.4), layout='constrained', dpi=100)
     if published is not None:
-        _need(published, ['run','epoch','train_loss','val_loss','accuracy'], 'published')
-        for i,(run,p) in enumerate(published.groupby('run', sort=False)): _behind(axs, run, p, _DASHES[i%len(_DASHES)])
+        for i,(run,p) in enumerate(published.groupby('run', sort=False)):
+            _draw_published(axs, run, p, _DASHES[i%len(_DASHES)])
     drawn = []
     for arm,a in c.groupby('arm', sort=False):
-        _line(axs, arm, a, _DASHES[drawn.count(style(arm))%len(_DASHES)])
+        _draw_arm(axs, arm, a, _DASHES[drawn.count(style(arm))%len(_DASHES)])
         drawn.append(style(arm))
-    axs[0].set(xlabel='epoch', ylabel='cross-entropy in nats', title='Loss: validation, and dotted training')
+    axs[0].set(xlabel='epoch', ylabel='cross-entropy (nats)', title='Loss: validation; dotted: training')
     axs[1].set(xlabel='epoch', ylabel='accuracy', title='Accuracy on the target, validation')
     for ax in axs: ax.xaxis.get_major_locator().set_params(integer=True)
-    fig.legend(*axs[1].get_legend_handles_labels(), loc='outside lower center', ncols=3, frameon=False, fontsize=8, handlelength=4,
-               title='lines: mean over seeds; bands: least to greatest', title_fontsize=8)
+    fig.legend(*axs[1].get_legend_handles_labels(), loc='outside lower center', ncols=3, frameon=False, fontsize=8,
+               handlelength=4, title='lines: mean over seeds; bands: lowest to highest seed', title_fontsize=8)
     return fig
 
 # %% ../../nbs/experiment/results.ipynb #fbe470fd
-def _target(runs, target):
-    "Which accuracy stands for the target"
-    if runs.groupby('arm').diverged.any().all(): raise ValueError("every arm has a run that diverged, there is nothing to draw; `curves` shows where")
-    there = [o for o in ACCURACIES if o in runs and runs[o].notna().any()]
-    if 'retention_target_bn' not in there: raise ValueError("the runs have no retention: give them source pictures, or draw `curves`")
-    target = target or ('test_last' if 'test_last' in there else 'last')
-    if target not in there: raise ValueError(f"target: no run has {target!r}; there are {', '.join(there)}")
+def _target_column(runs, target):
+    "Which column is the accuracy on the target. `ValueError` if there is none, or no retention"
+    if runs.groupby('arm').diverged.any().all():
+        raise ValueError("Every arm has a run that diverged, so there is nothing to draw. `curves` shows the epoch.")
+    available = _measured(runs, tuple(ACCURACIES))
+    if 'retention_target_bn' not in available:
+        raise ValueError("The runs have no retention. Repeat them with source pictures, or draw `curves`.")
+    target = target or ('test_last' if 'test_last' in available else 'last')
+    if target not in available: raise ValueError(f"target: no run has {target!r}, only {', '.join(available)}.")
     return target
 
 # %% ../../nbs/experiment/results.ipynb #f0071da6
-_SIDES = (1,0),(1,0.7),(1,-0.7),(-1,0),(-1,0.7),(-1,-0.7),(0,1),(0,-1)
-_AROUND = [(r*x,r*y) for r in (7,14,24,36) for x,y in _SIDES]          # in points
-def _covered(a, b): return max(0, min(a.x1,b.x1)-max(a.x0,b.x0)) * max(0, min(a.y1,b.y1)-max(a.y0,b.y0))
-def _place(ax, texts, taken):
-    "Write `texts`, of `(x, y, text, color)`, beside their points, away from the boxes `taken` (pixels) and from each other"
-    point,taken = ax.figure.dpi/72,list(taken)
-    for x,y,text,color in texts:
-        note = ax.annotate(text, (x,y), xytext=(0,0), textcoords='offset points', va='bottom', fontsize=8, color=color)
-        size,at = note.get_window_extent().size,ax.transData.transform((x,y))
-        boxes = [Bbox.from_bounds(*(at + point*np.array(o) - size*(1-np.sign(o))/2), *size) for o in _AROUND]
-        cost = [sum(_covered(b, o) for o in taken) + size.prod()-_covered(b, ax.bbox) for b in boxes]
-        i = int(np.argmin(np.round(cost)))
-        taken.append(boxes[i])
-        note.set_position((boxes[i].p0-at)/point)
-        if i<len(_SIDES): continue
-        ax.plot(*ax.transData.inverted().transform([at, np.clip(at, boxes[i].p0, boxes[i].p1)]).T, color='#888888', lw=0.6, zorder=1)
-
-# %% ../../nbs/experiment/results.ipynb #231031e8
-def _in_the_way(ax, runs, t, target):
-    "Boxes in pixels around what a text should not cover"
-    ax.figure.draw_without_rendering()                                  # only then the axes have their size
-    found,half = [],5*ax.figure.dpi/72
-    for name in ('retention_target_bn','retention_source_bn'):
-        if name in t: found.append(t[[(name,'mean'),(target,'mean')]].dropna().to_numpy())
-    points = ax.transData.transform(np.concatenate([*found, runs[['retention_target_bn',target]].dropna().to_numpy()]))
-    means,(dx,dy) = found[0],t[[('retention_target_bn','±'),(target,'±')]].fillna(0).to_numpy().T
-    boxes = [Bbox([o-half, o+half]) for o in points]
-    for arm in zip(means, dx, dy):
-        for d in np.diag(arm[1:]): boxes.append(Bbox(ax.transData.transform([arm[0]-d, arm[0]+d])).padded(1))
-    return boxes
+def _label(ax, labels, marks):
+    "Write `labels`, `(x, y, text, color)`, so that they cover neither each other nor `marks`, an (n, 2) array"
+    ax.figure.draw_without_rendering()                                  # the layout decides on the size of the axes
+    half = 5*ax.figure.dpi/72                                           # half the width of a marker in pixels
+    to_data = ax.transData.inverted()
+    boxes = [Bbox(to_data.transform([o-half, o+half])) for o in ax.transData.transform(marks)]
+    texts = [ax.text(x, y, text, fontsize=8, color=color) for x,y,text,color in labels]
+    adjust_text(texts, objects=boxes, ax=ax, force_text=(0.2,0.4), force_static=(0.5,0.5), force_explode=(0.3,0.5),
+                iter_lim=500, min_arrow_len=10, arrowprops=dict(arrowstyle='-', color='#888888', lw=0.6))
 
 # %% ../../nbs/experiment/results.ipynb #104c0de9
-def _joined(ax, runs, t, target, color):
-    "A thin line through the arms of a family, from weak to strong; dotted with the source's statistics"
-    strength = [o for o in ('alpha','l2sp','beta','strength') if o in runs]
-    by = runs.groupby('arm')[strength].first().loc[t.index].sum(axis=1) if strength else pd.Series(0, t.index)
-    if not by.is_unique: return
-    t = t.loc[by.sort_values().index]
+def _connect(ax, runs, t, target, color):
+    "A thin line through the arms of a family, from weak to strong; dotted for the source's BatchNorm statistics"
+    strengths = [o for o in ('alpha','l2sp','beta','strength') if o in runs]
+    by_arm = runs.groupby('arm')[strengths].first().loc[t.index].sum(axis=1) if strengths else pd.Series(0, t.index)
+    if not by_arm.is_unique: return
+    t = t.loc[by_arm.sort_values().index]
     for name,ls in (('retention_target_bn','-'), ('retention_source_bn',':')):
         if name in t: ax.plot(t[name,'mean'], t[target,'mean'], ls=ls, lw=0.8, color=color, alpha=0.5, zorder=1)
 
 # %% ../../nbs/experiment/results.ipynb #5ec0f818
-def _marks(ax, family, t, target):
-    "The marks of a family's arms and their intervals"
+def _draw_family(ax, family, t, target):
+    "The markers of a family and their intervals"
     x,y = t['retention_target_bn'],t[target]
-    ax.errorbar(x['mean'], y['mean'], y['±'].fillna(0), x['±'].fillna(0), fmt='none', ecolor=style(family)['color'], alpha=0.35, lw=1, zorder=1)
+    ax.errorbar(x['mean'], y['mean'], y['±'].fillna(0), x['±'].fillna(0), fmt='none', ecolor=style(family)['color'],
+                alpha=0.35, lw=1, zorder=1)
     ax.scatter(x['mean'], y['mean'], s=55, label=family, zorder=3, **style(family))
-    if 'retention_source_bn' in t: ax.scatter(t['retention_source_bn','mean'], y['mean'], s=55, facecolors='none', zorder=3, **style(family))
+    if 'retention_source_bn' in t:
+        ax.scatter(t['retention_source_bn','mean'], y['mean'], s=55, facecolors='none', zorder=3, **style(family))
 
 # %% ../../nbs/experiment/results.ipynb #4abd6285
-def _limits(ax, runs, target):
-    "The runs as dots; the axes reach as far as they do, and no longer follow what is drawn later"
+def _draw_runs(ax, runs, target):
+    "The runs as dots. The axes cover them, and no longer change with what is drawn later"
     for arm,r in runs.groupby('arm', sort=False):
         ax.plot(r.retention_target_bn, r[target], '.', ms=4, color=style(arm)['color'])
         if 'retention_source_bn' in r: ax.plot(r.retention_source_bn, r[target], '.', ms=0)
@@ -366,33 +397,43 @@ def _limits(ax, runs, target):
     ax.autoscale_view()
     ax.autoscale(False)
 
+# %% ../../nbs/experiment/results.ipynb #bc5ebe91
+def _mark_points(runs, t, target):
+    "Where there are markers and dots: an (n, 2) array of retention and accuracy"
+    names = [o for o in ('retention_target_bn','retention_source_bn') if o in t]
+    means = [t[[(o,'mean'),(target,'mean')]].dropna().to_numpy() for o in names]
+    return np.concatenate([*means, runs[['retention_target_bn',target]].dropna().to_numpy()])
+
 # %% ../../nbs/experiment/results.ipynb #cc60a86f
 def frontier(
     out, # Folder of the experiment, or its runs as a table or a list of dicts
-    target:str|None=None, # Accuracy on the target; None: 'test_last' if the runs have it, else 'last'
-    before:float|None=None, # The source model's own accuracy on the source pictures, a line; None: as the runs say
-    ax:plt.Axes|None=None, # Where to draw, over what is there already; None: a new figure
-)->plt.Axes: # A mark an arm: filled with the target's BatchNorm statistics, hollow with the source's if there are any
+    target:str|None=None, # Column with the accuracy on the target; None: 'test_last' if the runs have it, else 'last'
+    before:float|None=None, # Accuracy of the source model on the source, drawn as a line; None: from the runs
+    ax:plt.Axes|None=None, # Axes to draw into; None: a new figure
+)->plt.Axes: # One marker per arm: filled with the target's BatchNorm statistics, hollow with the source's
     "Accuracy on the target against retention. `ValueError` if the runs have no retention or no such accuracy."
-    runs = _runs(out)
-    both = 'retention_source_bn' in runs and not runs.retention_source_bn.equals(runs.retention_target_bn)    # without BatchNorm there is one
-    if not both: runs = runs.drop(columns='retention_source_bn', errors='ignore')
-    target,measures = _target(runs, target),['retention_target_bn','retention_source_bn']
+    runs = _finished(out)
+    has_source_bn = 'retention_source_bn' in runs and not runs.retention_source_bn.equals(runs.retention_target_bn)
+    if not has_source_bn: runs = runs.drop(columns='retention_source_bn', errors='ignore')
+    target = _target_column(runs, target)
     if ax is None: ax = plt.subplots(figsize=(8.5,4.8), layout='constrained', dpi=100)[1]
     if before is None and 'before' in runs and runs.before.notna().any(): before = runs.before.mean()
     if before is not None: ax.axvline(before, color='#888888', lw=1, ls='--', label='before fine-tuning', zorder=1)
-    _limits(ax, runs, target)
-    t = table(runs, [target,*measures])
+    _draw_runs(ax, runs, target)
+    t = table(runs, [target,'retention_target_bn','retention_source_bn'])
     shown = t[t[target,'mean'].notna() & t['retention_target_bn','mean'].notna()]
-    if shown.empty: raise ValueError(f"no arm has both {target!r} and 'retention_target_bn' in all its runs")
+    if shown.empty: raise ValueError(f"No arm has both {target!r} and 'retention_target_bn' in all its runs.")
     for family,f in shown.groupby([o.split(',')[0] for o in shown.index], sort=False):
-        _joined(ax, runs, f, target, style(family)['color'])
-        _marks(ax, family, f, target)
-    lost = textwrap.fill('not shown, diverged: ' + '; '.join(t.index[t['diverged','']>0]), 80) if t['diverged',''].any() else ''
-    ax.set(xlabel=f"retention: accuracy on source pictures\n{lost}".strip(), ylabel=f'accuracy on the target ({ACCURACIES.get(target, target)})',
-           title='What is learnt against what is still known' + both*"\n(hollow, dotted: source's BatchNorm statistics put back)")
+        _connect(ax, runs, f, target, style(family)['color'])
+        _draw_family(ax, family, f, target)
+    diverged = '; '.join(t.index[t['diverged','']>0])
+    note = textwrap.fill(f'not shown, diverged: {diverged}', 80) if diverged else ''
+    ax.set(xlabel=f"retention: accuracy on source pictures\n{note}".strip(),
+           ylabel=f'accuracy on the target ({ACCURACIES.get(target, target)})',
+           title='Accuracy on the target against retention'
+                 + has_source_bn*"\n(hollow, dotted: with the source's BatchNorm statistics)")
     ax.legend(loc='upper left', bbox_to_anchor=(1.01,1), frameon=False, fontsize=8)
-    texts = [(x, y, arm.partition(',')[2].strip(), style(arm)['color'])
-             for arm,x,y in zip(shown.index, shown['retention_target_bn','mean'], shown[target,'mean'])]
-    _place(ax, [o for o in texts if o[2]], _in_the_way(ax, runs, shown, target))
+    positions = zip(shown.index, shown['retention_target_bn','mean'], shown[target,'mean'])
+    labels = [(x, y, arm.partition(',')[2].strip(), style(arm)['color']) for arm,x,y in positions]
+    _label(ax, [o for o in labels if o[2]], _mark_points(runs, shown, target))
     return ax

@@ -1,4 +1,4 @@
-"""How sure is a number that depends on a seed
+"""How certain is a result that depends on the random seed?
 
 Docs: https://fgvc-fisher.github.io/fgvc_fisher/experiment/seeds.html.md"""
 
@@ -15,52 +15,59 @@ import numpy as np
 from scipy import stats
 
 # %% ../../nbs/experiment/seeds.ipynb #09ebdd93
-def _quantile(n, level):
-    "Student's quantile for `n` values, two-sided"
-    if not 0<level<1: raise ValueError(f"level: a probability between 0 and 1, such as 0.95, not {level}")
-    return stats.t.ppf((1+level)/2, n-1)
+def _check_level(level):
+    "Raise `ValueError` if `level` is not a probability"
+    if not 0<level<1: raise ValueError(f"level: expected a probability between 0 and 1, such as 0.95, not {level}.")
 
 # %% ../../nbs/experiment/seeds.ipynb #e326fa56
 def interval(
-    values:Sequence, # A number for each seed, at least one
-    level:float=0.95, # Probability that the interval holds the true mean
-)->tuple: # The mean; half the width of the interval, NaN for one value
-    "Mean of `values` and Student's interval: mean ± half the width. If one is NaN, a run that diverged, both are NaN."
+    values:Sequence, # One number per seed, at least one
+    level:float=0.95, # Probability that the interval contains the true mean
+)->tuple: # The mean, and half the width of the interval: NaN for one value
+    "Mean of `values` and Student's interval, mean ± half the width. Both are NaN if a value is NaN (a diverged run)."
     values = np.asarray(values, dtype=float)
-    if values.ndim!=1 or not len(values): raise ValueError(f"values: a list of one number a seed, not an array of shape {values.shape}")
-    t,n = _quantile(len(values), level),len(values)
-    half = t*values.std(ddof=1)/math.sqrt(n) if n>1 else math.nan
-    return float(values.mean()), float(half)
+    _check_level(level)
+    if values.ndim!=1 or not len(values):
+        raise ValueError(f"values: expected a list with one number per seed, not an array of shape {values.shape}.")
+    mean,n = float(values.mean()),len(values)
+    if n==1: return mean, math.nan
+    return mean, float(stats.t.ppf((1+level)/2, n-1)*stats.sem(values))
 
 # %% ../../nbs/experiment/seeds.ipynb #b2e0d968
 def paired(
-    a:Sequence, # A number for each seed
-    b:Sequence, # The control's, of the same seeds in the same order
-    level:float=0.95, # Probability that the interval holds the true difference
-)->tuple: # Mean of a - b; low and high end of its interval, NaN for one pair
-    "How much greater `a` is than `b`, by Student's interval of the paired differences. If one is NaN, all are."
-    if len(a)!=len(b): raise ValueError(f"a, b: pairs by seed, but there are {len(a)} and {len(b)}; leave out the seeds that only one has")
+    a:Sequence, # One number per seed
+    b:Sequence, # The control's numbers, for the same seeds in the same order
+    level:float=0.95, # Probability that the interval contains the true difference
+)->tuple: # Mean of a - b; lower and upper end of its interval, NaN for one pair
+    "Mean difference a - b with Student's interval of the paired differences. All are NaN if a number is NaN."
+    if len(a)!=len(b):
+        raise ValueError(f"a, b: expected pairs, but there are {len(a)} and {len(b)} numbers. Use common seeds only.")
     mean,half = interval(np.asarray(a, dtype=float)-np.asarray(b, dtype=float), level)
     return mean, mean-half, mean+half
 
 # %% ../../nbs/experiment/seeds.ipynb #d94687ed
 def _power(n, effect, level):
-    "The probability that `n` pairs show a difference of `effect` standard deviations"
-    t,centre = _quantile(n, level),effect*math.sqrt(n)
-    return stats.nct.sf(t, n-1, centre) + stats.nct.sf(t, n-1, -centre)     # the other side, mirrored: `cdf` is NaN far out
+    "Probability that `n` pairs show a difference of `effect` standard deviations"
+    t = stats.t.ppf((1+level)/2, n-1)
+    noncentrality = effect*math.sqrt(n)
+    # The lower tail is the upper tail of the mirrored distribution: `nct.cdf` is NaN for large effects
+    return stats.nct.sf(t, n-1, noncentrality) + stats.nct.sf(t, n-1, -noncentrality)
 
 # %% ../../nbs/experiment/seeds.ipynb #85a18e35
 def seeds_needed(
     sd:float, # Standard deviation of the paired differences, in the unit of `difference`
-    difference:float=0.01, # The difference to be seen: 0.01 is one per cent of accuracy
-    power:float=0.8, # Probability of seeing it, if it is there
-    level:float=0.95, # A difference is seen if this interval leaves out zero
+    difference:float=0.01, # The difference to be shown: 0.01 is one per cent of accuracy
+    power:float=0.8, # Probability of showing it if it exists
+    level:float=0.95, # The difference is shown if the interval with this probability excludes zero
 )->int: # At least 2
-    "The least number of paired seeds with which a two-sided paired t-test sees `difference` with probability `power`."
-    if not 0<=sd<math.inf: raise ValueError(f"sd: a standard deviation, zero or more, not {sd}; it takes two pairs to have one")
-    if not 0<difference<math.inf: raise ValueError(f"difference: the size of a difference, above zero, not {difference}")
-    if not 0<power<1: raise ValueError(f"power: a probability between 0 and 1, such as 0.8, not {power}")
+    "Smallest number of paired seeds with which a two-sided paired t-test shows `difference` with probability `power`."
+    _check_level(level)
+    if not 0<=sd<math.inf:
+        raise ValueError(f"sd: expected a standard deviation of zero or more, not {sd}. It takes at least two pairs.")
+    if not 0<difference<math.inf: raise ValueError(f"difference: expected a number above zero, not {difference}.")
+    if not 0<power<1: raise ValueError(f"power: expected a probability between 0 and 1, such as 0.8, not {power}.")
     if not sd: return 2
-    n,effect = 2,difference/sd
+    effect = difference/sd
+    n = 2
     while _power(n, effect, level)<power: n *= 2
     return 2+bisect_left(range(2, n), power, key=lambda o: _power(o, effect, level))
