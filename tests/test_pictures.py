@@ -64,7 +64,8 @@ def test_torn_manifest(table, torn):
 def test_settings_have_folders_of_their_own(table):
     cut = table.assign(credit=20)
     box = cut.assign(crop=[(10,20,60,60)]*6)
-    sizes = {o.path[0].parent.name: Image.open(o.path[0]).size for o in (cache(table, 40), cache(table, 30), cache(cut, 40), cache(box, 30))}
+    tables = cache(table, 40), cache(table, 30), cache(cut, 40), cache(box, 30)
+    sizes = {o.path[0].parent.name: Image.open(o.path[0]).size for o in tables}
     assert sizes=={'pics_40': (60,40), 'pics_30': (45,30), 'pics_40_cut20': (80,40), 'pics_30_box_cut20': (37,30)}
 
 def test_other_boxes_are_noticed(table):
@@ -96,7 +97,8 @@ def test_two_data_sets_share_no_copies(tmp_path):
         photo(i).save(tmp_path/name/'images/1.jpg', quality=98)
         tables.append(pd.DataFrame({'path': [tmp_path/name/'images/1.jpg']}))
     a,b = [cache(o, 40, dest=tmp_path/'copies') for o in tables]
-    assert a.path[0]!=b.path[0] and abs(pixels(a.path[0])-pixels(b.path[0])).mean()>10 and not (tmp_path/'a/images_40').exists()
+    assert a.path[0]!=b.path[0] and abs(pixels(a.path[0])-pixels(b.path[0])).mean()>10
+    assert not (tmp_path/'a/images_40').exists()
 
 def test_broken_picture_is_named_and_the_rest_goes_on(table):
     whole = table.path[3].read_bytes()
@@ -149,7 +151,7 @@ N = 120
 @pytest.fixture
 def many(tmp_path):
     (tmp_path/'many').mkdir()
-    photo(0, 900, 600).effect_spread(30).save(tmp_path/'many/0.jpg', quality=98)       # no smooth picture: copies of some 50 kB
+    photo(0, 900, 600).effect_spread(30).save(tmp_path/'many/0.jpg', quality=98)    # noisy: copies of some 50 kB
     for i in range(1, N): shutil.copy(tmp_path/'many/0.jpg', tmp_path/f'many/{i}.jpg')
     return tmp_path/'many'
 
@@ -165,7 +167,7 @@ def test_killed_in_the_middle(many, how):
     assert 10 <= len(there) < N
     for o in there: Image.open(o).load()
     known = {json.loads(o)[0] for o in (copies/'manifest.jsonl').read_text().splitlines() if o.endswith(']')}
-    assert len(known)>=len(there)-4                                                   # at most the threads' own are not written down
+    assert len(known)>=len(there)-4      # the manifest may lack those in progress
     cache(pictures_of(many), 300)
     assert len(list(copies.glob('*.jpg')))==N and not list(copies.glob('*.part'))
     assert all(o.stat().st_mtime_ns==t for o,t in there.items() if o.name in known)

@@ -1,4 +1,4 @@
-"""A picture from its file, and smaller copies that open fast
+"""Open a picture with clear errors, and make smaller copies that open faster
 
 Docs: https://fgvc-fisher.github.io/fgvc_fisher/data/pictures.html.md"""
 
@@ -24,152 +24,178 @@ from fastai.vision.all import PILImage, defaults, verify_images
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2.functional import resize
 from .tables import read_aircraft
+from ..distributed.files import replace_file
 
 # %% ../../nbs/data/pictures.ipynb #62d723f7
 def open_picture(
     path:str|Path, # A picture in any format that Pillow reads
-    crop:tuple|None=None, # The part that is meant: (left, top, right, bottom) in pixels; None: the whole
-    credit:int=0, # Height of a strip to cut off below, in pixels
+    crop:tuple|None=None, # Part to use: (left, top, right, bottom) in pixels; default: all of it
+    credit:int=0, # Pixels to cut off at the lower edge
 )->PILImage: # In RGB, fully decoded
-    "Open a picture. Raises `OSError` with its path if it cannot be decoded, `ValueError` if nothing is left of it."
+    """Open a picture. Raises `OSError` with its path if it cannot be decoded, and `ValueError` if `crop` and `credit`
+    leave nothing of it."""
     try: img = PILImage.create(path, mode=None)
     except FileNotFoundError: raise
     except (OSError, SyntaxError, Image.DecompressionBombError) as e:
-        raise OSError(f"{path} cannot be decoded ({e}). Replace it, or leave such pictures out with on_bad='skip'.") from e
-    if img.mode!='RGB': img = PILImage.create(img.convert('RGB'))       # a picture in RGB would be copied
+        raise OSError(f"{path} cannot be decoded ({e}). Replace it, or skip such pictures with on_bad='skip'.") from e
+    if img.mode!='RGB': img = PILImage.create(img.convert('RGB'))       # `convert` would copy a picture that is RGB
     if crop is None and not credit: return img
-    (w,h),(left,top,right,bottom) = img.size, crop or (0,0,*img.size)
+    w,h = img.size
+    left,top,right,bottom = crop or (0, 0, w, h)
     area = max(left,0), max(top,0), min(right,w), min(bottom,h-credit)
     if area[0]>=area[2] or area[1]>=area[3]:
-        raise ValueError(f"{path}: nothing is left of {w} x {h} pixels with crop={crop} and credit={credit}")
+        raise ValueError(f"{path}: crop={crop} and credit={credit} leave nothing of its {w} x {h} pixels")
     return PILImage.create(img.crop(area))
 
 # %% ../../nbs/data/pictures.ipynb #1ce37bf0
 def skip_bad(
     table:pd.DataFrame, # Any table with a column `path`
 )->pd.DataFrame: # The rows whose picture can be decoded
-    "Leave out the pictures that cannot be decoded, and warn which they are."
+    "Leave out the pictures that cannot be decoded, with a warning that names them."
     bad = set(verify_images(list(table.path)))
-    if bad: warnings.warn(f"left out {len(bad)} pictures that cannot be decoded: {shorten(', '.join(sorted(map(str, bad))), 400)}")
+    names = shorten(', '.join(sorted(map(str, bad))), 400)
+    if bad: warnings.warn(f"skipping {len(bad)} pictures that cannot be decoded: {names}")
     return table[~table.path.isin(bad)].reset_index(drop=True)
 
 # %% ../../nbs/data/pictures.ipynb #6b8ff0a6
 def resize_picture(
     img:Image.Image, # In RGB
     size:list, # [height, width], or [shorter side], in pixels
-    interpolation:InterpolationMode=InterpolationMode.BICUBIC, # Or bilinear; with antialiasing
+    interpolation:InterpolationMode=InterpolationMode.BICUBIC, # Bicubic or bilinear
 )->PILImage:
-    "Resize a picture as Pillow would, faster."
+    "Resize a picture with antialiasing, as Pillow does but faster."
     pixels = torch.from_numpy(np.array(img)).permute(2,0,1)
-    return PILImage.create(Image.fromarray(resize(pixels, size, interpolation, antialias=True).permute(1,2,0).numpy()))
+    resized = resize(pixels, size, interpolation, antialias=True)
+    return PILImage.create(Image.fromarray(resized.permute(1,2,0).numpy()))
 
 # %% ../../nbs/data/pictures.ipynb #e399b073
-_QUALITY = 95 # of the copies' JPEG
+_QUALITY = 95 # JPEG quality of the copies
 
 # %% ../../nbs/data/pictures.ipynb #c2e2e9c9
 def _shrink(source, target, short_side, crop, credit):
-    "Write a smaller copy of a picture; returns its size in bytes, or None where the picture itself is small enough"
+    "Write a smaller copy of a picture. Returns its size in bytes, or None if the picture itself is small enough."
     img = open_picture(source, crop, credit)
     if min(img.size)<=short_side and crop is None and not credit: return None
     if min(img.size)>short_side: img = resize_picture(img, [short_side])
+    jpeg = BytesIO()       # on a full disk Pillow may write half a file without an error
+    img.save(jpeg, 'JPEG', quality=_QUALITY)
     target.parent.mkdir(parents=True, exist_ok=True)
-    part = target.with_name(target.name+'.part')
-    img.save(jpeg := BytesIO(), 'JPEG', quality=_QUALITY)      # not to the file: on a full disk Pillow can write half and say nothing
-    part.write_bytes(jpeg.getvalue())
-    part.replace(target)
+    replace_file(target, lambda part: part.write_bytes(jpeg.getvalue()))
     return len(jpeg.getvalue())
 
 # %% ../../nbs/data/pictures.ipynb #4ffbda34
 def _read_manifest(file):
-    "What the manifest says: name -> [what the copy was made from, size of the copy]; later lines win"
-    found = {}
+    "The manifest as a dict: name -> (what the copy was made from, size of the copy). Later lines take precedence."
+    entries = {}
     for line in file.read_text().splitlines() if file.is_file() else []:
         try: name,made_from,size = json.loads(line)
         except ValueError: continue
-        found[name] = [made_from,size]
-    return found
+        entries[name] = (made_from, size)
+    return entries
 
 # %% ../../nbs/data/pictures.ipynb #9c379d63
 def _made_from(path, crop, credit):
-    "By this a changed picture or setting is noticed"
+    "The state of a picture and the settings of its copy; if either changes, the copy is made again"
     stat = os.stat(path)
     return [stat.st_size, stat.st_mtime_ns, crop and list(crop), credit, _QUALITY]
 
 # %% ../../nbs/data/pictures.ipynb #980174f8
-def _is_there(target, entry, made_from):
-    "Does the manifest vouch for this copy?"
+def _is_current(target, entry, made_from):
+    "Is this copy, according to its entry in the manifest, complete and made from the picture as it is now?"
     if entry is None or entry[0]!=made_from: return False
-    return entry[1] is None or (target.is_file() and target.stat().st_size==entry[1])
+    size = entry[1]
+    return size is None or (target.is_file() and target.stat().st_size==size)
 
 # %% ../../nbs/data/pictures.ipynb #12427a49
-def common_folder(table): return Path(os.path.commonpath([os.path.abspath(Path(o).parent) for o in table.path])) # folder of all pictures
+def common_folder(
+    table:pd.DataFrame, # Any table with a column `path`
+)->Path:
+    "The folder that contains all pictures of a table."
+    return Path(os.path.commonpath([os.path.abspath(Path(o).parent) for o in table.path]))
 
 # %% ../../nbs/data/pictures.ipynb #f9670bce
 def _copies_folder(common, table, short_side, dest):
-    "Where the copies of the pictures below `common` go"
-    cut = '_box' if 'crop' in table else ''
-    if 'credit' in table and table.credit.any(): cut += f'_cut{table.credit.max()}'
-    return (common if dest is None else Path(dest)/common.relative_to(common.anchor)).with_name(f'{common.name}_{short_side}{cut}')
+    "The folder for copies of the pictures in `common`"
+    suffix = '_box' if 'crop' in table else ''
+    if 'credit' in table and table.credit.any(): suffix += f'_cut{table.credit.max()}'
+    folder = common if dest is None else Path(dest)/common.relative_to(common.anchor)
+    return folder.with_name(f'{common.name}_{short_side}{suffix}')
 
 # %% ../../nbs/data/pictures.ipynb #c185c902
 def _make_copies(jobs, manifest, n_workers, quiet):
-    "Do all jobs, `name: (made_from, arguments of _shrink)`; each is written down as soon as it is done"
+    "Run all jobs, `name: (made_from, arguments of _shrink)`. Each is added to the manifest as soon as it is done."
     lock = Lock()
     with manifest.open('a') as f, ThreadPoolExecutor(n_workers) as pool:
+        f.write('\n')                              # ends a line that is incomplete
         def work(name, made_from, args):
             line = json.dumps([name, made_from, _shrink(*args)])
-            with lock: f.write(line+'\n'); f.flush()
-        f.write('\n')                                                  # ends a line that was cut off
-        running = [pool.submit(work, name, *o) for name,o in jobs.items()]
+            with lock:
+                f.write(line+'\n')
+                f.flush()
+        futures = [pool.submit(work, name, *job) for name,job in jobs.items()]
+        bar = tqdm(as_completed(futures), total=len(futures), desc='smaller copies', disable=quiet)
         try:
-            for job in tqdm(as_completed(running), total=len(running), desc='smaller copies', disable=quiet): job.result()
+            for future in bar: future.result()
         except BaseException:
-            pool.shutdown(cancel_futures=True)                         # else Ctrl-C would wait for all the rest
+            pool.shutdown(cancel_futures=True)     # otherwise Ctrl-C would wait for all jobs
             raise
 
 # %% ../../nbs/data/pictures.ipynb #d53c41d3
-def _plan(table, common, folder, short_side, known):
-    "Paths that will serve for the pictures of a table, and what is to be done for it: `name: (made_from, arguments of _shrink)`"
+def _plan_copies(table, common, folder, short_side, entries):
+    "The paths to use for the pictures of a table, and the missing copies, `name: (made_from, arguments of _shrink)`"
     paths,jobs = [],{}
-    cuts = zip(table.get('crop', [None]*len(table)), table.get('credit', [0]*len(table)))
-    for source,(crop,credit) in zip(table.path, cuts):
+    crops = table.get('crop', [None]*len(table))
+    credits = table.get('credit', [0]*len(table))
+    for source,crop,credit in zip(table.path, crops, credits):
+        crop,credit = crop and tuple(map(int, crop)), int(credit)
         name = os.path.relpath(os.path.abspath(source), common)
         target = folder/(name if name.lower().endswith(('.jpg','.jpeg')) else name+'.jpg')
-        cut = crop and tuple(map(int, crop)), int(credit)
-        made_from,entry = _made_from(source, *cut), known.get(name)
-        paths.append(source if entry and entry[1] is None else target)
-        if not _is_there(target, entry, made_from): jobs[name] = made_from,(source, target, short_side, *cut)
+        made_from = _made_from(source, crop, credit)
+        entry = entries.get(name)
+        is_small = entry and entry[1] is None
+        paths.append(source if is_small else target)
+        if not _is_current(target, entry, made_from): jobs[name] = made_from, (source, target, short_side, crop, credit)
     return paths,jobs
 
-# %% ../../nbs/data/pictures.ipynb #78588a99
-def _disk_use(known, folder, short_side):
-    sizes = [size for _,size in known.values() if size is not None]
-    return f"{len(sizes):,} copies with a shorter side of {short_side} pixels take {sum(sizes)/1e6:,.1f} MB in {folder}"
-
 # %% ../../nbs/data/pictures.ipynb #88f6460a
-def cache_table(table, common, short_side, dest=None, n_workers=None, quiet=False):
-    "`cache_images` for a part of the pictures below `common`"
-    if not isinstance(short_side, int) or short_side<1: raise ValueError(f"short_side={short_side!r}: a whole number of pixels above 0")
+def cache_table(
+    table:pd.DataFrame, # Some or all of the pictures in `common`; `crop` and `credit` are applied to the copies
+    common:Path, # Folder of all pictures of the data set, see `common_folder`
+    short_side:int, # Shorter side of the copies in pixels
+    dest:str|Path|None=None, # Folder for the copies; default: beside `common`
+    n_workers:int|None=None, # Threads; default: one for each core
+    quiet:bool=False, # Print nothing?
+)->pd.DataFrame: # As from `cache_images`
+    "`cache_images` for one split, with copies where those of the other splits are. Raises `ValueError` and `OSError`."
+    if not isinstance(short_side, int) or short_side<1:
+        raise ValueError(f"short_side={short_side!r} must be a whole number of pixels above 0")
     folder = _copies_folder(common, table, short_side, dest)
     try: folder.mkdir(parents=True, exist_ok=True)
-    except OSError as e: raise OSError(f"cannot write smaller copies to {folder} ({e}); name another place with dest= or cache=") from e
+    except OSError as e:
+        message = f"cannot write smaller copies to {folder} ({e}); choose another folder with dest= or cache="
+        raise OSError(message) from e
     manifest = folder/'manifest.jsonl'
     with FileLock(folder/'.lock'):
-        paths,jobs = _plan(table, common, folder, short_side, _read_manifest(manifest))
+        paths,jobs = _plan_copies(table, common, folder, short_side, _read_manifest(manifest))
         if jobs:
             _make_copies(jobs, manifest, n_workers or defaults.cpus, quiet)
-            paths,_ = _plan(table, common, folder, short_side, known := _read_manifest(manifest))
-            if not quiet: print(_disk_use(known, folder, short_side))
+            entries = _read_manifest(manifest)
+            paths,_ = _plan_copies(table, common, folder, short_side, entries)
+            sizes = [size for _,size in entries.values() if size is not None]
+            if not quiet:
+                print(f"{len(sizes):,} copies with a shorter side of {short_side} pixels take {sum(sizes)/1e6:,.1f} MB "
+                      f"in {folder}")
     return table.assign(path=paths).drop(columns=['crop','credit','xmin','ymin','xmax','ymax'], errors='ignore')
 
 # %% ../../nbs/data/pictures.ipynb #08bfb647
 def cache_images(
     pictures:str|Path|pd.DataFrame, # An FGVC-Aircraft tree, or a table of pictures with a column `path`
-    short_side:int=448, # Of the copies, in pixels; smaller pictures are used as they are
-    dest:str|Path|None=None, # The folder below which the copies go; None: beside the pictures' folder
-    n_workers:int|None=None, # Threads; None: one a core
-    quiet:bool=False, # No progress bar and no message
-)->pd.DataFrame: # The table with `path` to the copies; columns that count pixels of the originals are gone
-    "Make smaller copies, or find them made. Raises `OSError` that names a picture that cannot be decoded; what is done stays."
+    short_side:int=448, # Shorter side of the copies in pixels; smaller pictures are used as they are
+    dest:str|Path|None=None, # Folder for the copies; default: beside the pictures' folder
+    n_workers:int|None=None, # Threads; default: one for each core
+    quiet:bool=False, # No progress bar and no message?
+)->pd.DataFrame: # The table with `path` to the copies, without `crop`, `credit` and the boxes of the originals
+    """Make smaller copies of pictures, or reuse those that are there. Raises `ValueError` for an invalid `short_side`,
+    and `OSError` if a picture cannot be decoded or a copy cannot be written; the copies made so far are kept."""
     table = pictures if isinstance(pictures, pd.DataFrame) else read_aircraft(pictures)
     return cache_table(table, common_folder(table), short_side, dest, n_workers, quiet)
