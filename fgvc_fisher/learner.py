@@ -1,4 +1,4 @@
-"""A timm backbone with its pretrained weights, and the fastai `Learner` that fine-tunes it
+"""From a timm backbone with pretrained weights to the fastai `Learner` that fine-tunes it, in one process or several
 
 Docs: https://fgvc-fisher.github.io/fgvc_fisher/learner.html.md"""
 
@@ -11,30 +11,40 @@ __all__ = ['nesterov', 'load_weights', 'source_model', 'picture_stats', 'normali
 # %% ../nbs/learner.ipynb #e5beb75e
 import copy, difflib, pkgutil, re
 from collections.abc import Callable
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from textwrap import shorten
 import torch, timm
 from torch import nn
 from safetensors.torch import load_file
-
-# %% ../nbs/learner.ipynb #fab6295d
-from functools import partial
+from fastai.callback.core import CancelFitException
+from fastai.callback.progress import ProgressCallback
+from fastai.callback.tracker import TerminateOnNaNCallback
 from fastai.data.all import DataLoaders, Normalize, TfmdDL
-from fastai.learner import Learner
-from fastai.metrics import accuracy
+from fastai.distributed import DistributedDL, DistributedTrainer
+from fastai.learner import AvgMetric, Learner
+from fastai.metrics import AccumMetric, accuracy
 from fastai.optimizer import OptimWrapper
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import convert_sync_batchnorm
 from timm.models.inception_v4 import InceptionV4
 from .data.loaders import picture_dl
 from .data.tables import read_pictures
 from .data.transforms import InPlaceNormalize, Mix, OwnNormalize
+from .distributed.ranks import process_state, processes
 
 # %% ../nbs/learner.ipynb #5c005337
 def _read_weights(file):
     "The tensors of a safetensors file or of a PyTorch state dict, as float32"
-    if not Path(file).is_file(): raise FileNotFoundError(f"weights: there is no file {file}")
-    try: state = load_file(file) if Path(file).suffix=='.safetensors' else torch.load(file, map_location='cpu', weights_only=True)
-    except Exception as e: raise ValueError(f"weights: {file} cannot be read as a safetensors file or a PyTorch state dict ({type(e).__name__})") from e
+    file = Path(file)
+    if not file.is_file(): raise FileNotFoundError(f"weights: there is no file {file}")
+    try:
+        if file.suffix=='.safetensors': state = load_file(file)
+        else: state = torch.load(file, map_location='cpu', weights_only=True)
+    except Exception as e:
+        raise ValueError(f"weights: {file} is neither a safetensors file nor a PyTorch state dict "
+                         f"that can be loaded with weights_only=True ({type(e).__name__})") from e
     state = state.get('state_dict', state)
     return {k: v.float() if v.is_floating_point() else v for k,v in state.items()}
 
@@ -43,74 +53,80 @@ def load_weights(
     model:nn.Module, # The network, changed in place
     file:str|Path, # A safetensors file or a PyTorch state dict, in any floating-point type
 )->nn.Module: # The same network
-    "Load all weights of `model` from a file. Raises `ValueError` that names what does not fit."
+    "Load all weights of `model` from a file. Raises `ValueError` that names the weights that do not fit."
     state,own = _read_weights(file),model.state_dict()
-    counts = {k for k in own if k.endswith('num_batches_tracked')} # BatchNorm's counters; many files leave them out
-    missing,extra = own.keys()-state.keys()-counts, state.keys()-own.keys()
-    other = [f'{k} {tuple(state[k].shape)} instead of {tuple(own[k].shape)}' for k in own.keys()&state.keys()
-             if state[k].shape!=own[k].shape]
-    wrong = {k: ', '.join(sorted(v)) for k,v in dict(missing=missing, unknown=extra, shape=other).items() if v}
-    if wrong:
-        raise ValueError(f"{file} holds the weights of another architecture than {type(model).__name__}; "
-                         + '; '.join(f'{k}: {shorten(v, 300)}' for k,v in wrong.items()))
+    counters = {k for k in own if k.endswith('num_batches_tracked')}          # BatchNorm's; many files omit them
+    common = own.keys() & state.keys()
+    wrong = dict(missing=own.keys()-state.keys()-counters, unknown=state.keys()-own.keys(),
+        shape={f'{k} {tuple(state[k].shape)} instead of {tuple(own[k].shape)}' for k in common
+               if state[k].shape!=own[k].shape})
+    if found := [f"{kind}: {shorten(', '.join(sorted(names)), 300)}" for kind,names in wrong.items() if names]:
+        raise ValueError(f"{file} has weights of another architecture than {type(model).__name__}; {'; '.join(found)}")
     model.load_state_dict(state, strict=False)
     return model
 
 # %% ../nbs/learner.ipynb #0f3f0773
-def _found(name):
-    "What `package.module:function` names"
+def _resolve(name):
+    "The object that `package.module:function` names; `ValueError` if there is none"
     try: return pkgutil.resolve_name(name)
     except (ImportError, AttributeError) as e: raise ValueError(f"arch {name!r}: {e}") from e
 
 # %% ../nbs/learner.ipynb #638a12b3
 def _named_model(name, pretrained):
-    "timm's model of that name, or what `package.module:function` makes; `ValueError` with the nearest names if there is none"
-    if re.fullmatch(r'\w+(\.\w+)*:\w+', name): return _found(name)()
+    "timm's model of that name, or what `package.module:function` makes; `ValueError` suggests similar names"
+    if re.fullmatch(r'\w+(\.\w+)*:\w+', name): return _resolve(name)()
     if ':' not in name and not timm.is_model(name):
-        near = difflib.get_close_matches(name.split('.')[0], timm.list_models(), n=3)
-        raise ValueError(f"arch {name!r}: timm has no such model" + (f"; did you mean {' or '.join(near)}?" if near else ''))
+        similar = difflib.get_close_matches(name.split('.')[0], timm.list_models(), n=3)
+        hint = f"; did you mean {' or '.join(similar)}?" if similar else ''
+        raise ValueError(f"arch {name!r}: timm has no such model{hint}")
     try: return timm.create_model(name, pretrained=pretrained)
     except RuntimeError as e: raise ValueError(f"arch {name!r}: {e}") from e
 
 # %% ../nbs/learner.ipynb #87a518fa
-def _head_of(model, file):
-    "The model with as many outputs as the file's head has"
-    own = f'{head_name(model)}.weight'
-    there = _read_weights(file).get(own)
-    return model if there is None or len(there)==len(model.state_dict()[own]) else remake_head(model, len(there))
+def _match_head(model, file):
+    "The model, with as many outputs as the head in the file has"
+    name = f'{head_name(model)}.weight'
+    saved = _read_weights(file).get(name)
+    if saved is None or len(saved)==len(model.state_dict()[name]): return model
+    return remake_head(model, len(saved))
 
 # %% ../nbs/learner.ipynb #ea42f96e
 def source_model(
-    arch:str|nn.Module|Callable='inception_v4', # A timm name, 'package.module:function', a module (copied), or a function that makes one
-    weights:bool|str|Path|None=True, # True: timm's own (a module or a function keeps its); a file; None: for a name, random ones
+    arch:str|nn.Module|Callable='inception_v4', # A timm name, 'package.module:function', a function, a module (copied)
+    weights:bool|str|Path|None=True, # A file; True: timm's for a name, else the module's own; None: random for a name
 )->nn.Module: # In evaluation mode
-    "The pretrained model with the head that it was pretrained with."
+    "The pretrained model with its original head. Raises `ValueError` for an unknown `arch` or weights of another one."
     if isinstance(arch, str): model = _named_model(arch, pretrained=weights is True)
-    else: model = copy.deepcopy(arch) if isinstance(arch, nn.Module) else arch()
-    if not isinstance(model, nn.Module): raise ValueError(f"arch {arch!r} makes {type(model).__name__}, which is no network")
-    if isinstance(weights, (str,Path)): load_weights(_head_of(model, weights), weights)
+    elif isinstance(arch, nn.Module): model = copy.deepcopy(arch)
+    else: model = arch()
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"arch {arch!r} makes a {type(model).__name__}: it must make a torch.nn.Module")
+    if isinstance(weights, (str,Path)): load_weights(_match_head(model, weights), weights)
     return model.eval()
 
 # %% ../nbs/learner.ipynb #97b4c6fb
 def picture_stats(
     model:nn.Module, # With timm's `pretrained_cfg`, or without
-)->dict: # `size` in pixels, `mean` and `std` by channel
-    "The pictures that a model was pretrained on: size and normalisation."
-    cfg = getattr(model, 'pretrained_cfg', None) or dict(input_size=(3,224,224), mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD)
+)->dict: # `size` in pixels, `mean` and `std` by channel, for values from 0 to 1
+    "Size and normalisation of the pictures that a model was pretrained on."
+    default = dict(input_size=(3,224,224), mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD)
+    cfg = getattr(model, 'pretrained_cfg', None) or default
     return dict(size=cfg['input_size'][-1], mean=tuple(cfg['mean']), std=tuple(cfg['std']))
 
 # %% ../nbs/learner.ipynb #f7ea7611
 def normalise(
     dl:TfmdDL, # Changed in place
-    model:nn.Module, # Whose `picture_stats` to use
+    model:nn.Module, # The model whose `picture_stats` to use
 )->TfmdDL: # The same `DataLoader`
-    "Normalise the batches of `dl` as `model` expects. Raises `ValueError` if another model's normalisation is there."
+    """Normalise the batches of `dl` as `model` expects, unless its transforms have a normalisation of their own.
+    Raises `ValueError` if `dl` has the normalisation of another model."""
     stats = picture_stats(model)
     norm = InPlaceNormalize.from_stats(stats['mean'], stats['std'])
-    there = [o for o in dl.after_batch.fs if isinstance(o, Normalize)]
-    if not there: dl.after_batch.add(norm)
-    elif not isinstance(there[0], OwnNormalize) and not (torch.equal(there[0].mean, norm.mean) and torch.equal(there[0].std, norm.std)):
-        raise ValueError("these DataLoaders are normalised for another model: make new ones for this one")
+    present = next((o for o in dl.after_batch.fs if isinstance(o, Normalize)), None)
+    if present is None: dl.after_batch.add(norm)
+    elif not isinstance(present, OwnNormalize):
+        same = torch.equal(present.mean, norm.mean) and torch.equal(present.std, norm.std)
+        if not same: raise ValueError("these DataLoaders are normalised for another model: make new ones for this one")
     return dl
 
 # %% ../nbs/learner.ipynb #e0a49b3a
@@ -118,22 +134,25 @@ def source_dl(
     pictures, # A folder with `labels.csv`, or a table from `read_pictures`
     model:nn.Module, # The source model
     size:int|None=None, # Side of the pictures in pixels; None: as in pretraining
-    bs:int=32, # Pictures a batch
-    num_workers:int|None=None, # Processes that decode; None: one a core
-    transforms:str='plain', # By name, as the tuned model's; 'published' brings its own normalisation
+    bs:int=32, # Pictures in a batch
+    num_workers:int|None=None, # Processes that decode pictures; None: one for each core
+    transforms:str='plain', # Name of the transforms of the fine-tuned model; 'published' normalises in its own way
 )->TfmdDL: # Batches `(x, y)` in the table's order, normalised
-    "Source pictures as the source model expects them."
+    "A loader of source pictures as the source model expects them."
     table = read_pictures(pictures) if isinstance(pictures, (str,Path)) else pictures
-    return normalise(picture_dl(table, size or picture_stats(model)['size'], bs, num_workers=num_workers, transforms=transforms), model)
+    size = size or picture_stats(model)['size']
+    return normalise(picture_dl(table, size, bs, num_workers=num_workers, transforms=transforms), model)
 
 # %% ../nbs/learner.ipynb #cd8a6bab
 def head_name(
     model:nn.Module, # A classifier
 )->str: # Such as 'last_linear'
-    "The name of the layer that makes the logits."
+    "The name of the layer that makes the logits. Raises `ValueError` if there is no such layer."
     head = model.get_classifier() if hasattr(model, 'get_classifier') else None
-    names = [n for n,m in model.named_modules() if (m is head if isinstance(head, nn.Module) else isinstance(m, (nn.Linear,nn.Conv2d)))]
-    if not names: raise ValueError(f"{type(model).__name__} has no linear or convolutional layer that could be its head")
+    def is_head(m): return m is head if isinstance(head, nn.Module) else isinstance(m, (nn.Linear,nn.Conv2d))
+    names = [n for n,m in model.named_modules() if is_head(m)]
+    if not names:
+        raise ValueError(f"{type(model).__name__} has no linear or convolutional layer that could be its head")
     return names[-1]
 
 # %% ../nbs/learner.ipynb #1762900c
@@ -141,12 +160,15 @@ def remake_head(
     model:nn.Module, # Changed in place
     n_out:int, # Number of classes
 )->nn.Module: # The same network
-    "Replace the layer that makes the logits by a new one with `n_out` outputs, freshly initialised."
-    if hasattr(model, 'reset_classifier'): model.reset_classifier(n_out); return model
+    "Replace the layer that makes the logits by a new one with `n_out` outputs and random weights."
+    if hasattr(model, 'reset_classifier'):
+        model.reset_classifier(n_out)
+        return model
     name = head_name(model)
     old = model.get_submodule(name)
-    if isinstance(old, nn.Linear): new = nn.Linear(old.in_features, n_out, bias=old.bias is not None)
-    else: new = nn.Conv2d(old.in_channels, n_out, old.kernel_size, old.stride, old.padding, bias=old.bias is not None)
+    bias = old.bias is not None
+    if isinstance(old, nn.Linear): new = nn.Linear(old.in_features, n_out, bias=bias)
+    else: new = nn.Conv2d(old.in_channels, n_out, old.kernel_size, old.stride, old.padding, bias=bias)
     parent,_,child = name.rpartition('.')
     setattr(model.get_submodule(parent), child, new)
     return model
@@ -154,7 +176,7 @@ def remake_head(
 # %% ../nbs/learner.ipynb #b189d9fb
 def aircraft_splitter(
     model:nn.Module, # A classifier
-)->list: # Lists of parameters, from the pictures' end to the head
+)->list: # Lists of parameters, from the first layer to the head
     "The parameter groups of a network: the paper's three for Inception-v4, body and head for any other."
     head = head_name(model)+'.'
     def group(name):
@@ -162,46 +184,32 @@ def aircraft_splitter(
         return int(isinstance(model, InceptionV4) and int(name.split('.')[1])>=8)
     groups = [[],[],[]]
     for n,p in model.named_parameters(): groups[group(n)].append(p)
-    return [o for o in groups if o]
+    return [g for g in groups if g]
 
 # %% ../nbs/learner.ipynb #7ae48c4e
 nesterov = partial(OptimWrapper, opt=torch.optim.SGD, momentum=0.9, nesterov=True)
 
 # %% ../nbs/learner.ipynb #304c1be9
 def aircraft_learner(
-    dls:DataLoaders, # From `aircraft_dls`; gets the model's normalisation
+    dls:DataLoaders, # From `aircraft_dls`; the model's normalisation is added to it
     arch:str|nn.Module|Callable='inception_v4', # As in `source_model`
     weights:bool|str|Path|None=True, # As in `source_model`
-    n_out:int|None=None, # Outputs of the new head; None: as many as there are classes
+    n_out:int|None=None, # Outputs of the new head; None: one for each class
     **kwargs # Passed to fastai's `Learner`
 )->Learner: # Measures accuracy; weight decay is off
-    "A fastai `Learner` around a pretrained network with a new head."
+    """A fastai `Learner` for a pretrained network with a new head.
+    Raises `ValueError` if `dls` has the normalisation of another model."""
     n_out = n_out or dls.c
     model = remake_head(source_model(arch, weights), n_out)
     for dl in dls.loaders:
-        for o in normalise(dl, model).after_batch.fs:
-            if isinstance(o, Mix): o.mixup.num_classes = n_out        # a mixed target has a probability for each output
+        for transform in normalise(dl, model).after_batch.fs:
+            if isinstance(transform, Mix): transform.mixup.num_classes = n_out    # mixed targets: a value per output
     kwargs = dict(splitter=aircraft_splitter, opt_func=nesterov, metrics=accuracy) | kwargs
     return Learner(dls, model, **kwargs)
 
-# %% ../nbs/learner.ipynb #f25bb892
-from contextlib import contextmanager
-
-# %% ../nbs/learner.ipynb #d1d77dae
-from fastai.callback.core import CancelFitException
-from fastai.callback.progress import ProgressCallback
-from fastai.callback.tracker import TerminateOnNaNCallback
-from fastai.distributed import DistributedDL, DistributedTrainer
-from fastai.learner import AvgMetric
-from fastai.metrics import AccumMetric
-from timm.layers import convert_sync_batchnorm
-
-# %% ../nbs/learner.ipynb #c851d20c
-from .distributed.ranks import process_state, processes
-
 # %% ../nbs/learner.ipynb #729e9c82
-class _Share(DistributedDL):
-    "One process's share of the batches"
+class _SharedDL(DistributedDL):
+    "A loader of one process's share of the batches"
     def _broadcast(self, t, rank):
         t = torch.tensor(t, device=process_state().device)
         torch.distributed.broadcast(t, rank)
@@ -211,37 +219,41 @@ class _Share(DistributedDL):
         return n//self.bs if self.drop_last else -(-n//self.bs)
 
 # %% ../nbs/learner.ipynb #15af2eb0
-def _over_all(metric):
+def _over_all_processes(metric):
     "The same metric over the predictions of all processes"
     return AccumMetric(metric.func, flatten=False, name=metric.name) if isinstance(metric, AvgMetric) else metric
 
 # %% ../nbs/learner.ipynb #f4b8ebdb
-class _Together(DistributedTrainer):
+class _TimmDistributedTrainer(DistributedTrainer):
     "`DistributedTrainer` for timm's networks, and for CPUs"
     def __init__(self): super().__init__(sync_bn=False, cpu=not torch.cuda.is_available())
     def before_fit(self):
         if torch.cuda.is_available(): self.learn.model = convert_sync_batchnorm(self.learn.model)
         super().before_fit()
-    def _wrap_dl(self, dl): return dl if isinstance(dl, _Share) else _Share(dl, device=process_state().device)
+    def _wrap_dl(self, dl):
+        return dl if isinstance(dl, _SharedDL) else _SharedDL(dl, device=process_state().device)
 
 # %% ../nbs/learner.ipynb #8a56c24a
 @contextmanager
 def distributed_training(
-    learn:Learner, # With batches of the size that each process takes
+    learn:Learner, # Its batch size is that of each process
 ):
-    "Inside, trainings of this `Learner` are done by all processes together, with one bar. In a single process nothing changes."
-    n,i = processes()
-    if n<2: yield learn; return
-    metrics,bars = list(learn.metrics),[o for o in learn.cbs if isinstance(o, ProgressCallback) and i]
-    learn.metrics = [_over_all(o) for o in metrics]
-    with learn.added_cbs(_Together()), learn.removed_cbs(bars): yield learn
+    "Inside, all processes train this `Learner` together; rank 0 shows progress. In a single process nothing changes."
+    world_size,rank = processes()
+    if world_size<2:
+        yield learn
+        return
+    metrics = list(learn.metrics)
+    bars = [cb for cb in learn.cbs if isinstance(cb, ProgressCallback) and rank]
+    learn.metrics = [_over_all_processes(metric) for metric in metrics]
+    with learn.added_cbs(_TimmDistributedTrainer()), learn.removed_cbs(bars): yield learn
     learn.metrics = metrics
 
 # %% ../nbs/learner.ipynb #ff34a73b
 class TerminateTogether(TerminateOnNaNCallback):
-    "End the training in all processes if the loss is no number in one of them."
+    "End the training in all processes if the loss is NaN or infinite in one of them."
     def after_batch(self):
-        "Look at the loss."
+        "Check the loss in all processes."
         broken = ~self.learn.loss.detach().isfinite().all()
         if processes()[0]>1:
             from accelerate.utils import reduce

@@ -1,4 +1,5 @@
 "Weights, heads and groups of real architectures"
+from functools import partial
 import pytest, timm, torch
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -14,20 +15,23 @@ def test_weights_of_another_architecture(tmp_path):
     save_file(timm.create_model('test_resnet', num_classes=7).state_dict(), tmp_path/'r.safetensors')
     with pytest.raises(ValueError, match=r'fc.bias \(7,\).*\(1000,\)'):
         load_weights(timm.create_model('test_resnet'), tmp_path/'r.safetensors')
-    model = source_model('test_resnet', tmp_path/'r.safetensors')                           # a file brings its number of classes
+    # the file determines the number of classes
+    model = source_model('test_resnet', tmp_path/'r.safetensors')
     assert model.num_classes==7 and torch.equal(model.fc.weight, load_file(tmp_path/'r.safetensors')['fc.weight'])
 
 @pytest.mark.parametrize('name', ['junk.safetensors', 'junk.pth'])
-def test_a_file_that_is_none(name, tmp_path):
+def test_a_file_that_cannot_be_loaded(name, tmp_path):
     (tmp_path/name).write_bytes(b'this is a page that says 404')
     with pytest.raises(ValueError, match=name): source_model('test_resnet', tmp_path/name)
 
-@pytest.mark.parametrize('arch,said', [('os:getcwd', 'str'), ('os:nothing', 'nothing'), ('nowhere.at.all:f', 'nowhere')])
+@pytest.mark.parametrize('arch,said',
+    [('os:getcwd', 'str'), ('os:nothing', 'nothing'), ('nowhere.at.all:f', 'nowhere')])
 def test_a_function_that_makes_no_network(arch, said):
     with pytest.raises(ValueError, match=f'{arch}.*{said}'): source_model(arch, weights=None)
 
-def test_weights_that_are_not_there(tmp_path):
-    with pytest.raises(FileNotFoundError, match='none.safetensors'): source_model('test_resnet', tmp_path/'none.safetensors')
+def test_a_file_that_does_not_exist(tmp_path):
+    with pytest.raises(FileNotFoundError, match='none.safetensors'):
+        source_model('test_resnet', tmp_path/'none.safetensors')
 
 @pytest.mark.parametrize('wrap', [lambda s: s, lambda s: {'state_dict': s, 'epoch': 3}])
 def test_state_dict_of_pytorch_without_counters(tmp_path, wrap):
@@ -40,12 +44,16 @@ def test_learner_leaves_the_source_alone(drawn):
     source = source_model('test_resnet', weights=None)
     dls = aircraft_dls(drawn, size=32, bs=8, num_workers=0)
     learn = aircraft_learner(dls, source)
-    assert all(torch.equal(p, dict(source.named_parameters())[n]) for n,p in learn.model.named_parameters() if not n.startswith('fc.'))
+    theta0 = dict(source.named_parameters())
+    body = {n: p for n,p in learn.model.named_parameters() if not n.startswith('fc.')}
+    assert all(torch.equal(p, theta0[n]) for n,p in body.items())
     before = {k: v.clone() for k,v in source.state_dict().items()}
     with learn.no_bar(), learn.no_logging(): learn.fit(1, 0.1)
     assert all(torch.equal(v, before[k]) for k,v in source.state_dict().items())
 
-@pytest.mark.parametrize('make', [mobilenet, squeezenet1_1, lambda: timm.create_model('test_vit'), lambda: timm.create_model('test_convnext')])
+MODELS = [mobilenet, squeezenet1_1, *(partial(timm.create_model, o) for o in ('test_vit','test_convnext'))]
+
+@pytest.mark.parametrize('make', MODELS)
 def test_every_parameter_is_in_one_group(make):
     model = remake_head(make(), 5)
     groups = aircraft_splitter(model)

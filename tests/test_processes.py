@@ -1,4 +1,5 @@
-"A run that two processes do together: one result, one writer, one bar; one that dies takes the other with it, and nothing is lost"
+"""A run by two processes: one result, one writer, one progress bar.
+If one process dies, so does the other, and nothing is lost."""
 import hashlib, json, os, signal, subprocess, time
 from dataclasses import replace
 from pathlib import Path
@@ -8,7 +9,7 @@ from fgvc_fisher.fisher import DiagFisher
 from fgvc_fisher.learner import source_model
 from fgvc_fisher.distributed.ranks import shutdown_processes, processes
 from fgvc_fisher.retention import accuracy_on
-from fgvc_fisher.experiment import Run, do_run, load_run
+from fgvc_fisher.experiment import do_run, load_run
 from fgvc_fisher.experiment.run import KeepEpochs, make_learner
 from forks import BIN, ranks, shells, succeed
 
@@ -59,7 +60,7 @@ def test_the_numbers_are_those_of_one_process(run, together, tmp_path):
     learn = load_run(run, together, source_model(run.arch, run.weights))
     assert there['last']==pytest.approx(accuracy_on(learn.model, learn.dls.valid), abs=1e-12)
 
-def test_one_that_dies_ends_the_run_and_loses_nothing(run, together, tmp_path):
+def test_if_one_dies_the_run_ends_and_can_be_resumed(run, together, tmp_path):
     folder = tmp_path/'run'
     one,two = ranks(do, run, folder, 'dies')
     assert two.wait()==-signal.SIGKILL and one.wait()!=0              # without it there is no average of gradients
@@ -106,7 +107,7 @@ def test_as_torchrun_starts_and_ends_them(run, tmp_path):
     assert again.returncode==0, out[-3000:]
     assert len(pd.read_csv(tmp_path/'out/curve.csv'))==12 and (tmp_path/'out/result.json').exists()
 
-def test_a_loss_that_is_no_number_in_one_ends_both(run, tmp_path):
+def test_a_nan_loss_in_one_ends_both(run, tmp_path):
     both = ranks(do, run, tmp_path/'run', 'nan')
     succeed(both)
     assert [o.out.split() for o in both]==[['0','nan'], ['1','nan']]
@@ -119,8 +120,9 @@ def test_the_command_with_one_bar_and_one_table(run, tmp_path):
     assert [said.count(o) for o in ('train_loss', 'L2SPFisherCallback', str(tmp_path/'out'))]==[1,1,1]
     assert json.loads((tmp_path/'out/result.json').read_text())['machine'].startswith('2 ')
 
-def test_a_sweep_ends_with_a_run_that_fails_and_goes_on_with_the_rest(run, tmp_path):
-    common = [f"{o} = {json.dumps(getattr(run, o))}" for o in ('data','source','arch','weights','size','bs','num_workers')]
+def test_a_failed_run_ends_a_sweep_and_the_next_sweep_does_the_rest(run, tmp_path):
+    names = ('data','source','arch','weights','size','bs','num_workers')
+    common = [f"{o} = {json.dumps(getattr(run, o))}" for o in names]
     arms = ['[[arm]]','arm = "too few"','beta = 1','n_fisher = 999', '[[arm]]','arm = "L2"','alpha = 0.001']
     (tmp_path/'grid.toml').write_text('\n'.join([*common, 'epochs = 1', 'seeds = [1]', *arms]))
     def there(name): return [o.parent.name.rpartition('-1-')[0] for o in (tmp_path/'out/runs').glob(f'*/{name}')]
@@ -130,7 +132,7 @@ def test_a_sweep_ends_with_a_run_that_fails_and_goes_on_with_the_rest(run, tmp_p
     second = shells('fgvc-sweep', '--grid', tmp_path/'grid.toml', '--out', tmp_path/'out')
     said = second[0].out+second[1].out
     assert there('error.txt')==['too-few'] and there('result.json')==['l2'] and said.count('L2, seed 1')==1
-    assert said.count('error.txt')==1                                 # where to read why the other one failed
+    assert said.count('error.txt')==1                        # where to read why the other one failed
 
 @pytest.mark.parametrize('kw,named', [(dict(bs=3), 'bs=3.*2'), (dict(step='published'), "step='published'")])
 def test_what_several_processes_cannot_do(run, monkeypatch, kw, named):
