@@ -132,7 +132,7 @@ def test_image_folder(flowers):
     assert all(o.path.parent.name==o.label and o.path.parent.parent.name==o.split for o in table.itertuples())
     dls = folder_dls(flowers, size=16, bs=4, num_workers=0, cache=True)
     assert list(dls.vocab)==['daisy','rose','tulip'] and (len(dls.train_ds), len(dls.valid_ds))==(12,12)
-    assert (flowers.with_name('flowers_24')/'train/rose/0.png.jpg').is_file()        # beside, not inside: it is no class
+    assert (flowers.with_name('flowers_24')/'train/rose/0.png.jpg').is_file()   # beside the folder: not a class
     assert len(folder_dls(flowers/'train', size=16, bs=4, num_workers=0).valid_ds)==3   # a fifth is held out
 
 def test_image_folder_without(flowers, tmp_path):

@@ -1,4 +1,4 @@
-"""What a network sees of a picture, by name: `published`, `plain` or `fastai`
+"""Named transforms for training and evaluation: `published`, `plain` and `fastai`
 
 Docs: https://fgvc-fisher.github.io/fgvc_fisher/data/transforms.html.md"""
 
@@ -13,10 +13,14 @@ import random
 from math import floor
 from typing import NamedTuple
 import torch
+from PIL import Image
 from fastai.data.all import Categorize, Category, IntToFloatTensor, ItemTransform, Normalize, Transform
 from fastai.losses import CrossEntropyLossFlat
 from fastai.vision.all import PILImage, Resize as FastaiResize, TensorImage, ToTensor, aug_transforms
+
+# %% ../../nbs/data/transforms.ipynb #8a1d3c01
 from timm.data import Mixup, create_transform
+from timm.data.auto_augment import posterize
 from timm.data.mixup import mixup_target
 from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import RandomResizedCropAndInterpolation
@@ -24,139 +28,166 @@ from torchvision.transforms import Resize
 from .pictures import resize_picture
 
 # %% ../../nbs/data/transforms.ipynb #b7a13722
-class _RandomPart(RandomResizedCropAndInterpolation):
-    "timm's random resized crop"
+class _RandomResizedCrop(RandomResizedCropAndInterpolation):
+    "timm's random resized crop, with the faster kernel"
     def __call__(self, img):
         top,left,height,width = self.get_params(img, self.scale, self.ratio)
         how = random.choice(self.interpolation) if isinstance(self.interpolation, tuple) else self.interpolation
         return resize_picture(img.crop((left, top, left+width, top+height)), list(self.size), how)
 
 # %% ../../nbs/data/transforms.ipynb #c0ffb314
-class _ShortSide(Resize):
-    "torchvision's `Resize` to a shorter side"
-    def forward(self, img): return img if min(img.size)==self.size else resize_picture(img, [self.size], self.interpolation)
+class _ResizeShortSide(Resize):
+    "torchvision's `Resize` to a shorter side, with the faster kernel"
+    def forward(self, img):
+        return img if min(img.size)==self.size else resize_picture(img, [self.size], self.interpolation)
 
 # %% ../../nbs/data/transforms.ipynb #9d00e816
-def _faster(first):
-    "The same step with the faster kernel; another step than these two as it is"
-    if type(first) is Resize and isinstance(first.size, int): return _ShortSide(first.size, first.interpolation)
-    if type(first) is not RandomResizedCropAndInterpolation: return first
-    faster = _RandomPart(first.size, first.scale, first.ratio)
-    faster.interpolation = first.interpolation
+def _use_faster_kernel(step):
+    "The same step with the faster kernel if it is a random crop or a resize to a shorter side, else `step` itself"
+    if type(step) is Resize and isinstance(step.size, int): return _ResizeShortSide(step.size, step.interpolation)
+    if type(step) is not RandomResizedCropAndInterpolation: return step
+    faster = _RandomResizedCrop(step.size, step.scale, step.ratio)
+    faster.interpolation = step.interpolation
     return faster
+
+# %% ../../nbs/data/transforms.ipynb #8a1d3c03
+def _posterize(img, bits_to_keep, **kwargs):
+    "timm's `posterize`, with a black picture for 0 bits"
+    if bits_to_keep<1: return Image.new(img.mode, img.size)
+    return posterize(img, bits_to_keep, **kwargs)
+
+# %% ../../nbs/data/transforms.ipynb #8a1d3c04
+def _allow_zero_bits(step):
+    "Replace timm's `posterize` in the operations of an augmentation"
+    for op in getattr(step, 'ops', []):
+        if op.aug_fn is posterize: op.aug_fn = _posterize
 
 # %% ../../nbs/data/transforms.ipynb #3b8aed3f
 class TimmTransform(Transform):
-    "A timm transform that ends in bytes as a fastai item transform: `PILImage` -> (3, size, size) uint8 `TensorImage`."
+    "A timm transform as a fastai item transform: `PILImage` -> (3, size, size) uint8 `TensorImage`."
     def __init__(self,
         size:int, # Side of the square in pixels
-        train:bool=False, # At random, for training? Else the centre, for evaluation
-        **kwargs # To timm's `create_transform`
+        train:bool=False, # Random, for training? Else the centre, for evaluation
+        **kwargs # Passed to timm's `create_transform`
     ):
         super().__init__()
-        kwargs = (dict(color_jitter=0., interpolation='random') if train else dict(crop_pct=0.875, interpolation='bicubic')) | kwargs
-        self.tfm = create_transform(size, is_training=train, normalize=False, **kwargs)
-        self.tfm.transforms[0] = _faster(self.tfm.transforms[0])
+        train_defaults = dict(color_jitter=0., interpolation='random')
+        defaults = train_defaults if train else dict(crop_pct=0.875, interpolation='bicubic')
+        self.tfm = create_transform(size, is_training=train, normalize=False, **defaults | kwargs)
+        steps = self.tfm.transforms
+        steps[0] = _use_faster_kernel(steps[0])
+        for step in steps: _allow_zero_bits(step)
     def encodes(self, x:PILImage): return TensorImage(self.tfm(x))
 
 # %% ../../nbs/data/transforms.ipynb #a644c789
 class MixedCrossEntropy(CrossEntropyLossFlat):
-    "Cross-entropy for class numbers (B,) and for probabilities of each class (B, C), as mixup makes them."
+    "Cross-entropy for class numbers (B,) or for probabilities of each class (B, C), as mixup produces them."
     def __call__(self, inp, targ, **kwargs):
         if targ.is_floating_point(): return self.func(inp, targ, **kwargs)
         return super().__call__(inp, targ, **kwargs)
 
 # %% ../../nbs/data/transforms.ipynb #2bb2578a
 class Label(Categorize):
-    "fastai's `Categorize` that can also read a mixed target: `A 70 %` and below it `+ B 30 %`."
+    "fastai's `Categorize`, which can also decode a mixed target: `A 70 %` and in a second line `+ B 30 %`."
     loss_func = MixedCrossEntropy()
     def decodes(self, o):
         if not o.is_floating_point(): return super().decodes(o)
-        share,which = ((o-o.min())/(o-o.min()).sum()).topk(2)
-        return Category('\n+ '.join(f'{self.vocab[i]} {100*s:.0f} %' for s,i in zip(share.tolist(), which.tolist()) if s>=0.005))
+        unsmoothed = o-o.min()
+        shares,classes = (unsmoothed/unsmoothed.sum()).topk(2)
+        both = zip(shares.tolist(), classes.tolist())
+        return Category('\n+ '.join(f'{self.vocab[i]} {100*share:.0f} %' for share,i in both if share>=0.005))
 
 # %% ../../nbs/data/transforms.ipynb #12a1731a
-class _Mixup(Mixup):
-    "timm's `Mixup` of whole batches, pair by pair"
+class _PairwiseMixup(Mixup):
+    "timm's `Mixup` of whole batches, one pair at a time"
     def _mix_batch(self, x):
         share,_ = self._params_per_batch()
         x = x.as_subclass(torch.Tensor)
         for i in range(len(x)//2):
             d = (x[i]-x[-1-i]).mul_(1-share)
-            x[i].sub_(d); x[-1-i].add_(d)
+            x[i].sub_(d)
+            x[-1-i].add_(d)
         return share
 
 # %% ../../nbs/data/transforms.ipynb #1d0eea94
 class Mix(ItemTransform):
-    "timm's `Mixup` on a batch `(x, y)`: x (B, 3, H, W) floats, y (B,) class numbers -> (B, `n_out`) probabilities; B is even."
+    "timm's `Mixup` on `(x, y)`: x (B, 3, H, W) floats, y (B,) class numbers -> (B, `n_out`) probabilities; B is even."
     order = IntToFloatTensor.order+1
     def __init__(self,
         n_out:int, # Outputs of the network
-        alpha:float=0.2, # Of the Beta distribution that the share is drawn from
-        smoothing:float=0.1, # Share of the label that is spread over all classes
+        alpha:float=0.2, # Of the Beta(alpha, alpha) distribution that the mixing share is drawn from
+        smoothing:float=0.1, # Label smoothing: the share that is spread over all classes
     ):
         super().__init__()
-        self.mixup = _Mixup(mixup_alpha=alpha, label_smoothing=smoothing, num_classes=n_out)
+        self.mixup = _PairwiseMixup(mixup_alpha=alpha, label_smoothing=smoothing, num_classes=n_out)
     def encodes(self, xy):
         x,y = xy
         if len(x)>1: return self.mixup(x, y)
-        return x,mixup_target(y, self.mixup.num_classes, smoothing=self.mixup.label_smoothing) # fastai sends one picture, to see the types
+        # fastai sends a batch of one picture to learn the types
+        return x, mixup_target(y, self.mixup.num_classes, smoothing=self.mixup.label_smoothing)
 
 # %% ../../nbs/data/transforms.ipynb #32071c50
 class Erase(Transform):
-    "timm's `RandomErasing` on a batch of normalised pictures: a rectangle of noise in every second one."
+    "timm's `RandomErasing` on a batch of normalised pictures: a rectangle of noise in half of them."
     order = Normalize.order+1
-    def encodes(self, x:TensorImage): return TensorImage(RandomErasing(0.5, mode='pixel', device=x.device)(x.as_subclass(torch.Tensor)))
+    def encodes(self, x:TensorImage):
+        erase = RandomErasing(0.5, mode='pixel', device=x.device)
+        return TensorImage(erase(x.as_subclass(torch.Tensor)))
 
 # %% ../../nbs/data/transforms.ipynb #a452be69
 class Transforms(NamedTuple):
-    "What a network sees of a picture"
+    "Item and batch transforms of one name"
     item:list # Transforms of one picture, ending in bytes
     batch:list # Transforms of a batch on the device
-    copy_side:int # Shorter side in pixels of a copy that loses little or nothing by it
+    copy_side:int # Shorter side in pixels of copies that lose little or nothing for these transforms
 
 # %% ../../nbs/data/transforms.ipynb #055d012a
-MEAN = 0.48933587508932375, 0.5183537408957618, 0.5387914411673883 # by channel, of the published runs
+# Mean and standard deviation of each channel in the published runs
+MEAN = 0.48933587508932375, 0.5183537408957618, 0.5387914411673883
 STD = 0.22388883112804625, 0.21641635409388751, 0.24615605842636115
 
 # %% ../../nbs/data/transforms.ipynb #bf57c471
 class InPlaceNormalize(Normalize):
-    "fastai's `Normalize` that writes into the batch itself: `IntToFloatTensor` has just made it, and nobody else has it."
+    "fastai's `Normalize`, in place: `IntToFloatTensor` has just created the batch, and nothing else refers to it."
     order = Normalize.order
     def encodes(self, x:TensorImage): return x.sub_(self.mean).div_(self.std)
 
 # %% ../../nbs/data/transforms.ipynb #55cd3c22
 class OwnNormalize(InPlaceNormalize):
-    "A normalisation that belongs to the transforms and not to the network; `aircraft_learner` leaves it as it is."
+    "A normalisation that belongs to the transforms, so `aircraft_learner` does not replace it by the backbone's."
 
 # %% ../../nbs/data/transforms.ipynb #8eee812e
 def _copy_side(size, train): return floor(size*1.5 if train else size/0.875)
 
 # %% ../../nbs/data/transforms.ipynb #85bc8bfc
 def _plain(size, train, n_out):
-    return Transforms([TimmTransform(size, train, **(dict(scale=(0.35, 1.)) if train else {}))], [IntToFloatTensor()], _copy_side(size, train))
+    crops = dict(scale=(0.35, 1.)) if train else {}
+    return Transforms([TimmTransform(size, train, **crops)], [IntToFloatTensor()], _copy_side(size, train))
 
 # %% ../../nbs/data/transforms.ipynb #9820b24f
 def _published(size, train, n_out):
-    augment = dict(auto_augment='rand-m9-mstd0.5-inc1', scale=(0.08, 1.), ratio=(3/4, 4/3), hflip=0.5, mean=MEAN) if train else {}
-    batch = [IntToFloatTensor(), OwnNormalize.from_stats(MEAN, STD)] + ([Mix(n_out), Erase()] if train else [])
-    return Transforms([TimmTransform(size, train, **augment)], batch, _copy_side(size, train))
-
-# %% ../../nbs/data/transforms.ipynb #23a65fdf
-def _fastai(size, train, n_out):
-    side = _copy_side(size, True)
-    return Transforms([FastaiResize(side), ToTensor()], [IntToFloatTensor(), *aug_transforms(size=size, min_scale=0.75)], side)
+    augment = dict(auto_augment='rand-m9-mstd0.5-inc1', scale=(0.08, 1.), ratio=(3/4, 4/3), hflip=0.5, mean=MEAN)
+    item = TimmTransform(size, train, **augment if train else {})
+    batch = [IntToFloatTensor(), OwnNormalize.from_stats(MEAN, STD)]
+    if train: batch += [Mix(n_out), Erase()]
+    return Transforms([item], batch, _copy_side(size, train))
 
 # %% ../../nbs/data/transforms.ipynb #df3bbfec
+def _fastai(size, train, n_out):
+    side = _copy_side(size, True)
+    batch = [IntToFloatTensor(), *aug_transforms(size=size, min_scale=0.75)]
+    return Transforms([FastaiResize(side), ToTensor()], batch, side)
+
+# %% ../../nbs/data/transforms.ipynb #23a65fdf
 _NAMED = {'published': _published, 'plain': _plain, 'fastai': _fastai}
 
 # %% ../../nbs/data/transforms.ipynb #8eddb427
 def named_transforms(
     name:str, # 'published', 'plain' or 'fastai'
-    size:int, # Side of the network's pictures in pixels
+    size:int, # Side of the network's input in pixels
     train:bool, # For training? Else for evaluation
     n_out:int, # Outputs of the network, for mixed targets
 )->Transforms:
-    "The transforms of that name. Raises `ValueError` for another name."
-    if name not in _NAMED: raise ValueError(f"transforms {name!r}: choose from {', '.join(_NAMED)}")
+    "The transforms of that name. Raises `ValueError` for an unknown name."
+    if name not in _NAMED: raise ValueError(f"unknown transforms {name!r}; choose from {', '.join(_NAMED)}")
     return _NAMED[name](size, train, n_out)
