@@ -65,11 +65,10 @@ def single(model, batches):
 @method('fgvc_fisher')
 def fgvc_fisher(model, batches):
     "fgvc_fisher"
-    from fgvc_fisher.fisher.estimate import Estimate
-    estimate = Estimate(model, 'empirical', {})                 # what `estimate_fisher` fills; it checks its rules in the first call
-    def plan(y): return lambda logits, s: (y[s,None], torch.ones_like(logits[:,:1]))
+    from fgvc_fisher.fisher.estimate import Estimate, LabelPlan
+    estimate = Estimate(model, LabelPlan('empirical'), {})      # `estimate_fisher` uses it; the first call verifies the rules
     def run():
-        for x,y in batches: estimate.add(x, plan(y))
+        for x,y in batches: estimate.add(x, y)
         return dict(estimate.fisher())
     return run
 

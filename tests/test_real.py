@@ -51,7 +51,7 @@ def test_kinds_on_photographs_agree_as_their_errors_say(photos, mobilenet_075):
     a,b = sampled.error().loc['total'],exact.error().loc['total']
     assert abs(a.total-b.total) < 4*(a.error**2+b.error**2)**0.5 + 0.3*b.total
     assert not exact.coverage().rule.str.startswith('the whole network').any()
-    stopped = estimate_fisher(mobilenet_075, dl, until=2*sampled.error().relative['total'], progress=False)
+    stopped = estimate_fisher(mobilenet_075, dl, target_error=2*sampled.error().relative['total'], progress=False)
     assert 30 <= stopped.n_images < 64
 
 def test_retention_of_the_source_itself_is_its_accuracy(photos, mobilenet_075):

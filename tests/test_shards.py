@@ -7,7 +7,8 @@ from threading import Thread
 from types import SimpleNamespace
 import pytest, timm, torch
 from filelock import FileLock
-from fgvc_fisher.fisher import hub, shards as on_shards
+from fgvc_fisher import cli
+from fgvc_fisher.fisher import shards as on_shards
 from fgvc_fisher.data import read_pictures
 from fgvc_fisher.fisher import DiagFisher, estimate_fisher
 from fgvc_fisher.fisher.estimate import draw_labels
@@ -283,7 +284,7 @@ def test_a_damaged_sum_costs_its_own_shards(net, tars, tmp_path, capsys):
     logged = odd(shards, tmp_path)
     out.mkdir()
     for i,shard in enumerate(shards):                            # shards 0 and 1 in one file, 2 and 3 in another
-        fisher = estimate_fisher(net, shard_batches(shard, net, 32), first=i<<32, progress=False)
+        fisher = estimate_fisher(net, shard_batches(shard, net, 32), image_offset=i<<32, progress=False)
         with FileLock(out/f'sum-00{1-i//2}.lock'): PartialSums(out).add(i, fisher)
     assert files(out)==['sum-000.safetensors','sum-001.safetensors']
     (out/'sum-000.safetensors').write_bytes((out/'sum-000.safetensors').read_bytes()[:-9])
@@ -422,7 +423,7 @@ def test_the_command_hands_its_options_on(tars, weights, tmp_path, monkeypatch):
     def record(model, shards, out, kind, n_samples, mass, seed, size, bs, **kw):
         given.update(kw, shards=len(shards), out=out, kind=kind, seed=seed, bs=bs)
         raise ValueError('that is enough')
-    monkeypatch.setattr(hub, 'shard_fisher', record)
+    monkeypatch.setattr(cli, 'shard_fisher', record)
     options = dict(jobs=2, engine='ray', address='auto', retries=5)
     with pytest.raises(SystemExit, match='that is enough'):
         estimate_command('test_resnet', out=str(tmp_path/'a'), weights=weights, device='cpu', shards=f'{tars}/*.tar',
@@ -431,11 +432,11 @@ def test_the_command_hands_its_options_on(tars, weights, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('said, options', {
     'no.tar': dict(shards='no.tar'), '--images, --shards and --stream': dict(shards='a', stream='b'),
-    '--until': dict(shards='a', until=0.1), '--arch': {}, "'slurm'": dict(engine='slurm'),
-    'retries=-1': dict(retries=-1), 'no/such': dict(out='no/such/f', shards='a'),
+    '--target-error': dict(shards='a', target_error=0.1), '--arch': {}, "'slurm'": dict(engine='slurm'),
+    'labels.csv': dict(images='.', kind='empirical'), 'retries=-1': dict(retries=-1), 'no/such': dict(out='no/such/f', shards='a'),
     'num_shards=99': dict(num_shards=99)}.items())
 def test_command_says_what_is_wrong(tars, weights, tmp_path, monkeypatch, said, options):
     monkeypatch.chdir(tmp_path)
-    given = {} if said=='--arch' or 'shards' in options else dict(shards=f'{tars}/*.tar')
+    given = {} if said=='--arch' or {'shards','images'} & set(options) else dict(shards=f'{tars}/*.tar')
     options = dict(weights=weights, device='cpu') | given | options
     with pytest.raises(SystemExit, match=said): estimate_command('test_resnet', **options)

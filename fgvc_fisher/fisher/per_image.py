@@ -1,4 +1,4 @@
-"""The sum over images of the squared gradient of every parameter: exact for any network, at the pace of training
+"""The sum over images of the squared gradient of every parameter: exact for any network, at about the speed of training
 
 Docs: https://fgvc-fisher.github.io/fgvc_fisher/fisher/per_image.html.md"""
 
@@ -12,70 +12,75 @@ __all__ = ['RULES', 'WHOLE', 'UNUSED', 'Call', 'Tape', 'record_calls', 'PerImage
 # %% ../../nbs/fisher/per_image.ipynb #0fe46a51
 import warnings
 from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from textwrap import shorten
-import torch
-from torch import nn, Tensor
-from torch.nn import functional as F
 
 # %% ../../nbs/fisher/per_image.ipynb #b1b93526
+import torch
+from fastcore.basics import patch
+from torch import nn, Tensor
 from torch.autograd.graph import get_gradient_edge
+from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
-from fastcore.basics import patch
 
 # %% ../../nbs/fisher/per_image.ipynb #294bfcc8
+def _tensors(*args): return [o for o in tree_leaves(args) if isinstance(o, Tensor)]
 def _from_images(t): return getattr(t, '_from_images', False)
 def _mark(t):
-    for o in tree_leaves(t):
-        if isinstance(o, Tensor): o._from_images = True
-def _tensors(*args): return [o for o in tree_leaves(args) if isinstance(o, Tensor)]
+    for tensor in _tensors(t): tensor._from_images = True
 
 # %% ../../nbs/fisher/per_image.ipynb #e533b3c7
 class Call:
     "One call of a function in which images met weights."
     def __init__(self,
-        func, # The function, such as `F.conv2d`
-        args:tuple, # Its arguments
-        kwargs:dict, # Its arguments by name
-        weights:list, # Those among them that are weights
-    ): self.func,self.args,self.kwargs,self.weights = func,args,kwargs,weights
+        func:Callable, # The function, such as `F.conv2d`
+        args:tuple, # Its positional arguments
+        kwargs:dict, # Its keyword arguments
+        weights:list, # The tensors among them that are weights
+    ):
+        self.func,self.args,self.kwargs,self.weights = func,args,kwargs,weights
     def __repr__(self): return f'{self.func.__name__} with {[tuple(o.shape) for o in self.weights]}'
 
 # %% ../../nbs/fisher/per_image.ipynb #8bbf029b
 class Tape(TorchFunctionMode):
-    "Notes the calls of a forward pass, and passes on the gradient that arrives at each."
+    "Records the calls of a forward pass, and passes on the gradient that arrives at each of them."
     def __init__(self,
         n:int, # Images in the batch
     ):
         super().__init__()
-        self.n,self.calls,self.edges,self.take = n,[],[],None
+        self.n = n
+        self.calls,self.edges = [],[]
+        self.take = None                                        # set before the backward pass
+
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs := kwargs or {}))
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
         inputs = _tensors(args, kwargs)
-        images,weights = [o for o in inputs if _from_images(o)],[o for o in inputs if o.requires_grad and not _from_images(o)]
-        token = func is Tensor.expand and weights and len(out)==self.n and (out.ndim>inputs[0].ndim or len(inputs[0])==1)
-        if images or token: _mark(out)
-        if weights and (images or token): self.note(Call(func, args, kwargs, weights), images, out)
+        images = [o for o in inputs if _from_images(o)]
+        weights = [o for o in inputs if o.requires_grad and not _from_images(o)]
+        expands = func is Tensor.expand and weights and len(out)==self.n
+        is_token = expands and (out.ndim>inputs[0].ndim or len(inputs[0])==1)
+        if images or is_token: _mark(out)
+        if weights and (images or is_token): self._record(Call(func, args, kwargs, weights), images, out)
         return out
 
-# %% ../../nbs/fisher/per_image.ipynb #1dbc7ff9
-@patch
-def note(self:Tape, call, images, out):
-    "Note a call whose rows are images, and wait for the gradient at its output."
-    if not all(isinstance(o, Tensor) and o.ndim and len(o)%self.n==0 for o in (out, *images)) or not out.requires_grad: return
-    self.calls.append(call)
-    if not any(o.requires_grad for o in images): self.edges.append(get_gradient_edge(out))
-    def arrived(grad): self.take(call, grad)
-    out.register_hook(arrived)
+    def _record(self, call, images, out):
+        if not all(isinstance(o, Tensor) and o.ndim and len(o)%self.n==0 for o in (out, *images)): return
+        if not out.requires_grad: return
+        self.calls.append(call)
+        if not any(o.requires_grad for o in images): self.edges.append(get_gradient_edge(out))
+        def arrived(grad): self.take(call, grad)
+        out.register_hook(arrived)
 
 # %% ../../nbs/fisher/per_image.ipynb #b7c67cdc
 @contextmanager
 def record_calls(
-    model:nn.Module, # The network
+    model:nn.Module, # The network, in evaluation mode
     x:Tensor, # Images (B, ...)
-):
-    "The `Tape` of a forward pass, and what came out."
+)->Iterator: # Yields the `Tape` and what the network returned
+    "Run a forward pass and record its calls."
     tape,x = Tape(len(x)),x.detach()
     _mark(x)
     try:
@@ -85,45 +90,48 @@ def record_calls(
 
 # %% ../../nbs/fisher/per_image.ipynb #dea9c0aa
 class PerImage:
-    "The gradients of one tensor for each image of a batch, made a slice of images at a time."
+    "The gradients of one tensor for each image of a batch, computed a slice of images at a time."
     def __init__(self,
         n:int, # Images in the batch
-        make, # A slice of k images -> gradients (k, *shape)
-        size:int, # How many numbers one image takes
-        device:torch.device, # Where they are made
+        make:Callable, # Slice of k images -> their gradients (k, *shape)
+        size:int, # Numbers that one image takes while its gradient is computed
+        device:torch.device, # Where they are computed
     ):
         self.n,self.make = n,make
         at_once = 2**(20 if device.type=='cpu' else 26)//max(size, 1)
-        self.step = min(n, 1<<max(at_once.bit_length()-1, 0))         # a power of two: two cores share it evenly
+        self.step = min(n, 1<<max(at_once.bit_length()-1, 0))     # a power of two: two cores share it evenly
 
-# %% ../../nbs/fisher/per_image.ipynb #8a9a8080
-@patch
-def add_squares_(self:PerImage,
-    total:Tensor, # (*shape), changed in place
-)->Tensor: # (n,), the squared length of each image's gradient
-    "Add each image's squared gradient to `total`."
-    lengths,large = [],total.device.type=='cpu' and total.numel()>2**14
-    for a in range(0, self.n, self.step):
-        g = self.make(slice(a, a+self.step)).to(total.dtype)
-        for o in g if large else (): total.addcmul_(o, o)                     # while it is in the cache
-        if not large: total += g.square().sum(0)
-        lengths += [o.dot(o)[None] for o in g.flatten(1)] if large else [g.flatten(1).square().sum(1)]
-    return torch.cat(lengths)
+    def add_squares_(self,
+        total:Tensor, # (*shape), changed in place
+    )->Tensor: # (n,), the squared length of each image's gradient
+        "Add each image's squared gradient to `total`."
+        lengths = []
+        large = total.device.type=='cpu' and total.numel()>2**14
+        for a in range(0, self.n, self.step):
+            g = self.make(slice(a, a+self.step)).to(total.dtype)
+            if large:                                             # one image at a time, while it is in the cache
+                for image in g: total.addcmul_(image, image)
+                lengths += [image.dot(image)[None] for image in g.flatten(1)]
+            else:
+                total += g.square().sum(0)
+                lengths.append(g.flatten(1).square().sum(1))
+        return torch.cat(lengths)
 
 # %% ../../nbs/fisher/per_image.ipynb #3873be2c
 class Blocks(PerImage):
-    "Gradients that are made one block of outputs after the other."
+    "Gradients that are computed in blocks of outputs, one after the other."
     def __init__(self,
         blocks:list, # Slices of outputs
-        parts:list, # The `PerImage` of each
+        parts:list, # The `PerImage` of each block
     ):
-        self.n,self.step,self.blocks,self.parts = parts[0].n,parts[0].step,blocks,parts
-    def make(self, s): return torch.cat([o.make(s) for o in self.parts], 1)
-    def add_squares_(self, total): return sum(o.add_squares_(total[b]) for b,o in zip(self.blocks, self.parts))
+        self.n,self.step = parts[0].n,parts[0].step
+        self.blocks,self.parts = blocks,parts
+    def make(self, s): return torch.cat([part.make(s) for part in self.parts], 1)
+    def add_squares_(self, total): return sum(part.add_squares_(total[b]) for b,part in zip(self.blocks, self.parts))
 
 # %% ../../nbs/fisher/per_image.ipynb #e1091574
 class Outer(PerImage):
-    "Gradients that are outer products g x^T."
+    "Gradients that are outer products $g x^T$."
     def __init__(self,
         g:Tensor, # (n, outputs)
         x:Tensor, # (n, inputs)
@@ -140,55 +148,65 @@ RULES = {}
 def rule(
     *funcs # The functions that it is for
 ):
-    "A decorator: note a rule."
-    def _note(f): return [RULES.update({o:f}) for o in funcs] and f
-    return _note
+    "A decorator that registers a rule for some functions."
+    def register(f):
+        RULES.update(dict.fromkeys(funcs, f))
+        return f
+    return register
 
 # %% ../../nbs/fisher/per_image.ipynb #a39bb2ac
-def _images(t, n): return t.reshape(n, -1, *t.shape[1:])           # (n*k, ...) -> (n, k, ...): k pieces an image
+def _images(t, n): return t.reshape(n, -1, *t.shape[1:])           # (n*k, ...) -> (n, k, ...): k pieces per image
 def _pieces(t, n, s): return _images(t, n)[s].flatten(0,1)         # the pieces of some images
 def _channels(t, n): return t.reshape(n, len(t)//n, t.shape[1], -1) # (n*k, C, ...) -> (n, k, C, positions)
-def _given(t): return PerImage(len(t), lambda s: t[s], t[0].numel(), t.device) # gradients that are there already
+def _computed(t): return PerImage(len(t), lambda s: t[s], t[0].numel(), t.device) # gradients that exist already
 
 # %% ../../nbs/fisher/per_image.ipynb #608c8fee
 @rule(F.linear)
 def linear_rule(n, grad, input, weight, bias=None):
-    "`input` (..., inputs), `grad` (..., outputs): one matrix product an image"
-    g,x = grad.reshape(n, -1, grad.shape[-1]),input.reshape(n, -1, input.shape[-1]).to(grad.dtype)
-    yield weight, (Outer(g[:,0], x[:,0]) if g.shape[1]==1 else PerImage(n, lambda s: g[s].mT@x[s], weight.numel(), g.device))
-    yield bias, _given(g.sum(1))
+    "`input` (..., inputs), `grad` (..., outputs): one matrix product per image."
+    g = grad.reshape(n, -1, grad.shape[-1])
+    x = input.reshape(n, -1, input.shape[-1]).to(grad.dtype)
+    if g.shape[1]==1: yield weight, Outer(g[:,0], x[:,0])
+    else: yield weight, PerImage(n, lambda s: g[s].mT@x[s], weight.numel(), g.device)
+    yield bias, _computed(g.sum(1))
 
 # %% ../../nbs/fisher/per_image.ipynb #89afc5be
 @rule(F.batch_norm)
-def batch_norm_rule(n, grad, input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
-    "`input` (B, C, ...), normalised with the running statistics"
-    if training: raise NotImplementedError("with the statistics of the batch an image does not have a gradient of its own")
+def batch_norm_rule(n, grad, input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1,
+                    eps=1e-5):
+    """`input` (B, C, ...), normalised with the running statistics.
+    Raises `NotImplementedError` with batch statistics: `verify` then goes one image at a time."""
+    if training: raise NotImplementedError("with batch statistics an image has no gradient of its own")
     g,x = _channels(grad, n),_channels(input, n)
     shifts,rstd = g.sum((1,3)),(running_var+eps).rsqrt()
-    yield weight, PerImage(n, lambda s: ((g[s]*x[s]).sum((1,3)) - running_mean*shifts[s])*rstd, 4*g[0].numel(), g.device)
-    yield bias, _given(shifts)
+    def scales(s): return ((g[s]*x[s]).sum((1,3)) - running_mean*shifts[s])*rstd
+    yield weight, PerImage(n, scales, 4*g[0].numel(), g.device)
+    yield bias, _computed(shifts)
 
 # %% ../../nbs/fisher/per_image.ipynb #cdd0998f
 @rule(F.group_norm)
 def group_norm_rule(n, grad, input, num_groups, weight=None, bias=None, eps=1e-5):
-    "`input` (B, C, ...)"
+    "`input` (B, C, ...)."
     g = _channels(grad, n)
-    def normalised(s): return _channels(F.group_norm(_pieces(input, n, s), num_groups, eps=eps), len(range(n)[s]))
-    yield weight, PerImage(n, lambda s: (g[s]*normalised(s)).sum((1,3)), 4*g[0].numel(), g.device)
-    yield bias, _given(g.sum((1,3)))
+    def scales(s):
+        normalised = F.group_norm(_pieces(input, n, s), num_groups, eps=eps)
+        return (g[s]*_channels(normalised, len(range(n)[s]))).sum((1,3))
+    yield weight, PerImage(n, scales, 4*g[0].numel(), g.device)
+    yield bias, _computed(g.sum((1,3)))
 
 # %% ../../nbs/fisher/per_image.ipynb #99e697d4
 @rule(F.layer_norm)
 def layer_norm_rule(n, grad, input, normalized_shape, weight=None, bias=None, eps=1e-5):
-    "`input` (B, ..., *normalized_shape)"
+    "`input` (B, ..., *normalized_shape)."
     g,x = [o.reshape(n, -1, *normalized_shape) for o in (grad,input)]
-    yield weight, PerImage(n, lambda s: (g[s]*F.layer_norm(x[s], normalized_shape, eps=eps)).sum(1), 4*g[0].numel(), g.device)
-    yield bias, _given(g.sum(1))
+    def scales(s): return (g[s]*F.layer_norm(x[s], normalized_shape, eps=eps)).sum(1)
+    yield weight, PerImage(n, scales, 4*g[0].numel(), g.device)
+    yield bias, _computed(g.sum(1))
 
 # %% ../../nbs/fisher/per_image.ipynb #667ec424
 def _patches(input, weight, stride, padding, dilation, groups):
-    "The patches of pictures (k, C, H, W) that the weight sees: (k, groups, patch, positions)"
-    if weight[0,0].numel()==1 and not any(padding): x = input[(..., *(slice(None, None, o) for o in stride))]
+    "The patches of images (k, C, H, W) that the weight sees: (k, groups, patch, positions)"
+    if weight[0,0].numel()==1 and not any(padding): x = input[(..., *(slice(None, None, step) for step in stride))]
     else: x = F.unfold(input, weight.shape[2:], dilation, padding, stride)
     return x.reshape(len(x), groups, weight[0].numel(), -1)
 
@@ -196,95 +214,124 @@ def _patches(input, weight, stride, padding, dilation, groups):
 def _by_kernel(n, grad, input, weight, outputs, *settings):
     "The gradients of some outputs' weights, by PyTorch's own function"
     w,gs,xs = weight[outputs],grad[:,outputs].chunk(n),input.chunk(n)
-    def one(i): return torch.ops.aten.convolution_backward(gs[i], xs[i], w, None, *settings, [False,True,False])[1][None]
-    return PerImage(n, lambda s: o[0] if len(o := [one(i) for i in range(n)[s]])==1 else torch.cat(o), 2**30, grad.device)
+    def one(i):
+        found = torch.ops.aten.convolution_backward(gs[i], xs[i], w, None, *settings, [False,True,False])
+        return found[1][None]
+    def make(s):
+        gradients = [one(i) for i in range(n)[s]]
+        return gradients[0] if len(gradients)==1 else torch.cat(gradients)
+    return PerImage(n, make, 2**30, grad.device)
 
 # %% ../../nbs/fisher/per_image.ipynb #76852cab
 def _by_patches(n, grad, input, weight, outputs, stride, padding, dilation, groups):
-    "The same as a product with the patches; of all outputs, if there are groups"
+    "The same as a product with the patches; with groups `outputs` has to be all of them"
     def make(s):
         x = _patches(input[s], weight, stride, padding, dilation, groups)
-        return (grad[s,outputs].reshape(len(x), groups, -1, x.shape[-1])@x.mT).reshape(len(x), -1, *weight.shape[1:])
+        g = grad[s,outputs].reshape(len(x), groups, -1, x.shape[-1])
+        return (g@x.mT).reshape(len(x), -1, *weight.shape[1:])
     size = max(weight[outputs].numel(), weight[0].numel()*groups*grad[0,0].numel())
     return PerImage(n, make, size, grad.device)
 
 # %% ../../nbs/fisher/per_image.ipynb #ba2dceb9
-def _per_dim(o, k): return list(o) if isinstance(o, (tuple,list)) else [o]*k
+def _per_dim(value, k): return list(value) if isinstance(value, (tuple,list)) else [value]*k
 
 # %% ../../nbs/fisher/per_image.ipynb #b5daf73a
 def _explicit(input, weight, padding, dilation):
-    "`padding` by name -> the input, padded where the two sides differ, and numbers"
-    if padding!='same': return input, 0 if padding=='valid' else padding
-    both = [d*(o-1) for d,o in zip(dilation, weight.shape[2:])]
-    return F.pad(input, [o for t in reversed(both) for o in (t//2, t-t//2)]), 0
+    "Padding by name -> the input, padded where the two sides differ, and padding in numbers"
+    if padding=='valid': return input,0
+    if padding!='same': return input,padding
+    both = [d*(k-1) for d,k in zip(dilation, weight.shape[2:])]
+    return F.pad(input, [side for t in reversed(both) for side in (t//2, t-t//2)]),0
 
 # %% ../../nbs/fisher/per_image.ipynb #f9593a29
 @rule(F.conv1d, F.conv2d, F.conv3d)
-def conv_rule(n, grad, input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, transposed=False, output_padding=0):
-    "`input` (B, C, ...), `grad` (B, outputs, ...), of any number of dimensions and groups"
+def conv_rule(n, grad, input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, transposed=False,
+              output_padding=0):
+    "`input` (B, C, ...), `grad` (B, outputs, ...), of any number of dimensions and groups."
     k = weight.ndim-2
     stride,dilation,output_padding = [_per_dim(o, k) for o in (stride,dilation,output_padding)]
     input,padding = _explicit(input, weight, padding, dilation)
-    padding,input,w = _per_dim(padding, k),input.to(grad.dtype),weight.to(grad.dtype)
+    padding = _per_dim(padding, k)
+    input,w = input.to(grad.dtype),weight.to(grad.dtype)
+    on_cpu = grad.device.type=='cpu'
     pointwise = w[0,0].numel()==1 and not any(padding)
-    patches = not transposed and len(input)==n and (pointwise or (k==2 and grad.device.type!='cpu'))
-    def part(b):
-        if patches: return _by_patches(n, grad, input, w, b, stride, padding, dilation, groups)
-        return _by_kernel(n, grad, input, w, b, stride, padding, dilation, transposed, output_padding, groups)
+    unfold = not transposed and len(input)==n and (pointwise or (k==2 and not on_cpu))
+    def block(outputs):
+        if unfold: return _by_patches(n, grad, input, w, outputs, stride, padding, dilation, groups)
+        return _by_kernel(n, grad, input, w, outputs, stride, padding, dilation, transposed, output_padding, groups)
     blocks = [slice(None)]
-    if groups==1 and not transposed and grad.device.type=='cpu':
-        c = max(1, 2**20//w[0].numel())
-        blocks = [slice(a, a+c) for a in range(0, len(w), c)]
-    yield weight, Blocks(blocks, [part(b) for b in blocks])
-    yield bias, _given(_channels(grad, n).sum((1,3)))
+    if groups==1 and not transposed and on_cpu:
+        n_outputs = max(1, 2**20//w[0].numel())
+        blocks = [slice(a, a+n_outputs) for a in range(0, len(w), n_outputs)]
+    yield weight, Blocks(blocks, [block(outputs) for outputs in blocks])
+    yield bias, _computed(_channels(grad, n).sum((1,3)))
 
 # %% ../../nbs/fisher/per_image.ipynb #733e56c4
 @rule(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 def conv_transpose_rule(n, grad, input, weight, bias=None, stride=1, padding=0, output_padding=0, groups=1, dilation=1):
-    "As `conv_rule`; the arguments have another order"
+    "As `conv_rule`, with the arguments in another order."
     return conv_rule(n, grad, input, weight, bias, stride, padding, dilation, groups, True, output_padding)
 
 # %% ../../nbs/fisher/per_image.ipynb #862d353a
 @rule(Tensor.expand)
 def expand_rule(n, grad, input, *sizes):
-    "A token that every image got its own copy of"
-    yield input, PerImage(n, lambda s: torch.stack([o[None].sum_to_size(input.shape) for o in grad[s]]), grad[0].numel(), grad.device)
+    "A token of which every image has its own copy."
+    def make(s): return torch.stack([g[None].sum_to_size(input.shape) for g in grad[s]])
+    yield input, PerImage(n, make, grad[0].numel(), grad.device)
 
 # %% ../../nbs/fisher/per_image.ipynb #1b946b3f
 def replay_rule(
     n:int, # Images in the batch
     grad:Tensor, # The gradient at the output (B, ...)
     call:Call, # The call to run again
-): # Pairs of a weight and its `PerImage`
+)->Iterator: # Pairs of a weight and its `PerImage`
     "The gradients of any function's weights, by running it again on one image at a time."
     def one(i, weight):
+        image = slice(i, i+1)
         w = weight.detach().requires_grad_()
-        def own(o):
+        def alone(o):
             if not isinstance(o, Tensor): return o
-            return w if o is weight else _pieces(o.detach(), n, slice(i,i+1)).clone() if _from_images(o) else o.detach()
-        with torch.enable_grad(): out = call.func(*tree_map(own, call.args), **tree_map(own, call.kwargs))
-        return torch.autograd.grad(out, w, _pieces(grad, n, slice(i,i+1)))[0]
-    for o in call.weights:
-        yield o, PerImage(n, lambda s,o=o: torch.stack([one(i, o) for i in range(n)[s]]), o.numel(), grad.device)
+            if o is weight: return w
+            return _pieces(o.detach(), n, image).clone() if _from_images(o) else o.detach()
+        with torch.enable_grad(): out = call.func(*tree_map(alone, call.args), **tree_map(alone, call.kwargs))
+        return torch.autograd.grad(out, w, _pieces(grad, n, image))[0]
+    def make(weight): return lambda s: torch.stack([one(i, weight) for i in range(n)[s]])
+    for weight in call.weights: yield weight, PerImage(n, make(weight), weight.numel(), grad.device)
 
 # %% ../../nbs/fisher/per_image.ipynb #2679fac8
 def _leaves(t):
-    "The parameters that a weight is, or is computed from"
+    "The parameter that a weight is, or the parameters that it is computed from"
     if t.grad_fn is None: return [t]
     seen,todo,found = set(),[t.grad_fn],[]
     while todo:
-        if (f := todo.pop()) is None or f in seen: continue
-        seen.add(f)
-        if hasattr(f, 'variable'): found.append(f.variable)
-        todo += [o for o,_ in f.next_functions]
+        node = todo.pop()
+        if node is None or node in seen: continue
+        seen.add(node)
+        if hasattr(node, 'variable'): found.append(node.variable)
+        todo += [before for before,_ in node.next_functions]
     return found
 
 # %% ../../nbs/fisher/per_image.ipynb #7a2a725a
 def _pulled_back(weight, p, each):
     "From the gradients of a weight to those of a parameter `p` that it was computed from"
     if weight is p: return each
-    back = lambda g: torch.autograd.grad(weight, p, g.to(weight.dtype), retain_graph=True)[0]
-    return PerImage(each.n, lambda s: torch.stack([back(g) for g in each.make(s)]), max(p.numel(), weight.numel()), p.device)
+    def back(g): return torch.autograd.grad(weight, p, g.to(weight.dtype), retain_graph=True)[0]
+    def make(s): return torch.stack([back(g) for g in each.make(s)])
+    return PerImage(each.n, make, max(p.numel(), weight.numel()), p.device)
+
+# %% ../../nbs/fisher/per_image.ipynb #06516978
+def _log_likelihood(logits, labels, weights):
+    return (weights.sqrt()*logits.log_softmax(-1).gather(1, labels[:,None])[:,0]).sum()
+
+# %% ../../nbs/fisher/per_image.ipynb #a2c042f5
+def _backward(tape, logits, labels, weights, take, last=False):
+    "Bring every call's gradient to `take(call, grad)`, outside of autocast; the last time, free memory on the way"
+    def full(call, grad):
+        with torch.autocast(grad.device.type, enabled=False), torch.no_grad(): take(call, grad)
+        if last: call.args,call.kwargs = (),{}
+    tape.take = full
+    loss = _log_likelihood(logits, labels, weights)
+    if tape.edges: torch.autograd.grad(loss, tape.edges, retain_graph=not last, allow_unused=True)
 
 # %% ../../nbs/fisher/per_image.ipynb #aaf30616
 WHOLE,UNUSED = 'the whole network, one image at a time','the logits do not depend on it'
@@ -294,143 +341,148 @@ class SquaredGradients:
         model:nn.Module, # In evaluation mode, every parameter requiring a gradient
     ):
         self.model,self.params = model,dict(model.named_parameters())
-        self.names,self.index = {p:n for n,p in self.params.items()},{n:i for i,n in enumerate(self.params)}
+        self.names = {p: n for n,p in self.params.items()}
+        self.index = {n: i for i,n in enumerate(self.params)}
         self.sums = {n: torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32), requires_grad=False)
                      for n,p in self.params.items()}
-        self.coverage,self.verified = {},None
+        self.coverage = {} # Parameter name -> the functions of its rules, or WHOLE or UNUSED
+        self.verified = None # Parameter name -> in how many calls of the verified forward pass it was used
 
-# %% ../../nbs/fisher/per_image.ipynb #86e91f30
-@patch
-def per_parameter(self:SquaredGradients, call, grad, n):
-    "Pairs of a parameter's name and its `PerImage`, for one call"
-    found = RULES[call.func](n, grad, *call.args, **call.kwargs) if call.func in RULES else replay_rule(n, grad, call)
-    for weight,each in found:
-        for p in _leaves(weight) if weight is not None and weight.requires_grad else ():
-            if p in self.names: yield self.names[p],_pulled_back(weight, p, each)
+    @property
+    def slow(self): return [n for n,how in self.coverage.items() if how==WHOLE]
 
-# %% ../../nbs/fisher/per_image.ipynb #833cbe39
-@patch(as_prop=True)
-def slow(self:SquaredGradients): # Names of the parameters that no rule covers
-    return [n for n,o in self.coverage.items() if o==WHOLE]
+    def _names_in(self, call): return {self.names[p] for w in call.weights for p in _leaves(w) if p in self.names}
+    def _uses(self, tape):
+        found = Counter(p for call in tape.calls for w in call.weights for p in _leaves(w))
+        return {self.names[p]: n for p,n in found.items() if p in self.names}
 
-# %% ../../nbs/fisher/per_image.ipynb #cbd720ad
-@patch
-def _names(self:SquaredGradients, call):
-    "The parameters that have a part in a call"
-    return {self.names[p] for w in call.weights for p in _leaves(w) if p in self.names}
+    def _per_parameter(self, call, grad, n):
+        "Pairs of a parameter's name and its `PerImage`, for one call"
+        follow = RULES.get(call.func)
+        found = follow(n, grad, *call.args, **call.kwargs) if follow else replay_rule(n, grad, call)
+        for weight,each in found:
+            if weight is None or not weight.requires_grad: continue
+            for p in _leaves(weight):
+                if p in self.names: yield self.names[p],_pulled_back(weight, p, each)
 
-# %% ../../nbs/fisher/per_image.ipynb #3e8c0e4e
-@patch
-def _uses(self:SquaredGradients, tape):
-    "How often each parameter has a part in a call"
-    found = [p for c in tape.calls for w in c.weights for p in _leaves(w)]
-    return {self.names[p]: n for p,n in Counter(found).items() if p in self.names}
-
-# %% ../../nbs/fisher/per_image.ipynb #06516978
-def _log_likelihood(logits, labels, weights): return (weights.sqrt()*logits.log_softmax(-1).gather(1, labels[:,None])[:,0]).sum()
-
-# %% ../../nbs/fisher/per_image.ipynb #a2c042f5
-def _backward(tape, logits, labels, weights, take, last=False):
-    "Bring every call's gradient to `take(call, grad)`, outside of autocast; the last time, free the memory on the way"
-    def full(call, grad):
-        with torch.autocast(grad.device.type, enabled=False), torch.no_grad(): take(call, grad)
-        if last: call.args,call.kwargs = (),{}
-    tape.take = full
-    loss = _log_likelihood(logits, labels, weights)
-    if tape.edges: torch.autograd.grad(loss, tape.edges, retain_graph=not last, allow_unused=True)
-
-# %% ../../nbs/fisher/per_image.ipynb #02181607
-@patch
-def add_round(self:SquaredGradients, tape, logits, labels, weights, lengths, last):
-    "One backward pass: add to the sums, and to `lengths` (n, parameters) each image's squared length."
-    parts,slow = {},self.slow
-    def add(name, each): lengths[:,self.index[name]] += each.add_squares_(self.sums[name])
-    def take(call, grad):
-        if not self._names(call) - set(slow): return
-        for name,each in self.per_parameter(call, grad, tape.n):
-            if name in slow: continue
-            if self.verified[name]==1: add(name, each)
-            else: parts.setdefault(name, []).append(each)
-    _backward(tape, logits, labels, weights, take, last)
-    with torch.no_grad():
-        for name,found in parts.items():
-            p = self.params[name]
-            add(name, PerImage(tape.n, lambda s: sum(o.make(s) for o in found), p.numel(), p.device))
-
-# %% ../../nbs/fisher/per_image.ipynb #5ab85f9b
-@patch
-def _plain(self:SquaredGradients, x, labels, weights, names):
-    "The gradients of one image by plain autograd; None where nothing depends on a parameter"
-    loss = _log_likelihood(self.model(x), labels, weights)
-    # kept, for networks that keep a part of their graph from call to call, as LeViT does
-    return dict(zip(names, torch.autograd.grad(loss, [self.params[o] for o in names], retain_graph=True, allow_unused=True)))
+    def _by_autograd(self, x, labels, weights, names):
+        "The gradients of one image by plain autograd; None where the logits do not depend on a parameter"
+        loss = _log_likelihood(self.model(x), labels, weights)
+        # LeViT keeps a part of its graph from call to call, so the graph is retained
+        params = [self.params[n] for n in names]
+        return dict(zip(names, torch.autograd.grad(loss, params, retain_graph=True, allow_unused=True)))
 
 # %% ../../nbs/fisher/per_image.ipynb #f35b68e3
-@patch
-def _by_rules(self:SquaredGradients, tape, logits, labels):
-    "The first image's gradient of each parameter, and the functions that it came from, for those whose rules can be followed"
-    ours,funcs,failed = {},{},set()
+def _first_by_rules(squares, tape, logits, labels):
+    "Parameter name -> gradient of the first image and the functions it came from; without those whose rules fail"
+    gradients,funcs,failed = {},{},set()
     def take(call, grad):
-        nonlocal failed
         try:
-            for name,each in self.per_parameter(call, grad, tape.n):
-                ours[name] = ours.get(name, 0) + each.make(slice(0,1))[0]
+            for name,each in squares._per_parameter(call, grad, tape.n):
+                gradients[name] = gradients.get(name, 0) + each.make(slice(0,1))[0]
                 funcs.setdefault(name, set()).add(call.func.__name__)
-        except (RuntimeError, ValueError, TypeError, IndexError):         # what a rule raises that does not fit its call
-            failed |= self._names(call)
+        except (RuntimeError, ValueError, TypeError, IndexError):         # raised by a rule that does not fit its call
+            failed.update(squares._names_in(call))
     _backward(tape, logits, labels, torch.ones_like(logits[:,0]), take)
-    return {k: (v, ', '.join(sorted(funcs[k]))) for k,v in ours.items() if k not in failed}
+    return {n: (g, ', '.join(sorted(funcs[n]))) for n,g in gradients.items() if n not in failed}
 
 # %% ../../nbs/fisher/per_image.ipynb #fd17606b
 @patch
-def _verify(self:SquaredGradients, x, tape, logits):
-    "Fill `coverage`: which rule each parameter goes by"
+def verify(self:SquaredGradients,
+    x:Tensor, # Images (B, ...)
+    tape:Tape, # Of their forward pass
+    logits:Tensor, # Its result (B, C)
+):
+    "Fill `coverage`: which rule is used for each parameter. Warns of parameters without a rule, and of unused ones."
     labels = logits.argmin(-1)                          # the least probable class: its gradient never vanishes
-    ours = self._by_rules(tape, logits, labels)
-    plain = self._plain(x[:1], labels[:1], torch.ones_like(logits[:1,0]), list(self.params))
-    longest = max([v.norm() for v in plain.values() if v is not None])
-    tol = 1e-6 if longest.dtype==torch.float64 else 1e-2
-    def how(k, v):
-        if v is None: return UNUSED
-        return ours[k][1] if k in ours and (ours[k][0]-v).norm() <= tol*v.norm() + 1e-6*longest else WHOLE
-    self.coverage,before = {k: how(k, v) for k,v in plain.items()},self.coverage
+    by_rules = _first_by_rules(self, tape, logits, labels)
+    reference = self._by_autograd(x[:1], labels[:1], torch.ones_like(logits[:1,0]), list(self.params))
+    longest = max(g.norm() for g in reference.values() if g is not None)
+    tolerance = 1e-6 if longest.dtype==torch.float64 else 1e-2
+    def how(name, g):
+        if g is None: return UNUSED
+        if name not in by_rules: return WHOLE
+        found,funcs = by_rules[name]
+        return funcs if (found-g).norm() <= tolerance*g.norm() + 1e-6*longest else WHOLE
+    before = self.coverage
+    self.coverage = {n: how(n, g) for n,g in reference.items()}
     self.verified = self._uses(tape)
     for what,why in ((WHOLE, 'which is slower'), (UNUSED, 'zero Fisher information')):
-        names = [k for k,o in self.coverage.items() if o==what and before.get(k)!=what]
+        names = [n for n,found in self.coverage.items() if found==what and before.get(n)!=what]
         if names: warnings.warn(f"{shorten(', '.join(names), 400)}: {what}, {why}")
+
+# %% ../../nbs/fisher/per_image.ipynb #02181607
+@patch
+def add_round(self:SquaredGradients,
+    tape:Tape, # Of the forward pass
+    logits:Tensor, # Its result (B, C)
+    labels:Tensor, # Class numbers (B,)
+    weights:Tensor, # Their weights (B,)
+    lengths:Tensor, # (B, parameters), to which each image's squared length is added
+    last:bool, # Is this the last backward pass of the batch? Then memory is freed
+):
+    "Add the squared gradients of one label per image, by the rules."
+    several,slow = {},set(self.slow)
+    def add(name, each): lengths[:,self.index[name]] += each.add_squares_(self.sums[name])
+    def take(call, grad):
+        if not self._names_in(call) - slow: return
+        for name,each in self._per_parameter(call, grad, tape.n):
+            if name in slow: continue
+            if self.verified[name]==1: add(name, each)
+            else: several.setdefault(name, []).append(each)
+    _backward(tape, logits, labels, weights, take, last)
+    with torch.no_grad():
+        for name,found in several.items():
+            p = self.params[name]
+            add(name, PerImage(tape.n, lambda s: sum(each.make(s) for each in found), p.numel(), p.device))
+
+# %% ../../nbs/fisher/per_image.ipynb #62f2e102
+@patch
+def add_slowly(self:SquaredGradients,
+    x:Tensor, # Images (B, ...)
+    labels:Tensor, # Class numbers (B,)
+    weights:Tensor, # Their weights (B,)
+    lengths:Tensor, # (B, parameters), to which each image's squared length is added
+):
+    "Add the squared gradients of the parameters in `slow`, by plain autograd."
+    if not self.slow: return
+    for i in range(len(x)):
+        image = slice(i, i+1)
+        for name,g in self._by_autograd(x[image], labels[image], weights[image], self.slow).items():
+            self.sums[name].addcmul_(g, g)
+            lengths[i,self.index[name]] += g.square().sum()
 
 # %% ../../nbs/fisher/per_image.ipynb #b2b9af53
 def _check_logits(model, logits, n):
-    "`ValueError` or `FloatingPointError` if these are no finite logits (n, C)"
+    "Raises `ValueError` or `FloatingPointError` if these are not finite logits (n, C)"
     if not (isinstance(logits, Tensor) and logits.ndim==2 and len(logits)==n):
-        raise ValueError(f"{type(model).__name__} is no classifier of images: expected logits (B, C), one row an image")
-    if not logits.isfinite().all(): raise FloatingPointError("the logits are not finite: look for NaN in the weights or in the images")
+        found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ValueError(f"{type(model).__name__} is not an image classifier: it has to return logits (B, C), one row "
+                         f"per image, not {found}")
+    if not logits.isfinite().all():
+        raise FloatingPointError("the logits are not finite: look for NaN in the weights or in the images")
 
 # %% ../../nbs/fisher/per_image.ipynb #bb815940
 @patch
 def add_batch(self:SquaredGradients,
     x:Tensor, # Images (B, ...), as the network expects them
-    plan, # Logits (B, C) -> labels (B, K) and weights (B, K); a weight of 0 from some k on: no more labels for this image
+    choose:Callable, # Logits (B, C) -> labels and weights, both (B, K); after a weight of 0 an image has only zeros
 )->Tensor: # (B, parameters), the squared length of each image's gradient of each parameter, summed over its labels
-    "Add the squared gradients of a batch, image by image."
+    """Add the squared gradients of a batch, image by image. Raises `ValueError` if the network is not a classifier,
+    `FloatingPointError` if its logits are not finite."""
     n = len(x)
     with record_calls(self.model, x) as (tape,logits):
         _check_logits(self.model, logits, n)
-        if self.verified!=self._uses(tape): self._verify(x, tape, logits)
-        labels,weights = plan(logits.detach().to(torch.promote_types(logits.dtype, torch.float32)))
-        lengths = torch.zeros(n, len(self.params), device=x.device, dtype=torch.promote_types(logits.dtype, torch.float32))
+        if self.verified!=self._uses(tape): self.verify(x, tape, logits)
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        labels,weights = choose(logits.detach().to(dtype))
+        lengths = torch.zeros(n, len(self.params), device=x.device, dtype=dtype)
         together = int((2*(weights>0).sum(0)>n).sum())
         for k in range(together):
             self.add_round(tape, logits, labels[:,k], weights[:,k], lengths, last=k==together-1)
-            for i in range(n) if self.slow else (): self._add_plain(x, i, labels[:,k], weights[:,k], lengths)
+            self.add_slowly(x, labels[:,k], weights[:,k], lengths)
     rest = (weights[:,together:]>0).any(1)
-    if rest.any(): lengths[rest] += self.add_batch(x[rest], lambda _: (labels[rest,together:], weights[rest,together:]))
+    if rest.any():
+        remaining = labels[rest,together:],weights[rest,together:]
+        lengths[rest] += self.add_batch(x[rest], lambda _: remaining)
     return lengths
-
-# %% ../../nbs/fisher/per_image.ipynb #62f2e102
-@patch
-def _add_plain(self:SquaredGradients, x, i, labels, weights, lengths):
-    "The slow way for one image"
-    for name,g in self._plain(x[i:i+1], labels[i:i+1], weights[i:i+1], self.slow).items():
-        self.sums[name].addcmul_(g, g)
-        lengths[i,self.index[name]] += g.square().sum()

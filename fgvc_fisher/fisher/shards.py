@@ -1,4 +1,4 @@
-"""The Fisher of a data set that comes in many files, by several processes or a Ray cluster
+"""The Fisher of millions of images in many files, estimated by several processes or a Ray cluster
 
 Docs: https://fgvc-fisher.github.io/fgvc_fisher/fisher/shards.html.md"""
 
@@ -11,7 +11,7 @@ __all__ = ['PICTURES', 'LABEL', 'Sample', 'TarShard', 'tar_shards', 'StreamShard
 # %% ../../nbs/fisher/shards.ipynb #1a51c53a
 import copy, errno, gzip, importlib, json, os, time, traceback
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -24,22 +24,23 @@ from typing import Any, NamedTuple
 # %% ../../nbs/fisher/shards.ipynb #157402b5
 import torch
 from fastai.data.all import Pipeline
-from fastcore.basics import chunked
+from fastcore.basics import chunked, patch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
 # %% ../../nbs/fisher/shards.ipynb #d5fec522
-from .diagonal import DiagFisher, weights_sha256
-from .estimate import estimate_fisher, check_settings
+from ..distributed.files import write_text
 from ..distributed.workers import worker_processes, python_path
-from ..learner import picture_stats
 from ..data.pictures import open_picture
 from ..data.transforms import InPlaceNormalize, named_transforms
+from ..learner import picture_stats
+from .diagonal import DiagFisher, weights_sha256
+from .estimate import LabelPlan, estimate_fisher
 
 # %% ../../nbs/fisher/shards.ipynb #e6e5fe0c
 def _needs(module, extra):
-    "Import an optional requirement"
+    "Import an optional requirement. Raises `ImportError` that says how to install it"
     try: return importlib.import_module(module)
     except ImportError as e:
         name = module.partition('.')[0]
@@ -54,8 +55,10 @@ class Sample(NamedTuple):
 
 # %% ../../nbs/fisher/shards.ipynb #f071fe72
 class _Blocks:
-    "A tar file, read in blocks of 512 bytes, that remembers the last one"
-    def __init__(self, f): self.f,self.last = f,b''
+    "A tar file that is read in blocks of 512 bytes; `last` is the latest one"
+    def __init__(self, f):
+        self.f = f
+        self.last = b''
     def read(self, n):
         self.last = self.f.read(min(n, 512))
         return self.last
@@ -74,16 +77,17 @@ def _tar_sample(files, url):
 
 # %% ../../nbs/fisher/shards.ipynb #18b242a8
 def _tar_samples(url):
-    "The samples of one tar file; `OSError` if it is not complete"
+    "The samples of one tar file. Raises `OSError` if it is not complete"
     wds = _needs('webdataset.tariterators', 'streams')
     with _needs('webdataset.gopen', 'streams').gopen(url) as f:
         blocks = _Blocks(gzip.GzipFile(fileobj=f) if url.endswith(('.gz','.tgz')) else f)
-        files = (o | dict(__url__=url) for o in wds.tar_file_iterator(blocks))
-        for o in wds.group_by_keys(files): yield _tar_sample(o, url)
+        files = (file | dict(__url__=url) for file in wds.tar_file_iterator(blocks))
+        for group in wds.group_by_keys(files): yield _tar_sample(group, url)
         if blocks.last!=bytes(512): raise OSError(f"{url} is damaged or cut short: it does not end as a tar file does")
         rest = iter(lambda: blocks.f.read(2**20), b'')
-        if any(o.strip(b'\0') for o in rest):
-            raise OSError(f"{url} has more data after its end: write each archive to a file of its own")
+        if any(block.strip(b'\0') for block in rest):
+            raise OSError(f"{url} has more data after its end, maybe a second archive: write each archive to a file "
+                          "of its own")
 
 # %% ../../nbs/fisher/shards.ipynb #df16e12a
 @dataclass(frozen=True)
@@ -91,37 +95,42 @@ class TarShard:
     "The pictures of WebDataset tar files, one file after the other."
     urls:tuple # Paths, or addresses that webdataset opens, such as https:, s3:, gs:, hf: or pipe:
     def __iter__(self): return chain.from_iterable(map(_tar_samples, self.urls))
-    def __str__(self): return self.urls[0] + (f' and {len(self.urls)-1} more' if len(self.urls)>1 else '')
+    def __str__(self):
+        n_others = len(self.urls)-1
+        return self.urls[0] + (f' and {n_others} more' if n_others else '')
 
 # %% ../../nbs/fisher/shards.ipynb #1c196b90
 def _is_local(url): return '://' not in url and not url.startswith(('pipe:','file:'))
 def _expand(urls):
-    "A pattern as a list of addresses; local ones as absolute paths of files that exist"
+    "The addresses that match a pattern; local files as absolute paths. Raises `FileNotFoundError`"
     for url in _needs('webdataset.shardlists', 'streams').expand_urls(str(urls)):
         if not _is_local(url):
             yield url
             continue
         found = sorted(glob(url)) if '*' in url else [url]
-        missing = [o for o in found if not Path(o).is_file()] or ([] if found else [url])
-        if missing: raise FileNotFoundError(f"there is no tar file {missing[0]}")
+        missing = [file for file in found if not Path(file).is_file()]
+        if not found: missing = [url]
+        if missing: raise FileNotFoundError(f"there is no tar file {missing[0]}: check the path")
         yield from map(os.path.abspath, found)
 
 # %% ../../nbs/fisher/shards.ipynb #813ee615
 def _check_number(name, n, most, why):
-    "`ValueError` unless n is a whole number from 1 to `most`"
+    "Raises `ValueError` unless n is an integer from 1 to `most`"
     if isinstance(n, bool) or not isinstance(n, int) or not 1<=n<=most:
-        raise ValueError(f"{name}={n!r}: a whole number from 1 to {most}, {why}")
+        raise ValueError(f"{name}={n!r}: choose an integer from 1 to {most}, {why}")
 
 # %% ../../nbs/fisher/shards.ipynb #f5330082
 def tar_shards(
     urls:str|Path|Iterable, # Paths or addresses: 'pictures-{000000..001281}.tar', 'local/*.tar', or a list of such
-    num_shards:int|None=None, # How many shards to make of them, neighbours together; default: each file is one
+    num_shards:int|None=None, # How many shards to make, by merging neighbouring files; default: one per file
 )->list: # Of `TarShard`s
     """WebDataset tar files as shards. Raises `FileNotFoundError` for a local file that does not exist, `ValueError` for
-    one that is named twice."""
-    urls = [o for u in ([urls] if isinstance(urls, (str,Path)) else urls) for o in _expand(u)]
-    if not urls: raise ValueError("urls: no tar files were named")
-    if twice := [o for i,o in enumerate(urls) if o in urls[:i]]: raise ValueError(f"{twice[0]} is in the list twice")
+    one that is listed twice."""
+    if isinstance(urls, (str,Path)): urls = [urls]
+    urls = [url for pattern in urls for url in _expand(pattern)]
+    if not urls: raise ValueError("urls is empty: name at least one tar file")
+    if twice := [url for i,url in enumerate(urls) if url in urls[:i]]:
+        raise ValueError(f"{twice[0]} is listed twice in urls: remove one of them")
     n = len(urls) if num_shards is None else num_shards
     _check_number('num_shards', n, len(urls), 'the number of tar files')
     return [TarShard(tuple(urls[i*len(urls)//n:(i+1)*len(urls)//n])) for i in range(n)]
@@ -140,17 +149,18 @@ def _bytes(picture):
 class StreamShard:
     "Part of a streaming Hugging Face dataset."
     stream:Any # A `datasets.IterableDataset` with undecoded pictures
-    name:str # Of the dataset, and which part of it
+    name:str # Name of the dataset, and which part of it this is
     image:str # Column of pictures
     label:str|None=None # Column of class numbers
     def __str__(self): return self.name
     def __iter__(self):
-        for i,o in enumerate(self.stream):
-            yield Sample(f'{self.name}, picture {i}', _bytes(o[self.image]), o[self.label] if self.label else None)
+        for i,row in enumerate(self.stream):
+            label = row[self.label] if self.label else None
+            yield Sample(f'{self.name}, picture {i}', _bytes(row[self.image]), label)
 
 # %% ../../nbs/fisher/shards.ipynb #9dfd9b3e
 def _column(features, column, types, names):
-    "The named column, or else the first of a type or with a usual name, or None"
+    "The named column, or else the first of a type or with a usual name, or None. Raises `ValueError`"
     if column is not None and column not in features:
         raise ValueError(f"there is no column {column!r}: choose from {', '.join(features)}")
     usual = [k for k,v in features.items() if isinstance(v, types)] + [o for o in names if o in features]
@@ -158,22 +168,21 @@ def _column(features, column, types, names):
 
 # %% ../../nbs/fisher/shards.ipynb #8abd13f9
 def _load_stream(data, split, load):
-    "A stream and its name; errors of the loader become a `ValueError` that names what was asked for"
+    "A stream and its name. Raises `ValueError` that names the dataset, whatever the loader raised"
     datasets = _needs('datasets', 'streams')
     if isinstance(data, datasets.IterableDataset): return data,data.info.dataset_name or 'stream'
     name = ', '.join([str(data), split, *(f'{k}={v}' for k,v in sorted(load.items()))])
-    try: stream = datasets.load_dataset(str(data), split=split, streaming=True, **load)
+    try: return datasets.load_dataset(str(data), split=split, streaming=True, **load),name
     except Exception as e: raise ValueError(f"cannot open the dataset {name}: {type(e).__name__}: {e}") from e
-    return stream,name
 
 # %% ../../nbs/fisher/shards.ipynb #6e33676f
 def stream_shards(
     data, # A name on the Hub, a loader ('webdataset', 'parquet', 'imagefolder'), or a `datasets.IterableDataset`
-    num_shards:int|None=None, # How many shards to make of its files, neighbours together; default: each file is one
+    num_shards:int|None=None, # How many shards to make, by merging neighbouring files; default: one per file
     split:str='train', # Which split
     image:str|None=None, # Column of pictures; default: the first one
     label:str|None=None, # Column of class numbers; default: the first of class labels, or 'label' or 'cls'
-    **load # To `datasets.load_dataset`, such as `data_files`, `data_dir`, `name` or `revision`
+    **load # Passed to `datasets.load_dataset`, such as `data_files`, `data_dir`, `name` or `revision`
 )->list: # Of `StreamShard`s
     """A Hugging Face dataset as shards. Raises `ValueError` if it cannot be opened, has no pictures or fewer files than
     `num_shards`."""
@@ -184,14 +193,15 @@ def stream_shards(
     _check_number('num_shards', n, stream.num_shards, f'the number of files of {name}')
     image = _column(stream.features, image, datasets.Image, ())
     label = _column(stream.features, label, datasets.ClassLabel, ('label',LABEL))
-    if image is None: raise ValueError(f"{name} has no column of pictures, only {', '.join(stream.features)}")
+    if image is None:
+        raise ValueError(f"{name} has no column of pictures, only {', '.join(stream.features)}: name one with image=")
     columns = [image, *([label] if label else [])]
     stream = stream.select_columns(columns).cast_column(image, datasets.Image(decode=False))
     return [StreamShard(stream.shard(n, i), f'{name}, {i} of {n}', image, label) for i in range(n)]
 
 # %% ../../nbs/fisher/shards.ipynb #c5a628fd
 def _decode(sample, item):
-    "The pixels of a sample"
+    "The pixels of a sample. Raises `OSError` that names a picture that cannot be decoded"
     try: return item(open_picture(BytesIO(sample.data)))
     except OSError as e:
         why = str(e.__cause__ or e).partition(' <')[0]
@@ -199,16 +209,16 @@ def _decode(sample, item):
 
 # %% ../../nbs/fisher/shards.ipynb #ef099f8a
 def _map_ahead(f, items, workers, n):
-    "`map` in threads, in order, at most `n` items ahead"
+    "Like `map`, in threads, in order and at most `n` items ahead"
     running = deque()
     with ThreadPoolExecutor(workers) as pool:
         try:
-            for o in items:
-                running.append(pool.submit(f, o))
+            for item in items:
+                running.append(pool.submit(f, item))
                 if len(running)>n: yield running.popleft().result()
             while running: yield running.popleft().result()
         finally:
-            for o in running: o.cancel()
+            for future in running: future.cancel()
 
 # %% ../../nbs/fisher/shards.ipynb #2498349e
 def _norm(model, device):
@@ -220,47 +230,51 @@ def _norm(model, device):
 
 # %% ../../nbs/fisher/shards.ipynb #1043e1a2
 def shard_batches(
-    shard, # Yields `Sample`s
-    model:nn.Module, # Whose size and normalisation to use
+    shard:Iterable, # Yields `Sample`s
+    model:nn.Module, # The network whose picture size, normalisation and device are used
     size:int|None=None, # Side of the pictures in pixels; default: as in pretraining
-    bs:int=32, # Pictures a batch
+    bs:int=32, # Batch size
     num_workers:int=1, # Threads that decode
-): # Batches `(x, y)` on the model's device, x (B, 3, size, size) normalised; y (B,), or None if a picture has no label
-    """The pictures of a shard as `source_dl` would make them. Raises `OSError` that names a picture that cannot be
-    decoded."""
+)->Iterator: # Batches `(x, y)` on the model's device: x (B, 3, size, size), normalised; y (B,), None without labels
+    """The pictures of a shard in batches, as `source_dl` would make them. Raises `OSError` that names a picture that
+    cannot be decoded."""
     device = next(model.parameters()).device
-    item,batch,_ = named_transforms('plain', size or picture_stats(model)['size'], False, 1)
+    item,on_batch,_ = named_transforms('plain', size or picture_stats(model)['size'], False, 1)
     item_pipe = Pipeline(item, split_idx=1)
-    batch_pipe = Pipeline([*batch, _norm(model, device)], split_idx=1)
-    decoded = _map_ahead(lambda o: (_decode(o, item_pipe), o.label), shard, num_workers, 2*bs)
-    for part in chunked(decoded, bs):
-        x,y = zip(*part)
-        yield batch_pipe(torch.stack(x).to(device)), None if None in y else torch.tensor(y, device=device)
+    batch_pipe = Pipeline([*on_batch, _norm(model, device)], split_idx=1)
+    def decode(sample): return _decode(sample, item_pipe),sample.label
+    for batch in chunked(_map_ahead(decode, shard, num_workers, 2*bs), bs):
+        x,y = zip(*batch)
+        y = None if None in y else torch.tensor(y, device=device)
+        yield batch_pipe(torch.stack(x).to(device)),y
 
 # %% ../../nbs/fisher/shards.ipynb #851a022a
 def _shards_in(file):
-    "The shards in a running sum, as its header lists them; `ValueError` for a damaged file"
+    "The shards that the header of a running sum lists. Raises `ValueError` for a damaged file"
     try:
-        with safe_open(file, 'pt') as f: return json.loads(json.loads(f.metadata()['provenance'])['shards'])
+        with safe_open(file, 'pt') as f: provenance = json.loads(f.metadata()['provenance'])
+        return json.loads(provenance['shards'])
     except (SafetensorError, KeyError, TypeError, ValueError) as e: raise ValueError(f"{file} is damaged ({e})") from e
 
 # %% ../../nbs/fisher/shards.ipynb #72597258
 def _load_sum(file):
-    "A running sum and the shards in it; `ValueError` for a damaged file"
+    "A running sum and the shards in it. Raises `ValueError` for a damaged file"
     shards,fisher = _shards_in(file),DiagFisher.load(file)
     about = {k: v for k,v in fisher.provenance.items() if k!='shards'}
-    sums = {k: v.clone() for k,v in fisher.sums.items()}              # as loaded they are the file, mapped into memory
+    sums = {k: v.clone() for k,v in fisher.sums.items()}              # loaded tensors are mapped to the file
     return DiagFisher(sums, fisher.n_images, fisher.kind, about, fisher.moments.clone(), fisher.rules),shards
 
 # %% ../../nbs/fisher/shards.ipynb #15195836
 def _sum_lock(file): return FileLock(file.with_suffix('.lock'))
 def _read_sum(file, read):
-    "`read(file)`, while its lock is held; None if there is no such file, or if it was damaged and is removed"
+    """What `read` returns for a locked file. None if there is no file, or if it is damaged: then it is removed, and its
+    shards have to be estimated again"""
     if not file.exists(): return None
     try: return read(file)
     except ValueError as e:
         file.unlink()
-        print(f'{e}: it was removed, and its shards will be done again', flush=True)
+        print(f'{e}: it was removed, and its shards will be estimated again', flush=True)
+        return None
 
 # %% ../../nbs/fisher/shards.ipynb #11556836
 class PartialSums:
@@ -270,44 +284,50 @@ class PartialSums:
     ):
         self.folder = Path(folder)
 
-    def _empty(self): return {int(o.stem) for o in self.folder.glob('*.empty')}
-    def done(self)->set: # Of shard numbers
-        "The shards that are in a sum, or have no picture."
+    def _files(self): return sorted(self.folder.glob('sum-*.safetensors'))
+    def _empty(self): return {int(file.stem) for file in self.folder.glob('*.empty')}
+
+    def done(self)->set: # Numbers of shards
+        "The shards that are in a sum, or have no pictures."
         done = self._empty()
-        for file in self.folder.glob('sum-*.safetensors'):
+        for file in self._files():
             with _sum_lock(file): done.update(_read_sum(file, _shards_in) or ())
         return done
 
-    def add(self,
-        i:int, # Number of a shard that is not done
-        fisher:DiagFisher|None, # Its Fisher; None: it has no picture
-    ):
-        "Add a shard to the first sum that can be locked. When this returns, the shard is done."
-        if fisher is None: return (self.folder/f'{i:06}.empty').touch()
-        for k in count():
-            file = self.folder/f'sum-{k:03}.safetensors'
-            with suppress(Timeout), _sum_lock(file).acquire(timeout=0):
-                before,shards = _read_sum(file, _load_sum) or (None,[])
-                after = fisher if before is None else before+fisher
-                about = after.provenance | dict(shards=json.dumps([*shards, i]))
-                return DiagFisher(after.sums, after.n_images, after.kind, about, after.moments, after.rules).save(file)
+# %% ../../nbs/fisher/shards.ipynb #17f9e5d0
+@patch
+def add(self:PartialSums,
+    i:int, # Number of a shard that is not done
+    fisher:DiagFisher|None, # Its Fisher; None if it has no pictures
+):
+    "Add a shard to the first sum that can be locked."
+    if fisher is None: return (self.folder/f'{i:06}.empty').touch()
+    for k in count():
+        file = self.folder/f'sum-{k:03}.safetensors'
+        with suppress(Timeout), _sum_lock(file).acquire(timeout=0):
+            before,shards = _read_sum(file, _load_sum) or (None,[])
+            after = fisher if before is None else before+fisher
+            about = after.provenance | dict(shards=json.dumps([*shards, i]))
+            return DiagFisher(after.sums, after.n_images, after.kind, about, after.moments, after.rules).save(file)
 
-    def total(self)->tuple: # The sum as a `DiagFisher`, None without a picture, and the set of shards that it covers
-        "Add up the files. Raises `ValueError` if a shard is in two of them."
-        total,file_of = None,{}
-        for file in sorted(self.folder.glob('sum-*.safetensors')):
-            with _sum_lock(file): fisher,shards = _read_sum(file, _load_sum) or (None,[])
-            if twice := file_of.keys() & shards:
-                i = min(twice)
-                raise ValueError(f"shard {i} is in {file_of[i]} and in {file}: remove one of these and call again")
-            file_of |= dict.fromkeys(shards, file)
-            if fisher is not None: total = fisher if total is None else total+fisher
-        return total,set(file_of) | self._empty()
+# %% ../../nbs/fisher/shards.ipynb #d048b66b
+@patch
+def total(self:PartialSums)->tuple: # The sum as a `DiagFisher`, None without pictures, and the set of shards in it
+    "Add up the files. Raises `ValueError` if a shard is in two of them."
+    total,file_of = None,{}
+    for file in self._files():
+        with _sum_lock(file): fisher,shards = _read_sum(file, _load_sum) or (None,[])
+        if twice := file_of.keys() & shards:
+            i = min(twice)
+            raise ValueError(f"shard {i} is in {file_of[i]} and in {file}: remove one of these and call again")
+        file_of |= dict.fromkeys(shards, file)
+        if fisher is not None: total = fisher if total is None else total+fisher
+    return total,set(file_of) | self._empty()
 
 # %% ../../nbs/fisher/shards.ipynb #28dd2303
 @contextmanager
 def _claimed(sums, i, timeout=0.):
-    "Hold a shard's lock, if it can be had in so many seconds (-1: however long it takes); whether it could"
+    "Lock a shard, waiting for at most `timeout` seconds (-1: without a limit). Yields whether it is locked"
     lock = FileLock(sums.folder/f'{i:06}.lock')
     try: lock.acquire(timeout=timeout)
     except Timeout:
@@ -315,139 +335,142 @@ def _claimed(sums, i, timeout=0.):
         return
     try: yield True
     finally:
-        if i in sums.done():                       # whoever still waits for this file will find the shard done
+        if i in sums.done():                       # a process that waits for this file will find the shard done
             with suppress(OSError): os.unlink(lock.lock_file)
         lock.release()
 
 # %% ../../nbs/fisher/shards.ipynb #b11426ed
 @dataclass
 class _Work:
-    "What every worker has to know"
+    "What every worker needs to know"
     model:nn.Module
     shards:list
-    folder:Path # Of the running sums
-    settings:dict # To `estimate_fisher`: kind, n_samples, mass, seed
+    folder:Path # Has the running sums
+    settings:dict # Arguments of `estimate_fisher`: kind, n_samples, mass, seed
     size:int # Side of the pictures in pixels
-    bs:int # Pictures a batch
-    num_workers:int # Threads that decode, a process
-    retries:int # How often a shard that fails is done again
+    bs:int # Batch size
+    num_workers:int # Threads per process that decode
+    retries:int # How often a shard that fails is tried again
     about:dict # Provenance, for the header of the files
-    quiet:bool # Print no line for a shard?
+    quiet:bool # Print nothing for each shard?
     @property
     def sums(self): return PartialSums(self.folder)
     def error_file(self, i): return self.folder/f'{i:06}.error'
     def todo(self):
-        "The shards that are neither done nor given up"
-        over = self.sums.done() | {int(o.stem) for o in self.folder.glob('*.error')}
-        return [i for i in range(len(self.shards)) if i not in over]
+        "The shards that are neither done nor failed"
+        failed = {int(file.stem) for file in self.folder.glob('*.error')}
+        finished = self.sums.done() | failed
+        return [i for i in range(len(self.shards)) if i not in finished]
 
 # %% ../../nbs/fisher/shards.ipynb #f3c063c7
 def _do_shard(work, i):
     "Estimate one shard, and add it to a running sum"
-    began,shard,fisher = time.perf_counter(),work.shards[i],None
+    began = time.perf_counter()
+    shard,fisher = work.shards[i],None
     batches = shard_batches(shard, work.model, work.size, work.bs, work.num_workers)
     if (first_batch := next(batches, None)) is not None:
-        fisher = estimate_fisher(work.model, chain([first_batch], batches), **work.settings, first=i<<32,
+        fisher = estimate_fisher(work.model, chain([first_batch], batches), **work.settings, image_offset=i<<32,
                                  progress=False, provenance=work.about)
-        fisher.provenance.pop('first', None)
+        fisher.provenance.pop('first', None)                         # of one shard, not of the sum
     work.sums.add(i, fisher)
     if work.quiet: return
     n_images = fisher.n_images if fisher else 0
     print(f'shard {i}, {shard}: {n_images} pictures, {time.perf_counter()-began:.1f} s', flush=True)
 
 # %% ../../nbs/fisher/shards.ipynb #5d7bef8c
-def _write_json(file, o):
-    part = file.with_name(f'{file.name}.part')
-    part.write_text(json.dumps(o, indent=1), encoding='utf-8')
-    os.replace(part, file)
-def _give_up(work, i, e, trace):
-    "Note why a shard failed"
+def _record_failure(work, i, e, trace):
+    "Write a file that says why a shard failed"
     lines = str(e).strip().splitlines() or ['']
-    _write_json(work.error_file(i), dict(said=f'{type(e).__name__}: {lines[0]}', traceback=trace))
+    about = dict(said=f'{type(e).__name__}: {lines[0]}', traceback=trace)
+    write_text(work.error_file(i), json.dumps(about, indent=1))
 
 # %% ../../nbs/fisher/shards.ipynb #e21fae4f
 def _mismatch(was, now):
-    "How two estimates differ, in words; empty if they do not"
+    "How two estimates differ, in words; '' if they do not"
     for k in ('kind','n_samples','mass','seed','size','weights_sha256'):
         if was.get(k)!=now[k]: return f"{k} {was.get(k)}, not {now[k]}"
-    a,b = was.get('shards', []),now['shards']
-    if len(a)!=len(b): return f"{len(a)} shards, not {len(b)}"
-    return next((f"shard {i} is {x}, not {y}" for i,(x,y) in enumerate(zip(a, b)) if x!=y), '')
+    old,new = was.get('shards', []),now['shards']
+    if len(old)!=len(new): return f"{len(old)} shards, not {len(new)}"
+    return next((f"shard {i} is {x}, not {y}" for i,(x,y) in enumerate(zip(old, new)) if x!=y), '')
 
 # %% ../../nbs/fisher/shards.ipynb #598cf388
 def _check_folder(work):
-    "Note in a new folder which estimate it is for; `ValueError` if it is for another one"
+    "Record in a new folder which estimate it is for. Raises `ValueError` if it is for another one"
     about = dict(size=work.size, weights_sha256=weights_sha256(work.model), shards=[str(o) for o in work.shards])
     now = work.settings | about
     if work.folder.is_file(): raise ValueError(f"out: {work.folder} is a file; name a folder")
     work.folder.mkdir(parents=True, exist_ok=True)
     file = work.folder/'estimate.json'
     with FileLock(work.folder/'estimate.lock'):
-        if not file.exists(): _write_json(file, now)
+        if not file.exists(): write_text(file, json.dumps(now, indent=1))
         try: was = json.loads(file.read_text(encoding='utf-8'))
         except ValueError as e:
-            raise ValueError(f"{file} cannot be read ({e}): remove the folder, or name another one") from e
+            raise ValueError(f"{file} is not valid JSON ({e}): remove the folder, or name another one") from e
     if differs := _mismatch(was, now):
-        raise ValueError(f"{work.folder} belongs to another estimate: {differs}. Remove it, or name another folder.")
+        raise ValueError(f"{work.folder} is for another estimate, with {differs}. Remove it, or name another folder.")
 
 # %% ../../nbs/fisher/shards.ipynb #ad764f41
 def _attempt(work, i):
-    "Do a shard, again if it fails, and give it up in the end"
+    "Estimate a shard, again if it fails, and record the failure of the last attempt"
     for k in range(work.retries+1):
         try: return _do_shard(work, i)
         except Exception as e:
             if getattr(e, 'errno', None)==errno.ENOSPC: raise
             tried = f'attempt {k+1} of {work.retries+1}'
             print(f'shard {i}, {work.shards[i]}, {tried}: {type(e).__name__}: {e}', flush=True)
-            if k==work.retries: _give_up(work, i, e, traceback.format_exc())
+            if k==work.retries: _record_failure(work, i, e, traceback.format_exc())
 
 # %% ../../nbs/fisher/shards.ipynb #bd0105d7
-def _take_part(work):
-    "Do shards that no other worker is at until none is left, also those of workers that die"
+def _work_through(work):
+    "Estimate shards that no other worker has locked, until none is left; also those of workers that died"
     while todo := work.todo():
         for i in todo:
-            with _claimed(work.sums, i) as mine:
-                if not mine: continue
+            with _claimed(work.sums, i) as is_locked:
+                if not is_locked: continue
                 if i in work.todo(): _attempt(work, i)              # another worker may have done it in between
                 break
         else: time.sleep(0.3)
 
 # %% ../../nbs/fisher/shards.ipynb #8fc8cb78
-def _for_others(work):
-    "With the network in main memory; `ValueError` for classes that other processes cannot import"
-    local = [type(o).__name__ for o in (*work.model.modules(), *work.shards) if type(o).__module__=='__main__']
+def _portable(work):
+    "A copy with the network in main memory. Raises `ValueError` for classes that other processes cannot import"
+    classes = [type(o) for o in (*work.model.modules(), *work.shards)]
+    local = [cls.__name__ for cls in classes if cls.__module__=='__main__']
     if local:
-        raise ValueError(f"jobs: other processes cannot import {local[0]}, defined in this notebook or script. "
-                         "Put it in a module, or use jobs=1.")
+        raise ValueError(f"jobs: other processes cannot import {local[0]}, which is defined in this notebook or "
+                         "script. Move it to a module, or use jobs=1.")
     return replace(work, model=copy.deepcopy(work.model).cpu())
 
 # %% ../../nbs/fisher/shards.ipynb #8c2c1bb5
-def _help(task):
-    "What a helper does with its task, the work and a device"
+def _run_worker(task):
+    "What a further process does with its task, a pair of the work and a device"
     work,device = task
     if device.type=='cuda': torch.cuda.set_device(device)
     work.model.to(device)
-    _take_part(work)
+    _work_through(work)
 
 # %% ../../nbs/fisher/shards.ipynb #ee972c1b
 def _devices(model, jobs):
-    "A device for each process, the first for this one"
+    "A device for each process; the first one is for this process"
     own = next(model.parameters()).device
     if own.type!='cuda': return [own]*jobs
     n = torch.cuda.device_count()
     return [torch.device('cuda', ((own.index or 0)+i)%n) for i in range(jobs)]
 
 # %% ../../nbs/fisher/shards.ipynb #7354b64b
-def _side_by_side(work, jobs):
-    "Work with `jobs` processes, this one among them"
+def _by_processes(work, jobs):
+    "Estimate the shards with `jobs` processes, of which this is one"
     others = _devices(work.model, jobs)[1:]
-    sent = _for_others(work) if others else None                       # one copy of the network for all
-    with worker_processes('fgvc_fisher.fisher.shards:_help', [(sent, o) for o in others], 'shards'): _take_part(work)
+    sent = _portable(work) if others else None                         # one copy of the network for all
+    tasks = [(sent, device) for device in others]
+    with worker_processes('fgvc_fisher.fisher.shards:_run_worker', tasks, 'shards'): _work_through(work)
 
 # %% ../../nbs/fisher/shards.ipynb #a5480c26
 def _ray_shard(work, i, gpu, threads):
+    "The task of Ray: estimate one shard. Raises `FileNotFoundError` if this machine does not see the folder"
     if not (work.folder/'estimate.json').exists():
-        raise FileNotFoundError(f"{work.folder} is not visible from here: it must be on a disk that all machines share")
+        raise FileNotFoundError(f"a machine of the Ray cluster does not see the folder {work.folder}: "
+                                "it must be on a disk that all machines share")
     torch.set_num_threads(threads)
     work = replace(work, model=copy.deepcopy(work.model).to('cuda' if gpu else 'cpu'))
     with _claimed(work.sums, i, timeout=-1):
@@ -456,10 +479,11 @@ def _ray_shard(work, i, gpu, threads):
 # %% ../../nbs/fisher/shards.ipynb #e9388003
 @contextmanager
 def _ray(address):
-    "Ray, as this process is connected to it already, or else connected or started while the block runs"
+    "Yields the module `ray`, connected to a cluster; what is connected or started here is shut down at the end"
     ray = _needs('ray', 'cluster')
     started = not ray.is_initialized()
-    local = {} if address else dict(include_dashboard=False, runtime_env=dict(env_vars=dict(PYTHONPATH=python_path())))
+    environment = dict(env_vars=dict(PYTHONPATH=python_path()))
+    local = {} if address else dict(include_dashboard=False, runtime_env=environment)
     if started: ray.init(address or 'local', log_to_driver=False, logging_level='error', **local)
     try: yield ray
     finally:
@@ -467,7 +491,7 @@ def _ray(address):
 
 # %% ../../nbs/fisher/shards.ipynb #5b45a658
 def _by_ray(work, address, cpus, gpus):
-    "Do the shards as tasks of Ray"
+    "Estimate the shards as tasks of Ray"
     if not work.todo(): return
     if gpus is None: gpus = float(next(work.model.parameters()).is_cuda)
     with _ray(address) as ray:
@@ -478,66 +502,68 @@ def _by_ray(work, address, cpus, gpus):
             tasks = {i: start(sent, i, gpus>0, cpus) for i in todo}
             for i,task in tasks.items():
                 try: ray.get(task)
-                except Exception as e: _give_up(work, i, getattr(e, 'cause', None) or e, str(e))
+                except Exception as e: _record_failure(work, i, getattr(e, 'cause', None) or e, str(e))
 
 # %% ../../nbs/fisher/shards.ipynb #df424665
 def _check_call(shards, jobs, engine, retries, bs, address, cpus, gpus):
-    "`ValueError` for invalid arguments"
+    "Raises `ValueError` for invalid arguments"
     if int(os.environ.get('WORLD_SIZE', 1))>1:
-        raise ValueError("start this once, without torchrun or accelerate launch: jobs= starts further processes")
-    if not shards: raise ValueError("there are no shards to do")
+        raise ValueError("start shard_fisher once, without torchrun or accelerate launch: jobs= starts more processes")
+    if not shards: raise ValueError("there are no shards: name at least one file")
     if engine not in ('processes','ray'): raise ValueError(f"engine {engine!r}: choose 'processes' or 'ray'")
-    for k,v,low in (('jobs',jobs,1), ('retries',retries,0), ('bs',bs,1), ('cpus',cpus,1)):
-        if isinstance(v, bool) or not isinstance(v, int) or v<low:
-            raise ValueError(f"{k}={v!r}: a whole number from {low} on")
+    for name,n,low in (('jobs',jobs,1), ('retries',retries,0), ('bs',bs,1), ('cpus',cpus,1)):
+        if isinstance(n, bool) or not isinstance(n, int) or n<low:
+            raise ValueError(f"{name}={n!r}: choose an integer of at least {low}")
     if engine=='ray' and jobs>1:
-        raise ValueError(f"jobs={jobs} is for engine='processes'; with Ray, cpus= and gpus= say what one shard needs")
-    if engine!='ray' and (address or gpus is not None): raise ValueError("address and gpus are for engine='ray'")
+        raise ValueError(f"jobs={jobs} is for engine='processes'; with Ray, set cpus= and gpus= of one shard")
+    if engine!='ray' and (address or gpus is not None):
+        raise ValueError("address and gpus are for engine='ray': leave them out, or choose that engine")
 
 # %% ../../nbs/fisher/shards.ipynb #f73d2b57
 def _result(work):
-    "The sum over all shards; `RuntimeError` that names one that is missing, and why"
+    "The sum over all shards. Raises `RuntimeError` that names one that is missing, and why"
     total,covered = work.sums.total()
     n = len(work.shards)
     if missing := [i for i in range(n) if i not in covered]:
-        i,file = missing[0],work.error_file(missing[0])
-        why = json.loads(file.read_text(encoding='utf-8'))['said'] if file.exists() else 'the file with it was damaged'
+        i = missing[0]
+        why,file = 'the file with its sum was damaged',work.error_file(i)
+        if file.exists(): why = json.loads(file.read_text(encoding='utf-8'))['said']
         raise RuntimeError(f"{len(missing)} of {n} shards failed; shard {i}, {work.shards[i]}: {why}. "
-                           f"The others are kept in {work.folder}: the same call does the rest.")
-    if total is None: raise ValueError(f"none of the {n} shards has a picture")
+                           f"The others are stored in {work.folder}: the same call will estimate the rest.")
+    if total is None: raise ValueError(f"none of the {n} shards has a picture: check that they are the right files")
     return total
 
 # %% ../../nbs/fisher/shards.ipynb #512a7cfd
 def shard_fisher(
     model:nn.Module, # A classifier with the head it was pretrained with, as in `estimate_fisher`
     shards:Iterable, # From `tar_shards` or `stream_shards`
-    out:str|Path, # Folder of the running sums, from which a later call resumes
+    out:str|Path, # Folder for the running sums, from which a later call resumes
     kind:str='sampled', # 'sampled', 'empirical' (needs labels) or 'exact'
     n_samples:int=1, # Labels drawn for each picture, for kind 'sampled'
     mass:float=1., # Probability to cover, most probable classes first, for kind 'exact'
     seed:int=0, # Fixes the drawn labels
     size:int|None=None, # Side of the pictures in pixels; default: as in pretraining
-    bs:int=32, # Pictures a batch
+    bs:int=32, # Batch size
     jobs:int=1, # Processes of this machine, each on a GPU of its own if there are several
-    engine:str='processes', # Or 'ray'
-    retries:int=2, # How often a shard that fails is done again
-    address:str|None=None, # Of the Ray cluster: 'auto' for the one this machine belongs to; default: this machine alone
-    cpus:int=1, # Processors for a shard, with Ray
-    gpus:float|None=None, # GPUs for a shard, with Ray; default: one, if the model is on a GPU
-    provenance:dict|None=None, # More to note down: which pictures, their licence, ...
-    quiet:bool=False, # Print no line for a shard?
+    engine:str='processes', # 'processes' or 'ray'
+    retries:int=2, # How often a shard that fails is tried again
+    address:str|None=None, # Address of the Ray cluster; 'auto': the one of this machine; default: only this machine
+    cpus:int=1, # CPU cores per shard, with Ray
+    gpus:float|None=None, # GPUs per shard, with Ray; default: one if the model is on a GPU
+    provenance:dict|None=None, # More entries for the header: which pictures, their licence, ...
+    quiet:bool=False, # Print nothing for each shard?
 )->DiagFisher: # The mean over the pictures of all shards, on the CPU
     """The diagonal Fisher information over shards. Raises `ValueError` for invalid arguments and for a folder of
-    another estimate; `RuntimeError` that names a shard that failed, when all others are done."""
+    another estimate; `RuntimeError` that names a shard that failed, after all others are done."""
     shards,out = list(shards),Path(out).absolute()
-    check_settings(kind, n_samples, mass, None, None)
+    LabelPlan(kind, seed, n_samples, mass)                              # raises ValueError before anything is read
     _check_call(shards, jobs, engine, retries, bs, address, cpus, gpus)
     workers = cpus if engine=='ray' else max(1, (os.cpu_count() or 1)//jobs)
     settings = dict(kind=kind, n_samples=n_samples, mass=mass, seed=seed)
     size = size or picture_stats(model)['size']
     work = _Work(model, shards, out, settings, size, bs, workers, retries, provenance or {}, quiet)
     _check_folder(work)
-    for o in out.glob('*.error'): o.unlink(missing_ok=True)
+    for failure in out.glob('*.error'): failure.unlink(missing_ok=True)
     if engine=='ray': _by_ray(work, address, cpus, gpus)
-    else: _side_by_side(work, jobs)
+    else: _by_processes(work, jobs)
     return _result(work)
