@@ -5,7 +5,8 @@ from datetime import datetime, timezone
 from types import SimpleNamespace
 import numpy as np, pytest, torch
 from PIL import Image
-from fgvc_fisher.explore import classifier, fisher as fisher_panel, live, panels, penalty as penalty_panel, published, training as training_panel
+from fgvc_fisher.explore import classifier as classifier_panel, fisher as fisher_panel, live, panels
+from fgvc_fisher.explore import penalty as penalty_panel, published, training as training_panel
 from fgvc_fisher.explore.compromise import MEASURED, read_compromise
 from fgvc_fisher.data import read_aircraft
 from fgvc_fisher.experiment import Run, draw_task
@@ -359,7 +360,7 @@ def test_try_run_names_what_is_missing(tmp_path):
     with pytest.raises(FileNotFoundError, match='result.json'): try_run(tmp_path)
 
 def test_a_long_label_does_not_break_the_bars():
-    assert len(classifier._short('x'*500))==44 and classifier._short('short')=='short'
+    assert len(classifier_panel._short('x'*500))==44 and classifier_panel._short('short')=='short'
 
 def test_classifier_without_examples(compromise, run, home, says_which):
     p = try_run(home/'runs'/run.id, examples=[])
@@ -368,6 +369,6 @@ def test_classifier_without_examples(compromise, run, home, says_which):
     assert says_which(p.wait())
 
 def test_dollars_in_a_label_are_no_mathematics():
-    view = classifier._ClassifierView(SimpleNamespace(source=None))
+    view = classifier_panel._ClassifierView(SimpleNamespace(source=None))
     view._bars(view.variants.axes, [r'$\frac$', '$'], [np.array([0.6,0.4])], ['k'], 'title')
     view.variants.show()
