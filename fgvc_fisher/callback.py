@@ -1,4 +1,4 @@
-"""`L2SPFisherCallback`: the penalty in a fastai training loop
+"""`L2SPFisherCallback`: the penalty in fastai's training loop
 
 Docs: https://fgvc-fisher.github.io/fgvc_fisher/callback.html.md"""
 
@@ -19,145 +19,137 @@ from .penalty.quadratic import QuadraticPenalty, find_new, check_coefficients
 
 # %% ../nbs/callback.ipynb #a7580058
 class RecorderColumns(Callback):
-    "A callback with columns in the recorder's table: `columns()` gives a function for each name."
-    order,run_valid,not_pickled = MixedPrecision.order+0.5,False,()
+    "A callback with columns in the recorder's table: `columns()` returns a function for each column name."
+    order,run_valid = MixedPrecision.order+0.5,False
+    not_pickled = ()                                          # names of the attributes that stay out of a pickle
     def __getstate__(self): return {k: v for k,v in self.__dict__.items() if k not in self.not_pickled}
-
-# %% ../nbs/callback.ipynb #f6720409
-@patch
-def before_fit(self:RecorderColumns):
-    "Add the columns, if this is a training. Raises `ValueError` if this callback came out of a file."
-    if self.learn.lock.locked(): return
-    if lost := [o for o in self.not_pickled if o not in vars(self)]:
-        raise ValueError(f"this {type(self).__name__} was pickled or copied, without its {', '.join(lost)}: make a new one")
-    self.begin()
-    self._remove()                                                # a training that was interrupted has left its own
-    self.learn.metrics = self.learn.metrics + [ValueMetric(f, n) for n,f in self.columns().items()]
-
-# %% ../nbs/callback.ipynb #c7d68d86
-@patch
-def begin(self:RecorderColumns): "What there is to do when a training begins."
-
-# %% ../nbs/callback.ipynb #fd78280c
-@patch
-def _remove(self:RecorderColumns): self.learn.metrics = [o for o in self.learn.metrics if o.name not in self.columns()]
-
-# %% ../nbs/callback.ipynb #f034bdec
-@patch
-def after_fit(self:RecorderColumns):
-    "Take the columns away."
-    if not self.learn.lock.locked(): self._remove()
+    def _remove_columns(self):
+        self.learn.metrics = [m for m in self.learn.metrics if m.name not in self.columns()]
+    def begin(self):
+        "Called when a training begins."
+    def before_fit(self):
+        "Add the columns if this is a training. Raises `ValueError` if this callback has been pickled."
+        if self.learn.lock.locked(): return
+        if missing := [name for name in self.not_pickled if name not in vars(self)]:
+            raise ValueError(f"this {type(self).__name__} was pickled or copied without its {', '.join(missing)}: "
+                             "make a new one")
+        self.begin()
+        self._remove_columns()                                # those of a training that was interrupted
+        self.learn.metrics = self.learn.metrics + [ValueMetric(f, n) for n,f in self.columns().items()]
+    def after_fit(self):
+        "Remove the columns."
+        if not self.learn.lock.locked(): self._remove_columns()
 
 # %% ../nbs/callback.ipynb #5b282f17
-BETA = 10. # For a Fisher as `estimate_fisher` makes it, and rates about 0.02
+BETA = 10. # For a Fisher from `estimate_fisher`, and learning rates around 0.02
 
 # %% ../nbs/callback.ipynb #29ce2d75
 def _default_beta(fisher, normalize):
-    "What holds where no beta is given"
+    "The beta to use if none is given; `ValueError` for a normalised Fisher"
     if fisher is None: return 0.
-    if normalize: raise ValueError("normalize=True: beta then counts in means of the Fisher, which differ from model to model; give beta")
+    if normalize:
+        raise ValueError("normalize=True needs a beta: there is no default for a Fisher that is divided by its mean")
     return BETA
 
 # %% ../nbs/callback.ipynb #f0acfa8a
 class L2SPFisherCallback(RecorderColumns):
-    """Hold a fine-tuned model to its pretrained parameters, each as firmly as its Fisher information says.
-    Raises `ValueError` for what cannot be meant: at once for numbers, at the start of training for a Fisher of another model."""
+    """Pull each parameter to its pretrained value in proportion to its Fisher information. Raises `ValueError` for
+    invalid arguments: at once for numbers, at the start of training for a Fisher of another model."""
     not_pickled = ('fisher','anchor','penalty')
     def __init__(self,
         alpha:float=0., # Coefficient of the L2 term
-        beta:float|None=None, # Coefficient of the Fisher term, over the shared parameters; None: `BETA` with a Fisher, 0 without
+        beta:float|None=None, # Coefficient of the Fisher term, over shared parameters; None: `BETA`, without Fisher 0
         fisher=None, # Fisher information of the source model, parameter name -> tensor: a `DiagFisher`
-        l2sp:float=0., # Coefficient of the plain L2-SP term, over the shared parameters
+        l2sp:float=0., # Coefficient of the plain L2-SP term, over shared parameters
         step:str='prox', # 'prox', stable at every beta, or 'grad', the paper's explicit step
         anchor=None, # theta0, parameter name -> tensor; None: the parameters at the start of the first fit
-        new=None, # Names of the new parameters or modules; None: what the Fisher or the anchor does not have; without either, none
-        freeze_bn:bool=False, # Normalise by the source's BatchNorm statistics, and leave them as they are?
-        alpha_on='all', # Who is under alpha: 'all', 'weights', 'new', 'published', or a function `(name, parameter) -> bool`
-        beta_on='all', # Which of the shared are under beta and l2sp: 'all', 'weights', 'published', or a function
+        new=None, # Names of new parameters or modules; None: those that Fisher or anchor lack, without either none
+        freeze_bn:bool=False, # Normalise by the source's BatchNorm statistics, and keep them?
+        alpha_on='all', # Parameters under alpha: 'all', 'weights', 'new', 'published' or `(name, parameter) -> bool`
+        beta_on='all', # Shared parameters under beta and l2sp: 'all', 'weights', 'published' or a function
         normalize:bool=False, # Divide F by its mean, so that one range of beta fits all models?
-        dtype=None, # How anchor and Fisher are kept, see `QuadraticPenalty`
-        device=None, # Where they are kept; 'cpu' saves a small card's memory, and costs a transfer a step
+        dtype=None, # Of the stored anchor and Fisher, see `QuadraticPenalty`
+        device=None, # Where they are stored; 'cpu' saves GPU memory and costs a transfer a step
     ):
-        if step not in ('prox','grad'): raise ValueError(f"step {step!r}: choose 'prox' or 'grad'")
+        if step not in ('prox','grad'): raise ValueError(f"step={step!r}: choose 'prox' or 'grad'")
         if beta is None: beta = _default_beta(fisher, normalize)
         check_coefficients(fisher, alpha=alpha, beta=beta, l2sp=l2sp)
-        self.fisher,self.anchor,self.step,self.new,self.freeze_bn,self.penalty = fisher,anchor,step,new,freeze_bn,None
-        self.kw = dict(alpha=alpha, beta=beta, l2sp=l2sp, alpha_on=alpha_on, beta_on=beta_on, normalize=normalize, dtype=dtype, device=device)
-
-# %% ../nbs/callback.ipynb #4183ac4c
-def _new_parameters(model, anchor, fisher, new):
-    "The names of the new parameters: as told, or what the anchor and the Fisher do not have"
-    if new is not None: return new
-    return list(dict.fromkeys(n for o in (anchor, fisher) if o is not None for n in find_new(model, o)))
-
-# %% ../nbs/callback.ipynb #f145958f
-@patch
-def _make(self:L2SPFisherCallback, model):
-    "The penalty of this model"
-    return QuadraticPenalty(model, self.anchor, self.fisher, new=_new_parameters(model, self.anchor, self.fisher, self.new), **self.kw)
+        self.fisher,self.anchor,self.new,self.penalty = fisher,anchor,new,None
+        self.step,self.freeze_bn = step,freeze_bn
+        self.kw = dict(alpha=alpha, beta=beta, l2sp=l2sp, alpha_on=alpha_on, beta_on=beta_on,
+                       normalize=normalize, dtype=dtype, device=device)
+    def _make_penalty(self, model):
+        sources = [source for source in (self.anchor, self.fisher) if source is not None]
+        new = self.new
+        if new is None: new = list(dict.fromkeys(n for source in sources for n in find_new(model, source)))
+        return QuadraticPenalty(model, self.anchor, self.fisher, new=new, **self.kw)
 
 # %% ../nbs/callback.ipynb #5fb7254f
 @patch
 def table(self:L2SPFisherCallback,
-    model:nn.Module|None=None, # The model to be tuned, before the first training
-): # A row a parameter, see `QuadraticPenalty.table`
-    "Who is under what, how far it has moved and what that costs. Raises `ValueError` before the first training without a model."
-    if self.penalty is None and model is None: raise ValueError("there is no penalty before the first training: pass the model, table(learn.model)")
-    return (self.penalty or self._make(model)).table()
+    model:nn.Module|None=None, # The model to be fine-tuned; needed before the first training
+): # A row per parameter, see `QuadraticPenalty.table`
+    "Terms, distance and cost of each parameter. Raises `ValueError` before the first training if there is no `model`."
+    if self.penalty is None and model is None:
+        raise ValueError("there is no penalty before the first training: pass the model, table(learn.model)")
+    return (self.penalty or self._make_penalty(model)).table()
 
 # %% ../nbs/callback.ipynb #80522dd0
 @patch
 def begin(self:L2SPFisherCallback):
-    "Make the penalty, at the first training. Raises `ValueError` if that starts in the middle and has no anchor."
+    "Make the penalty at the first training. Raises `ValueError` if it starts at a later epoch without an anchor."
     if self.penalty is not None: return
-    if self.anchor is None and any(isinstance(o, SkipToEpoch) for o in self.learn.cbs):
-        raise ValueError("training goes on from a later epoch, and its parameters are no anchor: pass anchor=dict(source_model.named_parameters())")
-    self.penalty,self.warned = self._make(self.learn.model),False
+    if self.anchor is None and any(isinstance(cb, SkipToEpoch) for cb in self.learn.cbs):
+        raise ValueError("training resumes at a later epoch, so the current parameters cannot serve as the anchor: "
+                         "pass anchor=dict(source_model.named_parameters())")
+    self.penalty = self._make_penalty(self.learn.model)
+    self.warned = False
     if not rank_distrib(): print('L2SPFisherCallback:', self.penalty.summary())
 
 # %% ../nbs/callback.ipynb #87e55e23
 @patch(as_prop=True)
 def rates(self:L2SPFisherCallback)->dict: # Parameter name -> learning rate
-    "The current learning rate of every parameter that the optimizer knows."
+    "The current learning rate of every parameter that the optimizer has."
     opt = self.learn.opt
-    rate = {id(p): hyper['lr'] for group,hyper in zip(opt.param_lists, opt.hypers) for p in group}
-    return {n: rate[id(p)] for n,p in self.penalty.params.items() if id(p) in rate}
+    by_id = {id(p): hyper['lr'] for group,hyper in zip(opt.param_lists, opt.hypers) for p in group}
+    return {n: by_id[id(p)] for n,p in self.penalty.params.items() if id(p) in by_id}
 
 # %% ../nbs/callback.ipynb #ef9e6fa2
 @patch
 def before_step(self:L2SPFisherCallback):
-    "Add the penalty's gradient, if the step is explicit, and warn once where that cannot go well."
+    "With the explicit step, add the penalty's gradient, and warn once if it diverges."
     self.skipped = False
     if self.step!='grad': return
     factor,name = (0., None) if self.warned else self.penalty.stiffest(self.rates)
     if factor>2:
         self.warned = True
-        warnings.warn(f"the explicit step diverges: 2 * lr * (beta * max(F) + l2sp + alpha) = {factor:.3g} for {name}, "
-                      "and 2 is the limit; step='prox' has none")
+        warnings.warn(f"the explicit step diverges: 2 * lr * (beta * max(F) + l2sp + alpha) is {factor:.3g} "
+                      f"for {name}, and the limit is 2; step='prox' has no limit")
     self.penalty.add_grad_()
 
 # %% ../nbs/callback.ipynb #24bdf851
 @patch
 def after_cancel_step(self:L2SPFisherCallback):
-    "Remember that there was no step."
+    "Remember that the optimizer's step was skipped."
     self.skipped = True
 
 # %% ../nbs/callback.ipynb #ce82d64e
 @patch
 def after_step(self:L2SPFisherCallback):
-    "Take the proximal step, if there was a step."
+    "Take the proximal step, unless the optimizer's step was skipped."
     if self.step=='prox' and not self.skipped: self.penalty.prox_(self.rates)
 
 # %% ../nbs/callback.ipynb #78ce8663
 @patch
-def columns(self:L2SPFisherCallback)->dict: # Name -> function
-    "The penalty, its ratio to the training loss and the distance to theta0, at an epoch's end."
+def columns(self:L2SPFisherCallback)->dict: # Column name -> function
+    "The penalty, its ratio to the training loss and the distance to theta0, at the end of an epoch."
     def penalty(): return self.penalty.value().item()
-    return dict(penalty=penalty, penalty_to_loss=lambda: penalty()/self.learn.smooth_loss.item(), distance=lambda: self.penalty.distance())
+    def penalty_to_loss(): return penalty()/self.learn.smooth_loss.item()
+    return dict(penalty=penalty, penalty_to_loss=penalty_to_loss, distance=lambda: self.penalty.distance())
 
 # %% ../nbs/callback.ipynb #3ad0acae
 @patch
 def before_train(self:L2SPFisherCallback):
-    "Put BatchNorm into evaluation mode, with `freeze_bn`."
+    "With `freeze_bn`, put BatchNorm into evaluation mode."
     for m in self.learn.model.modules():
         if self.freeze_bn and isinstance(m, nn.modules.batchnorm._BatchNorm): m.eval()

@@ -1,4 +1,4 @@
-"""What a fine-tuned model still knows: its accuracy on the source's pictures, with the source's head put back
+"""What a fine-tuned model still knows: its accuracy on the source's pictures, with the source's head
 
 Docs: https://fgvc-fisher.github.io/fgvc_fisher/retention.html.md"""
 
@@ -12,7 +12,6 @@ import copy
 from functools import partial
 import pandas as pd, torch
 from torch import nn
-from fastcore.basics import patch
 from fastai.torch_core import get_model, no_random
 from .callback import RecorderColumns
 from .data.tables import pick_split
@@ -22,23 +21,27 @@ from .learner import head_name
 def with_source_head(
     model:nn.Module, # The fine-tuned model
     source:nn.Module, # The source model
-    norm:str='target', # BatchNorm's statistics: the 'target''s, as tuned, or the 'source''s, put back
+    norm:str='target', # BatchNorm's statistics: 'target' for those of `model`, 'source' to restore the source's
 )->nn.Module: # A new model with the source's outputs, in evaluation mode
-    "The tuned model with the head of its source."
-    whole,tuned = copy.deepcopy(source).eval(),model.state_dict()
-    own,head = whole.state_dict(),f'{head_name(source)}.'
-    kept = {k for k in own if k.startswith(head)} | ({n for n,_ in source.named_buffers()} if norm=='source' else set())
-    whole.load_state_dict({k: tuned[k] if k in tuned and tuned[k].shape==v.shape and k not in kept else v for k,v in own.items()})
-    return whole.to(next(model.parameters()).device)
+    "The fine-tuned model with the head of its source."
+    combined = copy.deepcopy(source).eval()
+    own,tuned = combined.state_dict(),model.state_dict()
+    head = f'{head_name(source)}.'
+    from_source = {k for k in own if k.startswith(head)}
+    if norm=='source': from_source |= {n for n,_ in source.named_buffers()}
+    def is_tuned(k): return k not in from_source and k in tuned and tuned[k].shape==own[k].shape
+    combined.load_state_dict({k: tuned[k] if is_tuned(k) else v for k,v in own.items()})
+    return combined.to(next(model.parameters()).device)
 
 # %% ../nbs/retention.ipynb #c958a3e8
 @torch.no_grad()
 def accuracy_on(
-    model:nn.Module, # A classifier, on any device
-    dl, # Batches (x, y): images as it expects them, class numbers
+    model:nn.Module, # A classifier, on any device; put into evaluation mode
+    dl, # Batches (x, y): images as the model expects them, class numbers
 )->float: # From 0 to 1
-    "The share of pictures whose most probable class is right, in evaluation mode."
-    device,right,n = next(model.parameters()).device,0,0
+    "The share of pictures whose most probable class is the right one."
+    device = next(model.parameters()).device
+    right,n = 0,0
     for x,y in dl:
         right += (model.eval()(x.to(device)).argmax(-1)==y.to(device)).sum().item()
         n += len(y)
@@ -49,41 +52,40 @@ def retention(
     model:nn.Module, # The fine-tuned model
     source:nn.Module, # The source model
     dl, # Source pictures, batches (x, y), as the source model expects them
-    tuned_dl=None, # The same pictures as the tuned model expects them, where it was tuned with another normalisation; None: the same
-)->dict: # Accuracy with BatchNorm's statistics of the 'target' and of the 'source'
-    "How much of the source a fine-tuned model still knows. Each set of statistics sees pictures normalised as those that it was gathered from."
+    tuned_dl=None, # The same pictures with the normalisation of the fine-tuning; None: the same as `dl`
+)->dict: # Accuracy from 0 to 1, with BatchNorm's statistics of the 'target' and of the 'source'
+    "What a fine-tuned model still knows of its source. Each set of statistics gets pictures in its own normalisation."
     pictures = dict(target=dl if tuned_dl is None else tuned_dl, source=dl)
     return {norm: accuracy_on(with_source_head(model, source, norm), pictures[norm]) for norm in pictures}
 
 # %% ../nbs/retention.ipynb #8d9c68ea
 class Retention(RecorderColumns):
-    "Columns `retention_target_bn` and `retention_source_bn`: what the model still knows of its source."
+    "Adds the columns `retention_target_bn` and `retention_source_bn`: what the model still knows of its source."
     not_pickled = ('source','pictures')
     def __init__(self,
-        source:nn.Module, # The source model; stays as it is
-        pictures, # Source pictures that the Fisher has not seen, batches (x, y)
+        source:nn.Module, # The source model, which is not changed
+        pictures, # Source pictures that the Fisher was not estimated on, batches (x, y)
     ):
         self.source,self.pictures = source,pictures
-
-# %% ../nbs/retention.ipynb #879c9d2c
-@patch
-def columns(self:Retention)->dict: # Name -> function
-    "The two retentions, measured when asked for."
-    def measure(norm):
-        with no_random(): return accuracy_on(with_source_head(get_model(self.learn.model), self.source, norm), self.pictures)
-    return {f'retention_{norm}_bn': partial(measure, norm) for norm in ('target','source')}
+    def columns(self)->dict: # Column name -> function
+        "Functions that measure the two retentions."
+        def measure(norm):
+            with no_random():
+                combined = with_source_head(get_model(self.learn.model), self.source, norm)
+                return accuracy_on(combined, self.pictures)
+        return {f'retention_{norm}_bn': partial(measure, norm) for norm in ('target','source')}
 
 # %% ../nbs/retention.ipynb #bc687c04
 def halves(
     table:pd.DataFrame, # From `read_pictures`
 )->tuple: # Two tables: for the Fisher, for the retention
-    "Every other picture: one half to estimate the Fisher on, the other to measure retention."
+    "Every other picture to estimate the Fisher, the others to measure retention."
     return table[::2].reset_index(drop=True), table[1::2].reset_index(drop=True)
 
 # %% ../nbs/retention.ipynb #32e303e2
 def source_parts(
     table:pd.DataFrame, # From `read_pictures`
 )->tuple: # Two tables: for the Fisher, for the retention
-    "The splits 'train' and 'val', where the table has both; else its `halves`."
+    "The splits 'train' and 'val' if the table has both, otherwise its `halves`."
     if not {'train','val'} <= set(table.split): return halves(table)
-    return tuple(pick_split(table, o) for o in ('train','val'))
+    return tuple(pick_split(table, split) for split in ('train','val'))
