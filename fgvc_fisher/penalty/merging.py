@@ -1,4 +1,4 @@
-"""Every point between a source and its fine-tuned model, from one training: weighted by their Fishers, or straight
+"""Models between a source and its fine-tuned model, from a single training: averages weighted by their Fishers, or straight interpolation
 
 Docs: https://fgvc-fisher.github.io/fgvc_fisher/penalty/merging.html.md"""
 
@@ -17,59 +17,61 @@ from .quadratic import mismatched_parameters, find_new
 
 # %% ../../nbs/penalty/merging.ipynb #a06b4cd1
 def _shared(source, tuned):
-    "The names of the parameters that both models have; `ValueError` if they are no source and its fine-tuned model"
+    "The names of the parameters that both models have; `ValueError` if they are not a source and its fine-tuned model"
     new = find_new(tuned, dict(source.named_parameters()))
     return [n for n,_ in tuned.named_parameters() if n not in new]
 
 # %% ../../nbs/penalty/merging.ipynb #1edce9fc
-def _check_of(fisher, model, whose):
-    "`ValueError` if a Fisher is not this model's"
-    if wrong := mismatched_parameters(model, fisher):
-        raise ValueError(f"fisher_{whose} is not of the {whose} model: {shorten(', '.join(f'{k} {v}' for k,v in wrong), 300)}")
+def _check_of(fisher, model, name):
+    "`ValueError` if a Fisher does not belong to this model"
+    if wrong := [f'{n} {difference}' for n,difference in mismatched_parameters(model, fisher)]:
+        raise ValueError(f"fisher_{name} does not belong to the {name} model: {shorten(', '.join(wrong), 300)}")
 
 # %% ../../nbs/penalty/merging.ipynb #05ed1d20
 @torch.no_grad()
-def _blend(source, tuned, part):
-    "A copy of `tuned` whose shared parameters went `part(name, parameter)` of the way to the source's"
-    merged,theta0 = copy.deepcopy(tuned),dict(source.named_parameters())
-    params = dict(merged.named_parameters())
-    for n in _shared(source, tuned): params[n].lerp_(theta0[n].to(params[n]), part(n, params[n]))
+def _blend(source, tuned, fraction):
+    "A copy of `tuned` whose shared parameters have moved by `fraction(name, parameter)` of the way to the source's"
+    merged = copy.deepcopy(tuned)
+    theta0,params = dict(source.named_parameters()),dict(merged.named_parameters())
+    for n in _shared(source, tuned): params[n].lerp_(theta0[n].to(params[n]), fraction(n, params[n]))
     return merged
 
 # %% ../../nbs/penalty/merging.ipynb #ddf87b80
 @torch.no_grad()
 def _shrink(merged, fisher_source, fisher_target, beta, alpha, shared):
-    "Draw every parameter to zero, against what holds it"
+    "Move every parameter towards zero, the less the larger its Fishers"
     for n,p in merged.named_parameters():
-        held = fisher_target[n].to(p) + (beta*fisher_source[n].to(p) if n in shared else 0.)
-        p.mul_(held/(held+alpha))
+        curvature = fisher_target[n].to(p) + (beta*fisher_source[n].to(p) if n in shared else 0.)
+        p.mul_(curvature/(curvature+alpha))
 
 # %% ../../nbs/penalty/merging.ipynb #6e83588f
 def merge(
     source:nn.Module, # The source model
-    tuned:nn.Module, # The fine-tuned model, with a head of its own
+    tuned:nn.Module, # The fine-tuned model, with its own head
     fisher_source:Mapping, # Fisher of `source` on source pictures, parameter name -> tensor
     fisher_target:Mapping, # Fisher of `tuned` on target pictures
-    beta:float=1., # Weight of the source: 0 is `tuned`, a very large one the source
-    alpha:float=0., # Weight of zero, for every parameter, the head's too
-)->nn.Module: # A new model with `tuned`'s head
-    "Fisher-weighted average of two models. Raises `ValueError` for a Fisher of another model."
-    for name,v in dict(beta=beta, alpha=alpha).items():
-        if not (math.isfinite(v) and v>=0): raise ValueError(f"{name}={v}: a weight is a number from 0 on")
-    _check_of(fisher_source, source, 'source'); _check_of(fisher_target, tuned, 'target')
-    def part(name, p):
-        mine,other = fisher_target[name].to(p),beta*fisher_source[name].to(p)
-        return torch.where(other>0, other/(mine+other), 0.)
-    merged = _blend(source, tuned, part)
+    beta:float=1., # Weight of the source: 0 gives `tuned`, a very large one the source
+    alpha:float=0., # Weight of zero, for every parameter including the head's
+)->nn.Module: # A new model with the head of `tuned`
+    "Fisher-weighted average of two models. Raises `ValueError` for an invalid weight or a Fisher of another model."
+    for name,weight in dict(beta=beta, alpha=alpha).items():
+        if not (math.isfinite(weight) and weight>=0):
+            raise ValueError(f"{name}={weight}: a weight must be a finite number, 0 or larger")
+    _check_of(fisher_source, source, 'source')
+    _check_of(fisher_target, tuned, 'target')
+    def fraction(name, p):
+        ours,theirs = fisher_target[name].to(p),beta*fisher_source[name].to(p)
+        return torch.where(theirs>0, theirs/(ours+theirs), 0.)
+    merged = _blend(source, tuned, fraction)
     if alpha: _shrink(merged, fisher_source, fisher_target, beta, alpha, _shared(source, tuned))
     return merged
 
 # %% ../../nbs/penalty/merging.ipynb #b3d30a77
 def interpolate(
     source:nn.Module, # The source model
-    tuned:nn.Module, # The fine-tuned model, with a head of its own
-    t:float=0.5, # How far from the source, 0, to the tuned model, 1
-)->nn.Module: # A new model with `tuned`'s head
-    "Straight interpolation between source and fine-tuned model, as in WiSE-FT."
-    if not 0<=t<=1: raise ValueError(f"t={t}: choose between 0, the source, and 1, the tuned model")
+    tuned:nn.Module, # The fine-tuned model, with its own head
+    t:float=0.5, # Position between the source, 0, and the fine-tuned model, 1
+)->nn.Module: # A new model with the head of `tuned`
+    "Straight interpolation of two models, as in WiSE-FT. Raises `ValueError` for a `t` that is not from 0 to 1."
+    if not 0<=t<=1: raise ValueError(f"t={t}: choose between 0, the source, and 1, the fine-tuned model")
     return _blend(source, tuned, lambda name, p: 1-t)
