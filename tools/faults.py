@@ -19,7 +19,7 @@ class Fault(NamedTuple):
 
 FAULTS = {
     1: Fault('the proximal step takes the first group\'s rate for all', 'callback.py',
-             "rate = {id(p): hyper['lr'] for group", "rate = {id(p): opt.hypers[0]['lr'] for group", 'test_loops test_callback'),
+             "by_id = {id(p): hyper['lr'] for group", "by_id = {id(p): opt.hypers[0]['lr'] for group", 'test_loops test_callback'),
     2: Fault('a step that the gradient scaler skipped still pulls', 'callback.py',
              'self.skipped = True', 'self.skipped = False', 'test_loops'),
     3: Fault("the penalty's order puts it before unscaling", 'callback.py',
@@ -38,9 +38,9 @@ FAULTS = {
              '''    replace_file(self.checkpoint, lambda o: torch.save(state, o))
     write_text(self.folder/'curve.csv', self.curve().to_csv(index=False))''', 'test_runs'),
     8: Fault('a result file is written in place', 'distributed/files.py',
-             '''        write(part)
+             '''        write(temporary)
 ''', '''        if path.suffix!='.pt': return write(path)
-        write(part)
+        write(temporary)
 ''', 'test_runs test_live'),
     9: Fault('a resumed run reseeds from the run, not the epoch', 'experiment/run.py',
              "f'{self.seed}, epoch {self.epoch}'", "f'{self.seed}, epoch {self.epoch-self.start}'", 'test_runs test_live test_processes'),
@@ -53,7 +53,7 @@ FAULTS = {
     return tables''', '''    check_splits(*tables)
     return [pd.concat([tables[0], tables[1][:1]]), tables[1]]''', 'test_data test_tables'),
     13: Fault('retention uses the tuned head', 'retention.py',
-              'kept = {k for k in own if k.startswith(head)}', 'kept = set()', 'test_callback test_runs test_real'),
+              'from_source = {k for k in own if k.startswith(head)}', 'from_source = set()', 'test_callback test_runs test_real'),
     14: Fault('the published penalty forgets one block', 'experiment/paper.py',
               "if 'bn' in n: continue", "if 'bn' in n or n.startswith('features.7.'): continue", 'test_published'),
     15: Fault("a slider's picture does not follow", 'explore/panels.py',

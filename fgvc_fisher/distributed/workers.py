@@ -1,4 +1,4 @@
-"""More processes on this machine that share a list of work and end with the process that started them
+"""More processes that share a list of work: on this machine, where they end with the process that started them, or on a Ray cluster
 
 Docs: https://fgvc-fisher.github.io/fgvc_fisher/distributed/workers.html.md"""
 
