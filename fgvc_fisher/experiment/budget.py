@@ -1,4 +1,4 @@
-"""How long a fine-tuning takes: on paper, and measured on the machine at hand
+"""How long will a fine-tuning take? Calculated from operations and bytes, and measured on this machine
 
 Docs: https://fgvc-fisher.github.io/fgvc_fisher/experiment/budget.html.md"""
 
@@ -25,27 +25,30 @@ from fastcore.basics import risinstance
 
 # %% ../../nbs/experiment/budget.ipynb #b8919259
 def picture_cost(
-    model:nn.Module, # A network of pictures
+    model:nn.Module, # A network that takes pictures, (B, 3, H, W)
     size:int, # Side of the picture in pixels
-)->dict: # `forward` and `training`: operations a picture; `bytes`: read and written by a forward pass in half precision, without the weights
-    "What one picture costs a network. Nothing of the network is changed."
-    model,moved = copy.deepcopy(model).to('meta').float(),[0]
+)->dict: # Per picture: operations, `forward` and `training`; `bytes` of a forward pass in float16, without weights
+    "Operations and bytes that a network needs per picture. The network itself is not changed."
+    model = copy.deepcopy(model).to('meta').float()
+    moved = [0]
     def count(layer, inp, out):
-        moved[0] += 2*sum(o.numel() for o in (*inp, *(out if isinstance(out, tuple) else [out])) if isinstance(o, torch.Tensor))
-    for o in model.modules():
-        if not list(o.children()): o.register_forward_hook(count)
-    x = torch.zeros(2, 3, size, size, device='meta')                  # two, since BatchNorm cannot train on one
+        outputs = out if isinstance(out, tuple) else [out]
+        moved[0] += 2*sum(o.numel() for o in (*inp, *outputs) if isinstance(o, torch.Tensor))
+    for layer in model.modules():
+        if not list(layer.children()): layer.register_forward_hook(count)
+    x = torch.zeros(2, 3, size, size, device='meta')    # two: BatchNorm cannot train on one
     with FlopCounterMode(display=False) as forward: out = model(x)
     with FlopCounterMode(display=False) as backward: out.sum().backward()
-    return dict(forward=forward.get_total_flops()/2, training=(forward.get_total_flops()+backward.get_total_flops())/2, bytes=moved[0]/2)
+    n_forward,n_backward = forward.get_total_flops(),backward.get_total_flops()
+    return dict(forward=n_forward/2, training=(n_forward+n_backward)/2, bytes=moved[0]/2)
 
 # %% ../../nbs/experiment/budget.ipynb #70488df0
 class _Stopwatch(Callback):
-    "Time training batches, then validation batches: the first `skip` and `n` more, or as many as `seconds` allow"
+    "Time `skip`+`n` training batches, then as many validation batches, or fewer if `seconds` run out"
     order,name = 1000,'lr_finder'
     def __init__(self, n, skip, seconds):
         self.n,self.skip,self.seconds = n,skip,seconds
-        self.times = {True:[], False:[]}                               # of training and of validation: (waited, worked)
+        self.times = {True:[], False:[]}                               # training, validation: (waiting, working)
     def now(self):
         if torch.cuda.is_available(): torch.cuda.synchronize()
         return time.perf_counter()
@@ -53,64 +56,77 @@ class _Stopwatch(Callback):
     def before_validate(self): self.start = self.last = self.now()
     def before_batch(self): self.begin = self.now()
     def after_batch(self):
-        waited,self.last = self.begin-self.last,self.now()
+        waiting = self.begin-self.last
+        self.last = self.now()
         times = self.times[self.training]
-        times.append((waited, self.last-self.begin))
-        late = len(times)>self.skip and self.last-self.start>self.seconds
-        if late or len(times)==self.skip+self.n: raise CancelTrainException if self.training else CancelFitException
+        times.append((waiting, self.last-self.begin))
+        too_late = len(times)>self.skip and self.last-self.start>self.seconds
+        if too_late or len(times)==self.skip+self.n:
+            raise CancelTrainException if self.training else CancelFitException
 
 # %% ../../nbs/experiment/budget.ipynb #1ff6a8f4
 @contextmanager
-def _as_it_was(learn):
-    "Put a `Learner` back as it was, whatever happens meanwhile"
+def _restored(learn):
+    "Restore the state of a `Learner` afterwards, even after an error"
     changed = [learn, learn.recorder] if hasattr(learn, 'recorder') else [learn]
     before = [dict(vars(o)) for o in changed]
-    weights,mode = copy.deepcopy(learn.model.state_dict()),learn.model.training
-    orders = [copy.deepcopy(o.rng) for o in learn.dls.loaders]         # by which a loader shuffles
+    weights = copy.deepcopy(learn.model.state_dict())
+    training = learn.model.training
+    rngs = [copy.deepcopy(o.rng) for o in learn.dls.loaders]           # a loader shuffles with its own generator
+    loggers = learn.cbs.filter(risinstance(CSVLogger))
     try:
-        with no_random(reproducible=False), learn.no_bar(), learn.no_logging(), learn.removed_cbs(learn.cbs.filter(risinstance(CSVLogger))):
+        with no_random(reproducible=False), learn.no_bar(), learn.no_logging(), learn.removed_cbs(loggers):
             learn.opt = None
             yield
     finally:
-        for o,kept in zip(changed, before): vars(o).clear(); vars(o).update(kept)
-        for o,rng in zip(learn.dls.loaders, orders): o.rng = rng
+        for o,attributes in zip(changed, before):
+            vars(o).clear()
+            vars(o).update(attributes)
+        for loader,rng in zip(learn.dls.loaders, rngs): loader.rng = rng
         learn.model.load_state_dict(weights)
-        learn.model.train(mode)
+        learn.model.train(training)
 
 # %% ../../nbs/experiment/budget.ipynb #c39ea088
 @dataclass
 class TimeEstimate:
     "How long a training will take; all times in seconds"
-    epochs:int
-    n_train:int # Training batches an epoch
-    n_valid:int # Validation batches an epoch
-    train:float # A training batch, the waiting included
-    valid:float # A validation batch, the waiting included
-    start:float # From the start of an epoch's training and validation to their first batches
-    waiting:float # Part of the batches' time that is spent waiting for data
+    epochs:int # Number of epochs
+    n_train:int # Training batches per epoch
+    n_valid:int # Validation batches per epoch
+    train:float # Time of a training batch, including waiting for data
+    valid:float # Time of a validation batch, including waiting for data
+    start:float # Time from the start of training and of validation to their first batches
+    waiting:float # Fraction of the batches' time spent waiting for data, from 0 to 1
     @property
-    def epoch(self): return self.start + self.n_train*self.train + self.n_valid*self.valid # One epoch
+    def epoch(self):
+        "Seconds of one epoch"
+        return self.start + self.n_train*self.train + self.n_valid*self.valid
     @property
-    def total(self): return self.epochs*self.epoch # All epochs
+    def total(self):
+        "Seconds of all epochs"
+        return self.epochs*self.epoch
     def __str__(self):
-        return (f"{self.epochs} epochs: {timedelta(seconds=round(self.total))} ({self.epoch:.1f} s each: {self.n_train} training batches of "
-                f"{self.train:.3f} s, {self.n_valid} validation batches of {self.valid:.3f} s, {self.start:.1f} s to start; "
-                f"{100*self.waiting:.0f} % of it waiting for data)")
+        total = timedelta(seconds=round(self.total))
+        return (f"{self.epochs} epochs: {total} ({self.epoch:.1f} s each: {self.n_train} training batches of "
+                f"{self.train:.3f} s, {self.n_valid} validation batches of {self.valid:.3f} s, "
+                f"{self.start:.1f} s to start; {100*self.waiting:.0f} % of it waiting for data)")
 
 # %% ../../nbs/experiment/budget.ipynb #8a902ff0
 def estimate_time(
-    learn:Learner, # As it will be trained, with its callbacks; is left as it was
-    epochs:int, # How many are planned
-    n_batches:int=20, # Batches to time, of training and of validation each
-    skip:int=8, # Batches before those, to get into stride
-    seconds:float=60., # After that time no further batch is started, once the first has been timed
-)->TimeEstimate: # Its `str` says it in a line
-    "Time a few batches of training and, where there is one, of validation on the machine at hand. Raises `ValueError` without a training batch."
+    learn:Learner, # As it will be trained, with its callbacks; its state is restored afterwards
+    epochs:int, # Number of planned epochs
+    n_batches:int=20, # Batches to time, in training and in validation
+    skip:int=8, # Batches to run before, without timing them
+    seconds:float=60., # Start no further batch after this time, except the first timed one
+)->TimeEstimate: # Prints as one line
+    "Time a few training and validation batches on this machine. `ValueError` if there is no training batch."
     watch = _Stopwatch(n_batches, skip, seconds)
-    with _as_it_was(learn): learn.fit(1, lr=0., cbs=watch)
-    if not watch.times[True]: raise ValueError("estimate_time: the Learner has no training batch")
-    train,valid = [torch.tensor(o[skip:] or o[1:] or o or [(0.,0.)]) for o in watch.times.values()]
-    n = [len(dl) if times else 0 for dl,times in zip(learn.dls.loaders, watch.times.values())]
-    waited,worked = sum(k*o.mean(0) for k,o in zip(n, (train, valid))).tolist()
-    start = sum(o[0][0] for o in watch.times.values() if o)
-    return TimeEstimate(epochs, *n, float(train.sum(1).mean()), float(valid.sum(1).mean()), start, waited/(waited+worked))
+    with _restored(learn): learn.fit(1, lr=0., cbs=watch)
+    if not watch.times[True]: raise ValueError("estimate_time: the Learner's training set yields no batch.")
+    measured = list(watch.times.values())
+    train,valid = [torch.tensor(o[skip:] or o[1:] or o or [(0.,0.)]) for o in measured]
+    n_train,n_valid = [len(dl) if times else 0 for dl,times in zip(learn.dls.loaders, measured)]
+    waiting,working = (n_train*train.mean(0) + n_valid*valid.mean(0)).tolist()
+    start = sum(o[0][0] for o in measured if o)                         # waiting for the first batch
+    return TimeEstimate(epochs, n_train, n_valid, float(train.sum(1).mean()), float(valid.sum(1).mean()),
+                        start, waiting/(waiting+working))

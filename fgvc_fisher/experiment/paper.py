@@ -1,4 +1,4 @@
-"""The published recipe and the published runs, what their code computed, and what a sound test of the claim needs
+"""The published recipe and training logs, what the published code computes, and what a sound test of the claim needs
 
 Docs: https://fgvc-fisher.github.io/fgvc_fisher/experiment/paper.html.md"""
 
@@ -22,7 +22,6 @@ from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.metrics import accuracy, top_k_accuracy
 from fastai.optimizer import OptimWrapper
-from fastcore.basics import patch
 from fastcore.foundation import L
 from timm.scheduler import StepLRScheduler
 
@@ -32,9 +31,11 @@ from ..learner import aircraft_learner, head_name
 from ..penalty.quadratic import is_upper_block, mismatched_parameters
 
 # %% ../../nbs/experiment/paper.ipynb #c06de9d2
-def published_logs()->pd.DataFrame: # A row an epoch of a run: `run`, `beta`, `alpha`, `head`, `epoch`, `lr`, losses, `accuracy`, `top5`, `epoch_s`
-    "The nine published training runs. Accuracies on `val`, from 0 to 1; `head` outputs; NaN is what neither log nor name says."
-    with files('fgvc_fisher').joinpath('published_runs.csv').open() as f: logs = pd.read_csv(f)
+def published_logs(
+)->pd.DataFrame: # By run and epoch: `run`, `beta`, `alpha`, `head`, `epoch`, `lr`, losses, accuracies, `epoch_s`
+    "The nine published training runs: accuracies on `val` from 0 to 1, `head` outputs. NaN: not recorded."
+    with files('fgvc_fisher').joinpath('published_runs.csv').open() as f:
+        logs = pd.read_csv(f)
     name = logs.run.str.extract(r'(?P<head>new|old)-(?P<beta>[\d.]+)(?:-(?P<alpha>[\d.]+))?')
     logs.insert(1, 'beta', name.beta.astype(float))
     logs.insert(2, 'alpha', name.alpha.astype(float))
@@ -42,52 +43,59 @@ def published_logs()->pd.DataFrame: # A row an epoch of a run: `run`, `beta`, `a
     return logs.assign(top1=logs.top1/100, top5=logs.top5/100).rename(columns=dict(top1='accuracy'))
 
 # %% ../../nbs/experiment/paper.ipynb #45799740
-def published_summary()->pd.DataFrame: # A row a run
-    "What each run came to: `epochs` validated, `best` and its epoch, `last`, mean of the last five, `seconds` an epoch, `hours`, `cut_off`."
-    def of(log):
+def published_summary(
+)->pd.DataFrame: # By run: settings, `epochs`, `best`, `best_epoch`, `last`, `last5`, `seconds`, `hours`, `cut_off`
+    """The result of each published run.
+
+    `last5` is the mean accuracy of the last five epochs, `seconds` the median time of an epoch,
+    and `cut_off` tells whether the log breaks off during an epoch."""
+    def summary(log):
         done = log.dropna(subset='accuracy')
         best = done.loc[done.accuracy.idxmax()]
-        return dict(run=best.run, beta=best.beta, alpha=best.alpha, head=best['head'], epochs=len(done), best=best.accuracy, best_epoch=best.epoch,
-                    last=done.accuracy.iloc[-1], last5=done.accuracy.iloc[-5:].mean(), seconds=done.epoch_s.median(), hours=done.epoch_s.sum()/3600,
-                    cut_off=len(done)<len(log))
-    return pd.DataFrame([of(log) for _,log in published_logs().groupby('run', sort=False)]).set_index('run')
+        return dict(run=best.run, beta=best.beta, alpha=best.alpha, head=best['head'], epochs=len(done),
+                    best=best.accuracy, best_epoch=best.epoch, last=done.accuracy.iloc[-1],
+                    last5=done.accuracy.iloc[-5:].mean(), seconds=done.epoch_s.median(),
+                    hours=done.epoch_s.sum()/3600, cut_off=len(done)<len(log))
+    logs = published_logs().groupby('run', sort=False)
+    return pd.DataFrame([summary(log) for _,log in logs]).set_index('run')
 
 # %% ../../nbs/experiment/paper.ipynb #a8d8c6b0
-RATES = (0.03, 0.02, 0.01) # `features.0` to `features.7`, `features.8` and above, the head
+RATES = (0.03, 0.02, 0.01) # Learning rates of `features.0` to `features.7`, `features.8` and above, and the head
 
 # %% ../../nbs/experiment/paper.ipynb #9b59000e
 class PublishedSchedule(Callback):
-    "The published learning rates, set as an epoch's training begins. `ValueError` for more than three groups or an optimizer that is not torch's."
+    "Set the published learning rates at the start of each epoch. Needs a PyTorch optimizer with at most three groups."
     run_valid = False
-
-# %% ../../nbs/experiment/paper.ipynb #c02c4ffe
-@patch
-def before_train(self:PublishedSchedule):
-    "Set each group's rate for this epoch."
-    if not isinstance(self.learn.opt, OptimWrapper):
-        raise ValueError("the published schedule is timm's and needs one of torch's optimizers: opt_func=fgvc_fisher.learner.nesterov")
-    opt = self.learn.opt.opt
-    n = len(opt.param_groups)
-    if n>len(RATES): raise ValueError(f"the published recipe has rates for {len(RATES)} parameter groups, and the optimizer has {n}")
-    for group,rate in zip(opt.param_groups, RATES[-n:]): group['initial_lr'] = rate       # from where timm takes it
-    StepLRScheduler(opt, decay_t=10, decay_rate=0.9, warmup_t=3, warmup_lr_init=1e-4, warmup_prefix=False).step(self.epoch)
+    def before_train(self):
+        "Set the rate of each group for this epoch. `ValueError` for a fastai optimizer or more than three groups."
+        if not isinstance(self.learn.opt, OptimWrapper):
+            raise ValueError("PublishedSchedule uses timm's scheduler and needs a PyTorch optimizer. "
+                             "Pass opt_func=fgvc_fisher.learner.nesterov to the Learner.")
+        opt = self.learn.opt.opt
+        n = len(opt.param_groups)
+        if n>len(RATES):
+            raise ValueError(f"PublishedSchedule has rates for {len(RATES)} parameter groups, the optimizer has {n}.")
+        for group,rate in zip(opt.param_groups, RATES[-n:]): group['initial_lr'] = rate       # timm's base rate
+        schedule = StepLRScheduler(opt, decay_t=10, decay_rate=0.9, warmup_t=3, warmup_lr_init=1e-4,
+                                   warmup_prefix=False)
+        schedule.step(self.epoch)
 
 # %% ../../nbs/experiment/paper.ipynb #8c66fb73
 def top5(
     inp:Tensor, # (B, C) logits
-    targ:Tensor, # (B,) class numbers
-)->Tensor: # From 0 to 1
-    "The share of pictures whose class is among the five most probable, or among all if there are fewer."
+    targ:Tensor, # (B,) class indices
+)->Tensor: # Without dimensions, from 0 to 1
+    "Fraction of pictures whose class is among the five most probable (among all if there are fewer classes)."
     return top_k_accuracy(inp, targ, k=min(5, inp.shape[-1]))
 
 # %% ../../nbs/experiment/paper.ipynb #5a47dfa2
 def published_learner(
-    dls:DataLoaders, # From `aircraft_dls(transforms='published')`, which also brings the loss
+    dls:DataLoaders, # From `aircraft_dls(transforms='published')`, which also sets the loss
     arch:str|nn.Module|Callable='inception_v4', # As in `source_model`
     weights:bool|str|Path|None=True, # As in `source_model`
-    n_out:int|None=None, # Outputs of the new head; None: 105 for 100 classes, else as many as there are classes
+    n_out:int|None=None, # Outputs of the new head; None: 105 for 100 classes, else the number of classes
     **kwargs # Passed to fastai's `Learner`
-)->Learner: # Measures accuracy and top-5 accuracy
+)->Learner: # With the metrics accuracy and top-5 accuracy
     "The network, optimizer and parameter groups of the published runs."
     n_out = n_out or (105 if dls.c==100 else dls.c)
     return aircraft_learner(dls, arch, weights, n_out, **(dict(metrics=[accuracy, top5]) | kwargs))
@@ -95,90 +103,90 @@ def published_learner(
 # %% ../../nbs/experiment/paper.ipynb #a7e658db
 def fit_published(
     learn:Learner, # From `published_learner`
-    epochs:int=80, # In all
-    cbs=None, # Further callbacks
-    start_epoch:int=0, # The epoch to go on from, after loading model and optimizer
-    **kwargs # Passed to `Learner.fit`, such as `wd`: no weight decay unless it is given
+    epochs:int=80, # Total number of epochs
+    cbs=None, # Additional callbacks
+    start_epoch:int=0, # Epoch to resume from, after loading model and optimizer
+    **kwargs # Passed to `Learner.fit`; without `wd` there is no weight decay
 ):
-    "Train as the published runs were trained, but for mixed precision: `learn.to_fp16()` before."
+    "Train with the published schedule. For mixed precision as in the published runs, call `learn.to_fp16()` before."
     learn.fit(epochs, cbs=L(cbs)+PublishedSchedule(), start_epoch=start_epoch, **kwargs)
 
 # %% ../../nbs/experiment/paper.ipynb #0c61ae59
 def published_scalars(
-    source:nn.Module, # The source's body with the learner's new, random head, in training mode; its parameters stay, BatchNorm's statistics move on
+    source:nn.Module, # The source's body with the new, random head, in training mode; only BatchNorm statistics change
     x:Tensor, # (B, 3, H, W), a training batch
 )->dict: # Parameter name -> tensor without dimensions
-    "What the published code uses for Fisher information: for parameter k, element k of the squared gradient."
-    named,first,found = list(source.named_parameters()),[],0
-    while found<len(named): first.append(named[len(first)][1]); found += first[-1].numel()
+    "What the published code uses as Fisher information: for parameter tensor k, element k of the squared gradient."
+    named = list(source.named_parameters())
+    first,n_elements = [],0
+    while n_elements<len(named):
+        first.append(named[len(first)][1])
+        n_elements += first[-1].numel()
     grads = torch.autograd.grad(source(x).log_softmax(-1).sum(), first)
     flat = torch.cat([g.flatten() for g in grads])[:len(named)]**2/len(x)
     return dict(zip([n for n,_ in named], flat))
 
 # %% ../../nbs/experiment/paper.ipynb #9f72895b
-def _under_l2(model):
-    "The names under the L2 term: block 8 and above and the head; of another network than Inception-v4 the head alone"
+def _l2_names(model):
+    "Parameters with the L2 term: block 8 and above and the head; in other networks than Inception-v4 only the head"
     names = [n for n,_ in model.named_parameters()]
     if 'last_linear.weight' in names: return {n for n in names if is_upper_block(n)}
     return {n for n in names if n.startswith(head_name(model)+'.')}
 
 # %% ../../nbs/experiment/paper.ipynb #36d2d234
 def as_published_penalty(
-    model:nn.Module, # The network that is trained
-    theta0:Mapping, # The source's parameters, name -> tensor
+    model:nn.Module, # The network in training
+    theta0:Mapping, # The source's parameters: name -> tensor of the parameter's shape
     scalars:Mapping, # From `published_scalars`
     alpha:float=0.0005, # Coefficient of the L2 term
     beta:float=0.00004, # Coefficient of the Fisher term
     l2sp:float=0.004, # Coefficient of the L2-SP term
 )->Tensor: # Without dimensions, differentiable
     "The penalty that the published code adds to its loss."
-    total,factor,l2 = 0.,10,_under_l2(model)                        # 10 for the first parameter below block 8, then 5
+    l2 = _l2_names(model)
+    total = 0.
+    factor = 10                                                     # for the first parameter below block 8; then 5
     for n,p in model.named_parameters():
         if 'bn' in n: continue
-        if n in l2: total = total + alpha*p.square().sum()/2; continue
-        total = total + (l2sp + beta*scalars[n])*factor*(p-theta0[n].detach()).square().sum()/2
-        factor = 5
+        if n in l2: total = total + alpha*p.square().sum()/2
+        else:
+            total = total + (l2sp + beta*scalars[n])*factor*(p-theta0[n].detach()).square().sum()/2
+            factor = 5
     return total
 
 # %% ../../nbs/experiment/paper.ipynb #d7c9d523
 class AsPublished(RecorderColumns):
-    "Train under the penalty of the published code. Training raises `ValueError` if `source` is not the learner's network as it began."
+    "Train with the penalty of the published code. `ValueError` if `source` is not a copy of the learner's network."
     order,not_pickled = GradientAccumulation.order-0.5,('source',)
     def __init__(self,
-        source:nn.Module, # `copy.deepcopy(learn.model)`, before training: the source's body with the new, random head; theta0 is its parameters
+        source:nn.Module, # `copy.deepcopy(learn.model)` before training: the source's body with the new, random head
         alpha:float=0.0005, # Coefficient of the L2 term
         beta:float=0.00004, # Coefficient of the Fisher term
         l2sp:float=0.004, # Coefficient of the L2-SP term
     ):
-        self.source,self.kw,self.values = source,dict(alpha=alpha, beta=beta, l2sp=l2sp),[]
-
-# %% ../../nbs/experiment/paper.ipynb #c071dbea
-@patch
-def begin(self:AsPublished):
-    "Put the source where the model is. Raises `ValueError` if it is the model itself or has other parameters."
-    if self.source is self.learn.model: raise ValueError("AsPublished: the source would be trained along; pass copy.deepcopy(learn.model)")
-    if wrong := mismatched_parameters(self.learn.model, dict(self.source.named_parameters())):
-        raise ValueError(f"AsPublished: the source is another network: {wrong[0][0]} {wrong[0][1]}; pass copy.deepcopy(learn.model)")
-    self.source.to(next(self.learn.model.parameters()).device).train().requires_grad_(True)
-
-# %% ../../nbs/experiment/paper.ipynb #0fc1ce1b
-@patch
-def before_train(self:AsPublished):
-    "Forget the last epoch's penalties."
-    self.values = []
-
-# %% ../../nbs/experiment/paper.ipynb #87790429
-@patch
-def after_loss(self:AsPublished):
-    "Add the penalty of this batch to the loss that is differentiated."
-    theta0 = dict(self.source.named_parameters())
-    scalars = published_scalars(self.source, self.xb[0].as_subclass(Tensor)) if self.kw['beta'] else dict.fromkeys(theta0, 0.)
-    penalty = as_published_penalty(self.learn.model, theta0, scalars, **self.kw)
-    self.learn.loss_grad = self.loss_grad + penalty
-    self.values.append(penalty.detach())
-
-# %% ../../nbs/experiment/paper.ipynb #99b52c9a
-@patch
-def columns(self:AsPublished)->dict: # Name -> function
-    "The penalty, its mean over the epoch's training batches."
-    return dict(penalty=lambda: torch.stack(self.values).mean().item() if self.values else 0.)
+        self.source = source
+        self.kw = dict(alpha=alpha, beta=beta, l2sp=l2sp)
+        self.values = []
+    def begin(self):
+        "Move the source to the model's device. `ValueError` if it is the model itself or has other parameters."
+        model = self.learn.model
+        if self.source is model:
+            raise ValueError("AsPublished: `source` is the model in training. Pass copy.deepcopy(learn.model).")
+        if wrong := mismatched_parameters(model, dict(self.source.named_parameters())):
+            raise ValueError(f"AsPublished: `source` is another network: {wrong[0][0]} {wrong[0][1]}. "
+                             "Pass copy.deepcopy(learn.model).")
+        self.source.to(next(model.parameters()).device).train().requires_grad_(True)
+    def before_train(self):
+        "Discard the penalties of the last epoch."
+        self.values = []
+    def after_loss(self):
+        "Add the penalty of this batch to the loss that is differentiated."
+        theta0 = dict(self.source.named_parameters())
+        x = self.xb[0].as_subclass(Tensor)                             # fastai's batches are a subclass of Tensor
+        scalars = published_scalars(self.source, x) if self.kw['beta'] else dict.fromkeys(theta0, 0.)
+        penalty = as_published_penalty(self.learn.model, theta0, scalars, **self.kw)
+        self.learn.loss_grad = self.loss_grad + penalty
+        self.values.append(penalty.detach())
+    def columns(self)->dict: # Name -> function without arguments
+        "The column `penalty`: its mean over the training batches of the epoch."
+        return dict(penalty=lambda: torch.stack(self.values).mean().item() if self.values else 0.)
