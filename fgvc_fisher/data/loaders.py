@@ -1,4 +1,4 @@
-"""From a table of pictures to batches; `aircraft_dls`, `folder_dls` and `table_dls`
+"""From a table of pictures to batches: `aircraft_dls`, `folder_dls` and `table_dls`
 
 Docs: https://fgvc-fisher.github.io/fgvc_fisher/data/loaders.html.md"""
 
@@ -23,14 +23,23 @@ from fgvc_fisher.data.tables import (
 from .transforms import Label, named_transforms
 
 # %% ../../nbs/data/loaders.ipynb #88a926c0
-def _part(row): return getattr(row, 'crop', None), int(getattr(row, 'credit', 0))
-def locate_row(row): return row if any(_part(row)) else Path(row.path) # the row itself only where a part of the picture is meant
-def open_row(o): return open_picture(o) if isinstance(o, Path) else open_picture(o.path, *_part(o))
-def _see(img, item): return item(img)
+def _crop_and_credit(row): return getattr(row, 'crop', None), int(getattr(row, 'credit', 0))
+def _apply(img, item): return item(img)
 def _label(row): return row.label
 
+# %% ../../nbs/data/loaders.ipynb #8a1d4c05
+def locate_row(row):
+    "The path of a row's picture; the row itself if only a part of the picture is used."
+    return row if any(_crop_and_credit(row)) else Path(row.path)
+
+# %% ../../nbs/data/loaders.ipynb #8a1d4c06
+def open_row(located):
+    "Open what `locate_row` returns: a `Path`, or a row with its `crop` and `credit`."
+    if isinstance(located, Path): return open_picture(located)
+    return open_picture(located.path, *_crop_and_credit(located))
+
 # %% ../../nbs/data/loaders.ipynb #66a67a4e
-class _OneThread(Pipeline):
+class _SingleThreaded(Pipeline):
     "A `Pipeline` that runs in one thread"
     def __call__(self, o):
         n = torch.get_num_threads()
@@ -40,41 +49,49 @@ class _OneThread(Pipeline):
 
 # %% ../../nbs/data/loaders.ipynb #6d81ff21
 def picture_dl(
-    table:pd.DataFrame, # A row a picture: columns `path` and `label`, a categorical in the order of the class numbers
-    size:int, # Side of the network's pictures in pixels
-    bs:int=32, # Pictures a batch
-    train:bool=False, # Shuffled, at random and without the last, smaller batch? Else every picture in the table's order
-    num_workers:int|None=None, # Processes that decode; None: one a core
-    transforms:str='plain', # By name, see `named_transforms`: 'plain', 'published' or 'fastai'
+    table:pd.DataFrame, # A row for each picture: `path` and `label` (categorical, in the order of the class numbers)
+    size:int, # Side of the network's input in pixels
+    bs:int=32, # Pictures in a batch
+    train:bool=False, # Random, shuffled and without the last, smaller batch? Else every picture in the table's order
+    num_workers:int|None=None, # Processes that decode; default: one for each core
+    transforms:str='plain', # Name of the transforms, see `named_transforms`: 'plain', 'published' or 'fastai'
 )->TfmdDL: # Batches of (B, 3, size, size) floats, and (B,) class numbers or (B, classes) mixed targets
-    "A fastai `DataLoader` over a table of pictures. Raises `ValueError` for an odd batch where pictures are mixed in pairs."
-    for name,o in dict(size=size, bs=bs).items():
-        if not isinstance(o, int) or o<1: raise ValueError(f"{name}={o!r}: a whole number above 0")
+    """A fastai `DataLoader` of a table of pictures. Raises `ValueError` for an invalid `size` or `bs`, or an odd batch
+    where pictures are mixed in pairs."""
+    for name,value in dict(size=size, bs=bs).items():
+        if not isinstance(value, int) or value<1: raise ValueError(f"{name}={value!r} must be a whole number above 0")
     classes = list(table.label.cat.categories)
     item,batch,_ = named_transforms(transforms, size, train, len(classes))
     n = min(bs, len(table))
     if train and transforms=='published' and n%2:
-        raise ValueError(f"bs: 'published' mixes the pictures of a batch in pairs, so {n} will not do; choose an even number")
+        raise ValueError(f"bs must be even, because 'published' mixes the pictures of a batch in pairs; here it is {n}")
     split_idx = int(not train)
-    see = partial(_see, item=Pipeline(item, split_idx=split_idx))
-    rows = Datasets(list(table.itertuples(index=False)), [[locate_row, open_row, see], [_label, Label(vocab=classes, sort=False)]], split_idx=split_idx)
-    dl = TfmdDL(rows, bs=bs, shuffle=train, drop_last=train and len(table)>bs, num_workers=num_workers, after_batch=batch, device=default_device())
-    if dl.device.type=='cpu' and dl.fake_l.num_workers: dl.after_batch = _OneThread(dl.after_batch)
+    apply_item = partial(_apply, item=Pipeline(item, split_idx=split_idx))
+    tfms = [[locate_row, open_row, apply_item], [_label, Label(vocab=classes, sort=False)]]
+    rows = Datasets(list(table.itertuples(index=False)), tfms, split_idx=split_idx)
+    drop_last = train and len(table)>bs
+    dl = TfmdDL(rows, bs=bs, shuffle=train, drop_last=drop_last, num_workers=num_workers, after_batch=batch,
+                device=default_device())
+    if dl.device.type=='cpu' and dl.fake_l.num_workers: dl.after_batch = _SingleThreaded(dl.after_batch)
     return dl
 
 # %% ../../nbs/data/loaders.ipynb #4d2d91ef
-def check_splits(train, valid):
-    "`ValueError` for a class without a training picture, and for pictures in both splits"
+def check_splits(
+    train:pd.DataFrame, # Training pictures: columns `image` and `label`
+    valid:pd.DataFrame, # Validation pictures
+):
+    "Raises `ValueError` if a class has no training picture, or if a picture is in both splits."
     seen = set(train.label)
     if empty := [str(o) for o in train.label.cat.categories if o not in seen]:
         raise ValueError(f"{len(empty)} classes have no training picture: {shorten(', '.join(empty), 400)}")
     if both := set(train.image) & set(valid.image):
-        raise ValueError(f"{len(both)} pictures are in the training and in the validation split: {shorten(', '.join(sorted(both)), 400)}")
+        names = shorten(', '.join(sorted(both)), 400)
+        raise ValueError(f"{len(both)} pictures are in both the training and the validation split: {names}")
 
 # %% ../../nbs/data/loaders.ipynb #e9208617
-def _splits(table, train, valid, fraction, seed, on_bad):
+def _pick_tables(table, train, valid, fraction, seed, on_bad):
     "The training and the validation table, checked"
-    if on_bad not in ('error', 'skip'): raise ValueError(f"on_bad {on_bad!r}: choose 'error' or 'skip'")
+    if on_bad not in ('error', 'skip'): raise ValueError(f"unknown on_bad={on_bad!r}; choose 'error' or 'skip'")
     tables = [take_fraction(pick_split(table, train), fraction, seed), pick_split(table, valid)]
     if on_bad=='skip': tables = [skip_bad(o) for o in tables]
     check_splits(*tables)
@@ -84,24 +101,26 @@ def _splits(table, train, valid, fraction, seed, on_bad):
 def _split_dls(
     table, path,
     train:str='train', # Split to train on
-    valid:str='val', # Split to measure on
-    size:int=299, # Side of the network's pictures in pixels; 299 is Inception-v4's own
-    bs:int=32, # Pictures a batch
-    transforms:str='plain', # By name: 'plain', 'published' (mixes labels, needs an even `bs`) or 'fastai'
-    fraction:float=1., # Part of the training split to use, of every class alike
-    seed:int=0, # Of that part, and of what is held out where there is no validation split
-    cache:bool|str|Path=False, # Work from smaller copies, made at the first call: beside the pictures (True) or below a folder
-    on_bad:str='error', # A picture that cannot be decoded: 'error' when it is met, or 'skip' it (decodes all of them once)
-    num_workers:int|None=None, # Processes that decode; None: one a core
+    valid:str='val', # Split to validate on
+    size:int=299, # Side of the network's input in pixels; Inception-v4 was pretrained with 299
+    bs:int=32, # Pictures in a batch
+    transforms:str='plain', # 'plain', 'published' (mixes labels, needs an even `bs`) or 'fastai'
+    fraction:float=1., # Fraction of the training split to use, the same for every class
+    seed:int=0, # For `fraction`, and for holding out a validation split where there is none
+    cache:bool|str|Path=False, # Read smaller copies, made in the first call: beside the pictures (True) or in a folder
+    on_bad:str='error', # For a picture that cannot be decoded: 'error', or 'skip' (decodes all pictures once)
+    num_workers:int|None=None, # Processes that decode; default: one for each core
 ):
     "`DataLoaders` of two splits of a table"
-    if not isinstance(cache, (bool,str,Path)): raise ValueError(f"cache={cache!r}: True, False, or the folder below which smaller copies go")
-    tables = _splits(table, train, valid, fraction, seed, on_bad)
+    if not isinstance(cache, (bool,str,Path)):
+        raise ValueError(f"cache={cache!r} must be True, False or a folder for smaller copies")
+    tables = _pick_tables(table, train, valid, fraction, seed, on_bad)
     if cache is not False:
+        dest = None if cache is True else cache
         common = common_folder(table)
-        sides = [named_transforms(transforms, size, o, 1).copy_side for o in (True, False)]
-        tables = [cache_table(o, common, side, None if cache is True else cache) for o,side in zip(tables, sides)]
-    dls = [picture_dl(o, size, bs, t, num_workers, transforms) for o,t in zip(tables, (True, False))]
+        sides = [named_transforms(transforms, size, is_train, 1).copy_side for is_train in (True, False)]
+        tables = [cache_table(o, common, side, dest) for o,side in zip(tables, sides)]
+    dls = [picture_dl(o, size, bs, is_train, num_workers, transforms) for o,is_train in zip(tables, (True, False))]
     return DataLoaders(*dls, path=Path(path), device=default_device())
 
 # %% ../../nbs/data/loaders.ipynb #48dc2a8e
@@ -109,36 +128,44 @@ def _split_dls(
 def aircraft_dls(
     path:str|Path, # An FGVC-Aircraft tree
     level:str='variant', # Which labels: 'variant', 'family' or 'manufacturer'
-    box:bool=False, # Cut each picture to the aircraft's box? Else the whole picture
-    credit:int|None=None, # Height of the strip to cut off below, in pixels; None: 20 for the whole real archive, else 0
+    box:bool=False, # Crop each picture to the aircraft's bounding box?
+    credit:int|None=None, # Pixels to cut off at the lower edge; default: 20 for the complete real archive, else 0
     **kwargs
-)->DataLoaders: # fastai's; batches as in `picture_dl`
-    "Two splits of an FGVC-Aircraft tree as fastai `DataLoaders`. Errors: see `read_aircraft`, `pick_split`, `open_picture`."
+)->DataLoaders: # Batches as from `picture_dl`
+    """Two splits of an FGVC-Aircraft tree as fastai `DataLoaders`. Raises the errors of `read_aircraft`, `pick_split`
+    and `check_splits`; a batch with a broken picture raises `OSError`."""
     table = read_aircraft(path, level, credit)
-    return _split_dls(crop_to_boxes(table) if box else table, path, **kwargs)
+    if box: table = crop_to_boxes(table)
+    return _split_dls(table, path, **kwargs)
 
 # %% ../../nbs/data/loaders.ipynb #2cf649c4
-def _held_out(table, seed=0, **_): return hold_out(table, seed=seed) if set(table.split)=={'train'} else table
+def _with_validation(table, seed=0, **_):
+    "The table, with a validation split held out if it has no other split than 'train'"
+    return hold_out(table, seed=seed) if set(table.split)=={'train'} else table
 
 # %% ../../nbs/data/loaders.ipynb #65dee751
 @delegates(_split_dls)
 def folder_dls(
-    path:str|Path, # A folder with a folder of pictures for each class, or with `train`, `val` and `test` above those
+    path:str|Path, # Folder with a folder of pictures for each class, or with `train`, `val` and `test` above these
     **kwargs
-)->DataLoaders: # fastai's; batches as in `picture_dl`
-    "Folders of pictures as fastai `DataLoaders`. Errors: see `read_image_folder`, `open_picture`."
-    return _split_dls(_held_out(read_image_folder(path), **kwargs), path, **kwargs)
+)->DataLoaders: # Batches as from `picture_dl`
+    """Folders of pictures as fastai `DataLoaders`. Raises the errors of `read_image_folder`, `pick_split` and
+    `check_splits`; a batch with a broken picture raises `OSError`."""
+    table = _with_validation(read_image_folder(path), **kwargs)
+    return _split_dls(table, path, **kwargs)
 
 # %% ../../nbs/data/loaders.ipynb #6d288479
 @delegates(_split_dls)
 def table_dls(
-    table:str|Path|pd.DataFrame, # A CSV file, or a table
-    root:str|Path|None=None, # The folder that its paths start from; None: the CSV file's own, or the present one
+    table:str|Path|pd.DataFrame, # A CSV file or a DataFrame
+    root:str|Path|None=None, # Folder that paths are relative to; default: that of the CSV file, else the current one
     path:str='path', # Name of the column of paths
     label:str='label', # Name of the column of labels
     split:str='split', # Name of the column of splits, if there is one
     **kwargs
-)->DataLoaders: # fastai's; batches as in `picture_dl`
-    "A list of pictures and labels as fastai `DataLoaders`. Errors: see `read_table`, `pick_split`, `open_picture`."
-    home = root or (Path('.') if isinstance(table, pd.DataFrame) else Path(table).parent)
-    return _split_dls(_held_out(read_table(table, root, path, label, split), **kwargs), home, **kwargs)
+)->DataLoaders: # Batches as from `picture_dl`
+    """A list of pictures and labels as fastai `DataLoaders`. Raises the errors of `read_table`, `pick_split` and
+    `check_splits`; a batch with a broken picture raises `OSError`."""
+    dls_path = root or (Path('.') if isinstance(table, pd.DataFrame) else Path(table).parent)
+    table = _with_validation(read_table(table, root, path, label, split), **kwargs)
+    return _split_dls(table, dls_path, **kwargs)
