@@ -1,4 +1,4 @@
-"""From pictures to a report: a task that needs no download, a comparison on it, and the same for your own pictures as commands
+"""An experiment from pictures to a report, on a task that needs no download
 
 Docs: https://fgvc-fisher.github.io/fgvc_fisher/experiment/demo.html.md"""
 
@@ -19,14 +19,14 @@ from fastai.data.core import DataLoaders
 from fastai.torch_core import set_seed
 
 # %% ../../nbs/experiment/demo.ipynb #113c0709
+from ..distributed.files import write_text
 from ..data.loaders import aircraft_dls, picture_dl
+from ..data.synthetic import draw_aircraft, draw_source
 from ..data.tables import pick_split, read_pictures
 from ..learner import aircraft_learner
 from .results import curves, frontier, read_curves, show_table, table
-from ..distributed.files import write_text
 from .store import save_weights
 from .sweeps import grid, sweep
-from ..data.synthetic import draw_aircraft, draw_source
 
 # %% ../../nbs/experiment/demo.ipynb #bce0992b
 def pretrain(
@@ -34,31 +34,36 @@ def pretrain(
     size:int=64, # Side of the pictures in pixels
     epochs:int=6, # Passes over the training split
     seed:int=0, # Of the weights, the order and the crops
-    num_workers:int|None=None, # Processes that decode; None: one a core
+    num_workers:int|None=None, # Processes that decode pictures; default: one for each core
 )->nn.Module: # A small classifier of the source's classes, in evaluation mode
     "Pretrain timm's `test_resnet` from scratch."
     set_seed(seed, reproducible=True)
-    dls = DataLoaders(*[picture_dl(pick_split(pictures, o), size, train=o=='train', num_workers=num_workers) for o in ('train','val')])
+    train = picture_dl(pick_split(pictures, 'train'), size, train=True, num_workers=num_workers)
+    valid = picture_dl(pick_split(pictures, 'val'), size, num_workers=num_workers)
+    dls = DataLoaders(train, valid)
     learn = aircraft_learner(dls, 'test_resnet', weights=None, n_out=len(pictures.label.cat.categories))
     learn.fit_one_cycle(epochs, 0.05)
     return learn.model.cpu().eval()
 
 # %% ../../nbs/experiment/demo.ipynb #d19dde5d
 def draw_task(
-    out:str|Path, # Folder for `source/`, `source.safetensors` and `aircraft/`; what is there already is kept
-    n_variants:int=8, # Drawn aircraft variants
-    n_per_split:int=40, # Pictures a variant in each split
-    n_source:int=60, # Pictures a source class in each split
+    out:str|Path, # Folder for `source/`, `source.safetensors` and `aircraft/`; files that exist are kept
+    n_variants:int=8, # Aircraft variants to draw
+    n_per_split:int=40, # Pictures of each variant in each split
+    n_source:int=60, # Pictures of each source class in each split
     size:int=64, # Side of the network's pictures in pixels
     seed:int=0, # Of the pictures and the pretraining
-    num_workers:int|None=None, # Processes that decode; None: one a core
-)->dict: # The fields of a `Run` that say what is tuned on what
+    num_workers:int|None=None, # Processes that decode pictures; default: one for each core
+)->dict: # Fields of a `Run`: the pictures, the network and its weights
     "Draw a source, pretrain on it, draw the target."
     out = Path(out)
-    source,weights = draw_source(out/'source', n_per_split=n_source, size=96, seed=seed),out/'source.safetensors'
-    if not weights.exists(): save_weights(pretrain(read_pictures(source), size, seed=seed, num_workers=num_workers), weights)
+    source = draw_source(out/'source', n_per_split=n_source, size=96, seed=seed)
+    weights = out/'source.safetensors'
+    if not weights.exists():
+        save_weights(pretrain(read_pictures(source), size, seed=seed, num_workers=num_workers), weights)
     tree = draw_aircraft(out/'aircraft', n_variants, n_per_split, size=96, seed=seed)
-    return dict(data=str(tree), arch='test_resnet', weights=str(weights), source=str(source), test='test', size=size, bs=16, lr=0.1, num_workers=num_workers)
+    return dict(data=str(tree), arch='test_resnet', weights=str(weights), source=str(source), test='test', size=size,
+                bs=16, lr=0.1, num_workers=num_workers)
 
 # %% ../../nbs/experiment/demo.ipynb #c600efff
 ARMS = [dict(arm='plain'), dict(arm='L2', alpha=5e-4), dict(arm='L2-SP', l2sp=1e-2), dict(arm='L2-SP-Fisher', beta=10.)]
@@ -66,7 +71,8 @@ ARMS = [dict(arm='plain'), dict(arm='L2', alpha=5e-4), dict(arm='L2-SP', l2sp=1e
 # %% ../../nbs/experiment/demo.ipynb #2fca395f
 REPORT = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
 body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 56rem; margin: 2rem auto; padding: 0 1rem; color: #222 }}
-img {{ max-width: 100% }} table {{ border-collapse: collapse }} th,td {{ padding: .3rem .8rem; border-bottom: 1px solid #ddd; text-align: right }}
+img {{ max-width: 100% }} table {{ border-collapse: collapse }}
+th,td {{ padding: .3rem .8rem; border-bottom: 1px solid #ddd; text-align: right }}
 th:first-child,td:first-child {{ text-align: left }} figure {{ margin: 2rem 0 }} figcaption {{ color: #555 }}
 </style></head><body><h1>{title}</h1><p>{about}</p>{table}{figures}</body></html>
 """
@@ -77,12 +83,13 @@ def write_report(
     title:str, # Heading
     about:str, # A paragraph: what was done
     rows:pd.DataFrame, # Any table, such as that of `show_table`
-    figures:dict, # File name of a picture beside the report -> a sentence that says what to see
+    figures:dict, # File name of a picture beside the report -> a sentence about it
 ):
     "A page that shows a table and pictures."
     figure = '<figure><img src="{}" alt="{}"><figcaption>{}</figcaption></figure>'
     shown = ''.join(figure.format(html.escape(k), html.escape(v), html.escape(v)) for k,v in figures.items())
-    write_text(path, REPORT.format(title=html.escape(title), about=html.escape(about), table=rows.reset_index().to_html(index=False, border=0), figures=shown))
+    rows = rows.reset_index().to_html(index=False, border=0)
+    write_text(path, REPORT.format(title=html.escape(title), about=html.escape(about), table=rows, figures=shown))
 
 # %% ../../nbs/experiment/demo.ipynb #a22e3b9b
 def _save_figure(fig, path):
@@ -90,18 +97,19 @@ def _save_figure(fig, path):
     plt.close(fig)
 
 # %% ../../nbs/experiment/demo.ipynb #fadf422d
-FIGURES = {'batch.png': 'What the network is shown in training: parts of drawn aircraft, the target.',
+FIGURES = {'batch.png': 'A training batch of the target: crops of drawn aircraft.',
            'curves.png': 'Loss and accuracy on the target by epoch, by arm.',
            'frontier.png': 'Target against retention: up and to the right is better.'}
 def _demo_report(out, rows, run, about):
-    "Write the table, the pictures and the page"
+    "Write the table, the pictures and the page."
     table(rows).to_csv(out/'table.csv')
     aircraft_dls(run.data, size=run.size, bs=run.bs, num_workers=0).show_batch(max_n=12, nrows=3, figsize=(9,7))
     _save_figure(plt.gcf(), out/'batch.png')
-    there = read_curves(out)
-    _save_figure(curves(there[there.id.isin(rows.id)]), out/'curves.png')
+    epochs = read_curves(out)
+    _save_figure(curves(epochs[epochs.id.isin(rows.id)]), out/'curves.png')
     _save_figure(frontier(rows).figure, out/'frontier.png')
-    write_report(out/'report.html', 'fgvc_fisher: the method on drawn aircraft', about, show_table(table(rows)), FIGURES)
+    title = 'fgvc_fisher: the method on drawn aircraft'
+    write_report(out/'report.html', title, about, show_table(table(rows)), FIGURES)
 
 # %% ../../nbs/experiment/demo.ipynb #e430276e
 def demo(
@@ -114,7 +122,8 @@ def demo(
     task = draw_task(out, seed=seed, **kwargs)
     runs = grid(ARMS, [seed], epochs=epochs, **task)
     rows = sweep(runs, out)
-    about = (f'A small ResNet knew {rows.before[0]:.1%} of drawn source pictures. It was fine-tuned on drawn aircraft in {len(ARMS)} arms. '
+    about = (f'A small ResNet classified {rows.before[0]:.1%} of drawn source pictures correctly. '
+             f'It was fine-tuned on drawn aircraft in {len(ARMS)} arms. '
              f'Retention is its accuracy on the source afterwards. Seed {seed}.')
     _demo_report(Path(out), rows, runs[0], about)
     return table(rows)

@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 
 # %% ../../nbs/experiment/ray.ipynb #2169a283
 from ..distributed.files import write_text
+from ..distributed.workers import ray_connection
 
 # %% ../../nbs/experiment/ray.ipynb #4d2c8dcd
 class Job(NamedTuple):
@@ -28,12 +29,12 @@ class Job(NamedTuple):
     attempt:Callable # `(run, out, track) -> sentence`
     runs:dict # `Run`s by id
     threads:dict # Threads of a run, by id
-    track:str|None # See `sweep`
-    cwd:str # Where relative paths begin
+    track:str|None # 'tensorboard' or 'wandb', see `sweep`
+    cwd:str # The folder that relative paths start from
 
 # %% ../../nbs/experiment/ray.ipynb #d4779a1b
 def _trial(config, job):
-    "A run as a trial of Tune: what was `said` about it, or why the sweep is `ended`"
+    "A run as a trial of Tune. Returns what was `said` about it, or why the sweep has `ended`."
     run,out = job.runs[config['run']],Path(job.out)
     torch.set_num_threads(job.threads[run.id])
     if os.path.isdir(job.cwd): os.chdir(job.cwd)
@@ -42,90 +43,53 @@ def _trial(config, job):
     try: return dict(said=job.attempt(run, out, job.track))
     except OSError as e:
         if e.errno!=errno.ENOSPC: raise                                # Tune tries again
-        return dict(ended=str(e))                                      # no other run would fare better
-
-# %% ../../nbs/experiment/ray.ipynb #3dd2ff87
-def _check_address(address):
-    "`ValueError` if no cluster answers at the address"
-    home = os.environ.get('RAY_TMPDIR') or os.environ.get('TMPDIR') or '/tmp'
-    left = Path(home)/'ray'/'ray_current_cluster'                      # what 'auto' reads
-    if address=='auto': address = left.read_text().strip() if left.exists() else ''
-    if not address: return                                         # Ray looks for a cluster, and says if there is none
-    if address.startswith('ray://'):
-        raise ValueError(f"address={address!r}: start the sweep on a machine of the cluster, or by `ray job submit`, "
-                         "with address='auto'")
-    host,_,port = address.rpartition(':')
-    if not host or not port.isdigit():
-        raise ValueError(f"address={address!r}: give host:port of the cluster's head, such as '10.0.0.1:6379', "
-                         "or 'auto' on one of its machines")
-    try: socket.create_connection((host.strip('[]'), int(port)), timeout=10).close()
-    except (OSError, OverflowError) as e:
-        raise ValueError(f"no Ray cluster answers at {address} ({e}); `ray start --head` starts one") from None
-
-# %% ../../nbs/experiment/ray.ipynb #51ea90b0
-@contextmanager
-def _connected(address):
-    """A connection to Ray: the present one, or to a cluster, or to a Ray that is started here and ends with the block.
-    Whether that is of this machine alone"""
-    import ray
-    if ray.is_initialized():
-        present = ray.get_runtime_context().gcs_address
-        if address not in (None, 'auto', present):
-            raise ValueError(f"address={address!r}: this process is connected to {present}; ray.shutdown() ends that")
-        yield False
-        return
-    address = os.environ.get('RAY_ADDRESS') or address or 'local'      # Ray's own order
-    options = dict(log_to_driver=False, logging_level=logging.ERROR)
-    if address=='local': options['include_dashboard'] = False
-    else: _check_address(address)
-    try: ray.init(address, **options)
-    except (OSError, RuntimeError, ValueError) as e:
-        raise ValueError(f"address={address!r}: no connection to a Ray cluster: {str(e).splitlines()[0]}") from e
-    try: yield address=='local'
-    finally: ray.shutdown()
+        return dict(ended=str(e))                                      # every other run would fail, too
 
 # %% ../../nbs/experiment/ray.ipynb #1017ae22
 def _resources(runs, cpus, gpus):
-    "By id, what each run may use; `ValueError` for an invalid amount"
+    "What each run may use, by id. `ValueError` for an invalid amount."
     found = {}
     for run in runs:
         asked = {k: v(run) if callable(v) else v for k,v in dict(cpus=cpus, gpus=gpus).items()}
         for k,v in asked.items():
             number = isinstance(v, (int,float)) and not isinstance(v, bool)
             if not number or not isfinite(v) or v<0 or (v>1 and v!=int(v)):
-                raise ValueError(f"{k}={v!r}: a number from 0 on, or a function of the run; above 1 a whole one")
+                raise ValueError(f"{k}={v!r}: must be a number from 0 to 1, a whole number, or a function of the run")
         if not any(asked.values()): raise ValueError(f"cpus=0 and gpus=0: {run.arm} needs a share of one of them")
         found[run.id] = {k: float(v) for k,v in zip(('CPU','GPU'), asked.values()) if v}
     return found
 
 # %% ../../nbs/experiment/ray.ipynb #393d8cf3
 def _check_room(asked, alone):
-    "Say if no machine has as much as a run asks for: a cluster may grow, one machine does not"
+    "`ValueError` if this machine is alone and has less than a run needs. A cluster may grow: print that the run waits."
     import ray
     machines = [o['Resources'] for o in ray.nodes() if o['Alive']]
-    for o in {tuple(o.items()): o for o in asked.values()}.values():
-        if any(all(m.get(k, 0)>=v for k,v in o.items()) for m in machines): continue
-        what = ' and '.join(f'{k.lower()}s={v:g}' for k,v in o.items())
-        if alone: raise ValueError(f"{what}: this machine has less; --cpus and --gpus ask for less")
+    different = {tuple(needs.items()): needs for needs in asked.values()}.values()
+    for needs in different:
+        if any(all(machine.get(k, 0)>=v for k,v in needs.items()) for machine in machines): continue
+        what = ' and '.join(f'{k.lower()}s={v:g}' for k,v in needs.items())
+        if alone: raise ValueError(f"{what}: this machine has less; reduce cpus or gpus")
         print(f'{what}: no machine of the cluster has as much now; waiting for one', flush=True)
 
 # %% ../../nbs/experiment/ray.ipynb #9c8466e7
 class _Outcome:
-    "Lines for the user, and why the sweep has to end"
-    def __init__(self, job, bar): self.job,self.bar,self.ended = job,bar,''
+    "Prints what happens to runs, and keeps why the sweep must end."
+    def __init__(self, job, bar):
+        self.job,self.bar = job,bar
+        self.ended = ''
     def say(self, trial, sentence):
         run = self.job.runs[trial.config['run']]
         self.bar.write(f'{run.arm}, seed {run.seed}: {sentence}')
         sys.stdout.flush()
     def done(self, trial):
-        "A run has ended, or has found that no run can go on"
+        "A run has ended, or has found that no run can continue."
         self.ended = self.ended or trial.last_result.get('ended', '')
         if self.ended: return
         self.say(trial, trial.last_result['said'])
         self.bar.update()
     def resumes(self, trial): self.say(trial, 'its worker died; it resumes')
     def lost(self, trial):
-        "Its worker has died once too often"
+        "Its worker has died too often."
         why = f'WorkerDied: its process or its machine died {trial.num_failures} times, perhaps for lack of memory'
         file = Path(self.job.out)/'runs'/trial.config['run']/'error.txt'
         try: write_text(file, f'{Path(trial.error_file).read_text()}\n{why}\n')
@@ -137,7 +101,7 @@ class _Outcome:
 
 # %% ../../nbs/experiment/ray.ipynb #2c77a81f
 def _listeners(outcome):
-    "The outcome in the form that Tune expects"
+    "The outcome in the form that Tune expects."
     from ray import tune
     class Listener(tune.Callback):
         def on_trial_complete(self, iteration, trials, trial, **info): outcome.done(trial)
@@ -153,8 +117,9 @@ _QUIET = dict(RAY_AIR_NEW_OUTPUT='0', TUNE_DISABLE_AUTO_CALLBACK_LOGGERS='1', RA
               TUNE_DISABLE_SIGINT_HANDLER='1', TUNE_DISABLE_STRICT_METRIC_CHECKING='1')
 @contextmanager
 def _quietly():
-    "Tune without files, messages and a handler of Ctrl-C of its own"
-    loggers,before = [logging.getLogger(o) for o in ('ray.tune','ray.train')],{o: os.environ.get(o) for o in _QUIET}
+    "Tune without files, messages and a handler of Ctrl-C of its own."
+    loggers = [logging.getLogger(o) for o in ('ray.tune','ray.train')]
+    before = {o: os.environ.get(o) for o in _QUIET}
     levels = [o.level for o in loggers]
     for o in loggers: o.setLevel(logging.CRITICAL)
     os.environ.update(_QUIET)
@@ -167,7 +132,7 @@ def _quietly():
 
 # %% ../../nbs/experiment/ray.ipynb #3e003122
 def _fit(job, asked, retries, outcome):
-    "Have Tune do the runs"
+    "Have Tune do the runs."
     from ray import tune
     def trainable(config): return _trial(config, job)
     trainable = tune.with_resources(trainable, lambda config: tune.PlacementGroupFactory([asked[config['run']]]))
@@ -187,13 +152,14 @@ def run_on_ray(
     track:str|None=None, # See `sweep`
     quiet:bool=False, # Show no bar?
     address:str|None=None, # Of the cluster, `host:port` or 'auto'; default: this machine
-    cpus:float|Callable=1., # Processors a run, which has as many threads, or a function of the run
-    gpus:float|Callable=0., # GPUs a run, or a function of the run; a fraction shares one
+    cpus:float|Callable=1., # Processors for a run, and its number of threads; or a function of the run
+    gpus:float|Callable=0., # GPUs for a run, or a function of the run; a fraction shares one
     retries:int=3, # How often a run whose worker died is resumed
 ):
     "Do runs on a cluster. Raises `ValueError` for invalid arguments, `OSError` if the disk is full or not shared."
-    out,asked = Path(out).absolute(),_resources(runs, cpus, gpus)
-    with _connected(address) as alone:
+    out = Path(out).absolute()
+    asked = _resources(runs, cpus, gpus)
+    with ray_connection(address) as alone:
         _check_room(asked, alone)
         for o in runs: (out/'runs'/o.id).mkdir(parents=True, exist_ok=True)
         threads = {k: max(1, int(v.get('CPU', 1))) for k,v in asked.items()}
@@ -201,10 +167,12 @@ def run_on_ray(
         with tqdm(total=len(runs), disable=quiet, unit='run') as bar: _fit(job, asked, retries, _Outcome(job, bar))
 
 # %% ../../nbs/experiment/ray.ipynb #de94e0be
-def check_ray(retries):
-    "`ValueError` without Ray, and for an invalid number of retries"
+def check_ray(
+    retries:int, # As in `run_on_ray`
+):
+    "Raises `ValueError` if Ray is not installed, and for an invalid number of retries."
     missing = [o for o in ('ray','pyarrow') if not find_spec(o)]
     if missing:
         raise ValueError(f"engine='ray' needs {' and '.join(missing)}: pip install 'fgvc_fisher[cluster]'")
     if isinstance(retries, bool) or not isinstance(retries, int) or retries<0:
-        raise ValueError(f"retries={retries!r}: a whole number from 0 on")
+        raise ValueError(f"retries={retries!r}: must be a whole number, at least 0")

@@ -19,10 +19,10 @@ import pandas as pd
 from filelock import FileLock, Timeout
 
 # %% ../../nbs/experiment/sweeps.ipynb #0cf370b5
-from .ray import run_on_ray, check_ray
-from ..distributed.workers import worker_processes
-from ..distributed.ranks import on_rank0, processes
 from ..distributed.files import write_text
+from ..distributed.ranks import on_rank0, processes
+from ..distributed.workers import worker_processes
+from .ray import check_ray, run_on_ray
 from .run import Run, do_claimed_run
 from .store import read_result, tidy_folder
 if sys.version_info >= (3,11): import tomllib
@@ -30,8 +30,8 @@ else: import tomli as tomllib
 
 # %% ../../nbs/experiment/sweeps.ipynb #1fcb6c62
 _FIELDS = [o.name for o in fields(Run)]
-def _known(name):
-    "`ValueError` for an unknown field of a run"
+def _check_field(name):
+    "`ValueError` for an unknown field of a run."
     if name in _FIELDS: return
     near = difflib.get_close_matches(name, _FIELDS, n=1)
     advice = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(_FIELDS)}"
@@ -39,44 +39,44 @@ def _known(name):
 
 # %% ../../nbs/experiment/sweeps.ipynb #49fd1774
 def _check_arm(arm, common):
-    "`ValueError` for an arm without a name or data, with an unknown field, an empty list, or a seed of its own"
+    "`ValueError` for an arm without a name or data, with an unknown field, an empty list, or a seed of its own."
     if not isinstance(arm, dict) or not isinstance(arm.get('arm'), str) or not arm['arm']:
-        raise ValueError(f"an arm is a dict with its name, such as arm='plain': {arm!r}")
+        raise ValueError(f"an arm must be a dict with a name, such as dict(arm='plain'), not {arm!r}")
     for k,v in (common|arm).items():
-        _known(k)
+        _check_field(k)
         if isinstance(v, (list,tuple)) and not v: raise ValueError(f"{arm['arm']}: the list of {k} is empty")
-    if 'seed' in common|arm: raise ValueError("a seed belongs to all arms: name it in `seeds`")
-    if 'data' not in common|arm: raise ValueError(f"{arm['arm']}: `data` is missing, the tree of pictures")
+    if 'seed' in common|arm: raise ValueError("seed: all arms have the same seeds, give them as `seeds`")
+    if 'data' not in common|arm: raise ValueError(f"{arm['arm']}: `data`, the tree of pictures, is missing")
 
 # %% ../../nbs/experiment/sweeps.ipynb #fd21359c
 def _strengths(arm):
-    "An arm for each combination of the values in its lists"
+    "An arm for each combination of the values in its lists."
     lists = {k: v for k,v in arm.items() if isinstance(v, (list,tuple))}
     for values in product(*lists.values()):
         chosen = dict(zip(lists, values))
-        said = [f'{k} = {int(v) if isinstance(v, float) and v.is_integer() else v}' for k,v in chosen.items()]
-        yield arm | chosen | dict(arm=', '.join([arm['arm'], *said]))
+        strengths = [f'{k} = {int(v) if isinstance(v, float) and v.is_integer() else v}' for k,v in chosen.items()]
+        yield arm | chosen | dict(arm=', '.join([arm['arm'], *strengths]))
 
 # %% ../../nbs/experiment/sweeps.ipynb #6a2e91f9
 def grid(
-    arms:Iterable, # Dicts of `Run`'s fields, with the name `arm`; a list stands for one arm each
+    arms:Iterable, # Dicts of `Run`'s fields, with the name in `arm`; each value of a list makes an arm
     seeds:Iterable=(42,), # Each arm is run with each of them
     **common # Fields of all runs, among them `data`
-)->list: # Of `Run`s, seed by seed, so that a sweep that is cut off has whole comparisons
+)->list: # Of `Run`s, seed by seed, so that an interrupted sweep has complete comparisons
     "The runs of a comparison. Raises `ValueError` for an unknown field, a missing name and a run that occurs twice."
     arms = list(arms)
-    for o in arms: _check_arm(o, common)
-    runs = [Run(**common | arm | dict(seed=seed)) for seed in seeds for o in arms for arm in _strengths(o)]
-    names = [(o.arm, o.seed) for o in runs]
-    if twice := [o for o in names if names.count(o)>1]:
+    for arm in arms: _check_arm(arm, common)
+    runs = [Run(**common | one | dict(seed=seed)) for seed in seeds for arm in arms for one in _strengths(arm)]
+    names = [(run.arm, run.seed) for run in runs]
+    if twice := [name for name in names if names.count(name)>1]:
         arm,seed = twice[0]
         raise ValueError(f"{arm!r} with seed {seed} is in the grid twice; arms need different names")
     return runs
 
 # %% ../../nbs/experiment/sweeps.ipynb #19620709
-def _from(folder, v):
-    "A path, or each of a list of them, relative to a folder; anything else as it is"
-    if isinstance(v, list): return [_from(folder, o) for o in v]
+def _resolve(folder, v):
+    "A path, or each of a list of them, relative to a folder; anything else as it is."
+    if isinstance(v, list): return [_resolve(folder, o) for o in v]
     return str(folder/Path(v).expanduser()) if isinstance(v, str) and v else v
 
 # %% ../../nbs/experiment/sweeps.ipynb #c4453649
@@ -88,11 +88,12 @@ def read_grid(
     if not file.is_file(): raise FileNotFoundError(f"there is no file {file}")
     try:
         table = tomllib.loads(file.read_text(encoding='utf-8'))
-        arms,seeds = table.pop('arm', []),table.pop('seeds', [42])
+        arms = table.pop('arm', [])
+        seeds = table.pop('seeds', [42])
         if not isinstance(arms, list) or not arms: raise ValueError("it has no [[arm]]")
-        if not isinstance(seeds, list): raise ValueError(f"seeds = {seeds!r}: give a list, [42, 43]")
+        if not isinstance(seeds, list): raise ValueError(f"seeds = {seeds!r}: give a list, such as [42, 43]")
         for part in (table, *arms):
-            part |= {o: _from(file.parent, part[o]) for o in ('data','source','weights') if o in part}
+            part |= {o: _resolve(file.parent, part[o]) for o in ('data','source','weights') if o in part}
         return grid(arms, seeds, **table)
     except (ValueError, TypeError) as e: raise ValueError(f"{file}: {e}") from e
 
@@ -102,19 +103,20 @@ def _finished(folder): return any((folder/o).exists() for o in ('result.json','e
 # %% ../../nbs/experiment/sweeps.ipynb #68718daf
 @contextmanager
 def _claimed(folder):
-    "Hold a run's lock; whether this process has it and the run is not finished"
+    "Try to lock a run while the block runs. Yields whether this process has the lock and the run is not finished."
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder/'lock')
     def take():
         try: lock.acquire(timeout=0)
         except Timeout: return False
-        if (folder/'result.json').exists(): tidy_folder(folder)               # a process may have died just before
+        if (folder/'result.json').exists(): tidy_folder(folder)      # a process may have died just before it did this
         return not _finished(folder)
     try: yield on_rank0(take)
     finally: lock.release()
 
 # %% ../../nbs/experiment/sweeps.ipynb #ae364b85
 def _tensorboard(run, out):
+    "fastai's callback for TensorBoard, below `out`."
     from fastai.callback.tensorboard import TensorBoardCallback
     class Board(TensorBoardCallback):
         def after_batch(self):
@@ -125,6 +127,7 @@ def _tensorboard(run, out):
 
 # %% ../../nbs/experiment/sweeps.ipynb #595b89cf
 def _wandb(run, out):
+    "fastai's callback for Weights & Biases, in the project with the name of `out`."
     import wandb
     from fastai.callback.wandb import WandbCallback
     class Board(WandbCallback):
@@ -143,16 +146,16 @@ _TRACKERS = dict(tensorboard=_tensorboard, wandb=_wandb)
 
 # %% ../../nbs/experiment/sweeps.ipynb #376da0dc
 def _check_tracker(track):
-    if track and track not in _TRACKERS: raise ValueError(f"track {track!r}: choose 'tensorboard' or 'wandb'")
-    if track and not find_spec(track): raise ValueError(f"track {track!r} is not installed: pip install {track}")
+    if track and track not in _TRACKERS: raise ValueError(f"track={track!r}: choose 'tensorboard' or 'wandb'")
+    if track and not find_spec(track): raise ValueError(f"track={track!r} is not installed: pip install {track}")
 
 # %% ../../nbs/experiment/sweeps.ipynb #6f9538ac
 def _attempt(run, out, track, quiet):
-    "Do a run, or record why it failed; a sentence about it"
+    "Do a run, or record why it failed. Returns a sentence about it."
     folder = out/'runs'/run.id
-    n,i = processes()
+    n,rank = processes()
     try:
-        trackers = [_TRACKERS[track](run, out)] if track and not i else []
+        trackers = [_TRACKERS[track](run, out)] if track and not rank else []
         row = do_claimed_run(run, folder, out/'sources', trackers, quiet)
     except Exception as e:
         if getattr(e, 'errno', None)==errno.ENOSPC: raise
@@ -160,28 +163,28 @@ def _attempt(run, out, track, quiet):
         if n>1: raise                                                   # the others wait for this one
         return f'failed: {type(e).__name__}: {e}'
     measures = {k: row[k] for k in ('best','last','test','retention_target_bn') if k in row and row[k]==row[k]}
-    said = ', '.join(f'{k} {100*v:.1f} %' for k,v in measures.items())
-    return f"{said or 'diverged'} ({row['seconds']:.0f} s)"
+    text = ', '.join(f'{k} {100*v:.1f} %' for k,v in measures.items())
+    return f"{text or 'diverged'} ({row['seconds']:.0f} s)"
 
 # %% ../../nbs/experiment/sweeps.ipynb #70eeaf72
-def _say(text):
-    "A line for the user, from the first of several processes"
+def _print_once(text):
+    "Print a line in the first of several processes."
     if not processes()[1]: print(text, flush=True)
 
 # %% ../../nbs/experiment/sweeps.ipynb #5430bec8
 def _work(runs, out, track, quiet):
-    "Do what is not finished; at the end wait for other processes, and take over from those that die"
+    "Do what is not finished; at the end wait for other processes, and take over from those that die."
     left = list(runs)
     while left:
         for run in list(left):
             with _claimed(out/'runs'/run.id) as mine:
-                if mine: _say(f'{run.arm}, seed {run.seed}: {_attempt(run, out, track, quiet)}')
+                if mine: _print_once(f'{run.arm}, seed {run.seed}: {_attempt(run, out, track, quiet)}')
             if on_rank0(lambda: _finished(out/'runs'/run.id)): left.remove(run)
         if left: time.sleep(1)
 
 # %% ../../nbs/experiment/sweeps.ipynb #7db624a3
-def _alone(run, out, track):
-    "The same for one run, without bars; a sentence about it"
+def _do_one(run, out, track):
+    "The same for one run, without bars. Returns a sentence about it."
     folder = out/'runs'/run.id
     while True:
         with _claimed(folder) as mine:
@@ -190,39 +193,41 @@ def _alone(run, out, track):
         time.sleep(1)
 
 # %% ../../nbs/experiment/sweeps.ipynb #1c389cbe
-def _help(task): _work(*task, quiet=True)
+def _work_quietly(task): _work(*task, quiet=True)
 
 # %% ../../nbs/experiment/sweeps.ipynb #47d6d7f9
 def _side_by_side(jobs, runs, out, track, quiet):
-    "Work with `jobs` processes, this one among them"
-    with worker_processes('fgvc_fisher.experiment.sweeps:_help', [(runs, out, track)]*(jobs-1), 'runs') as there:
+    "Work with `jobs` processes, this one among them."
+    tasks = [(runs, out, track)]*(jobs-1)
+    with worker_processes('fgvc_fisher.experiment.sweeps:_work_quietly', tasks, 'runs') as workers:
         _work(runs, out, track, quiet or jobs>1)
-        for o in there: o.wait()
+        for o in workers: o.wait()
 
 # %% ../../nbs/experiment/sweeps.ipynb #4f97f79a
 _CLUSTER = dict(address=None, cpus=1., gpus=0., retries=3)
 def _check_engine(engine, out, jobs, cluster):
-    "`ValueError` for arguments that do not go together"
+    "`ValueError` for arguments that do not go together."
     if engine not in ('local','ray'): raise ValueError(f"engine={engine!r}: choose 'local' or 'ray'")
     if scheme := re.match(r'[a-z][a-z0-9+.-]+:/', str(out)):            # not `c:/`; what follows may hold a password
         raise ValueError(f"out: {scheme[0]}/ is an address; name a folder, for a cluster one that its machines share")
     if (engine=='ray' or jobs>1) and processes()[0]>1:
-        raise ValueError(f"engine={engine!r}, jobs={jobs}: these processes do every run together, and start no others; "
-                         "leave out torchrun or accelerate launch")
+        raise ValueError(f"engine={engine!r}, jobs={jobs}: processes of torchrun or accelerate launch do every run "
+                         "together and start no others; leave out the launcher, or use engine='local' with jobs=1")
     if engine=='ray':
-        if jobs!=1: raise ValueError(f"jobs={jobs} is for engine='local'; Ray does as many runs at a time as have room")
+        if jobs!=1: raise ValueError(f"jobs={jobs} is for engine='local'; Ray does as many runs at a time as fit")
         return check_ray(cluster['retries'])
     for k,v in cluster.items():
         if v!=_CLUSTER[k]: raise ValueError(f"{k}={v!r} needs engine='ray'")
 
 # %% ../../nbs/experiment/sweeps.ipynb #44533bfa
 def _summary(runs, out):
-    "The table of the runs that have a result, and a line about the others"
+    "The table of the runs that have a result, and a line about the others."
     folders = [out/'runs'/o.id for o in runs]
     done = [o for o in folders if (o/'result.json').exists()]
     failed = [o for o in folders if o not in done]
     if failed:
-        _say(f"{len(failed)} of {len(runs)} runs failed, see {failed[0]/'error.txt'}; retry=True tries them again")
+        file = failed[0]/'error.txt'
+        _print_once(f"{len(failed)} of {len(runs)} runs failed, see {file}; retry=True tries them again")
     rows = pd.DataFrame([read_result(o) for o in done])
     rows.attrs['failed'] = len(failed)
     return rows
@@ -232,19 +237,21 @@ def sweep(
     runs:Iterable, # `Run`s, from `grid`
     out:str|Path, # Folder of the experiment: gets `runs/ID/` and `sources/`; with Ray on a disk that all machines share
     jobs:int=1, # Processes that work side by side
-    retry:bool=False, # Try those again that have failed before?
+    retry:bool=False, # Try runs again that failed before?
     track:str|None=None, # 'tensorboard' (below `out`) or 'wandb'
-    quiet:bool=False, # Show a line a run instead of bars and tables?
+    quiet:bool=False, # Show one line for each run instead of bars and tables?
     engine:str='local', # 'local', or 'ray': a cluster, see `experiment.ray`
     address:str|None=None, # Of the Ray cluster, `host:port` or 'auto'; default: this machine
-    cpus:float|Callable=1., # With Ray: processors a run, which has as many threads, or a function of the run
-    gpus:float|Callable=0., # With Ray: GPUs a run, or a function of the run; a fraction shares one
+    cpus:float|Callable=1., # With Ray: processors for a run, and its number of threads; or a function of the run
+    gpus:float|Callable=0., # With Ray: GPUs for a run, or a function of the run; a fraction shares one
     retries:int=3, # With Ray: how often a run whose worker died is resumed
 )->pd.DataFrame: # A row for each run with a result, in the order of `runs`; `attrs['failed']`: how many failed
-    "Do the runs that are not finished yet. A run that fails is recorded in its `error.txt`, and the others go on."
-    runs,cluster = list(runs),dict(address=address, cpus=cpus, gpus=gpus, retries=retries)
-    if not runs: raise ValueError("there are no runs to do")
-    if not isinstance(jobs, int) or jobs<1: raise ValueError(f"jobs={jobs!r}: a whole number above 0")
+    """Do the runs that are not finished yet. A run that fails is recorded in its `error.txt`, and the sweep continues.
+    Raises `ValueError` for invalid arguments, `OSError` if the disk is full."""
+    runs = list(runs)
+    cluster = dict(address=address, cpus=cpus, gpus=gpus, retries=retries)
+    if not runs: raise ValueError("runs is empty: there is nothing to do")
+    if not isinstance(jobs, int) or jobs<1: raise ValueError(f"jobs={jobs!r}: must be a whole number greater than 0")
     _check_tracker(track)
     _check_engine(engine, out, jobs, cluster)
     out = Path(out)
@@ -253,7 +260,7 @@ def sweep(
             if retry: (out/'runs'/o.id/'error.txt').unlink(missing_ok=True)
         return [o for o in runs if not _finished(out/'runs'/o.id)]
     left = on_rank0(begin)
-    _say(f"{len(runs)} runs, {len(runs)-len(left)} of them done before")
-    if engine=='ray' and left: run_on_ray(left, out, _alone, track, quiet, **cluster)
+    _print_once(f"{len(runs)} runs, {len(runs)-len(left)} of them done before")
+    if engine=='ray' and left: run_on_ray(left, out, _do_one, track, quiet, **cluster)
     if engine=='local': _side_by_side(jobs, runs, out, track, quiet)
     return on_rank0(lambda: _summary(runs, out))
