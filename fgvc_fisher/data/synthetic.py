@@ -1,4 +1,4 @@
-"""An FGVC-Aircraft tree drawn with Pillow, for when there is no real one.
+"""Draw a small data set in the form of FGVC-Aircraft, for tests and demos without a download
 
 Docs: https://fgvc-fisher.github.io/fgvc_fisher/data/synthetic.html.md"""
 
@@ -37,13 +37,16 @@ def disc(x, y, rx, ry, colour, z=0., n=16):
 
 # %% ../../nbs/data/synthetic.ipynb #synth-09
 def bar(x0, y0, x1, y1, width, colour, z=0.):
-    "A straight bar from one point to another: a mast, a strut, a blade."
+    "A straight bar from `(x0, y0)` to `(x1, y1)`: a mast, a strut, a blade."
     k = width/2 / max(np.hypot(x1-x0, y1-y0), 1e-9)
     dx, dy = k*(y0-y1), k*(x1-x0)
     return plate([(x0-dx, y0-dy), (x1-dx, y1-dy), (x1+dx, y1+dy), (x0+dx, y0+dy)], colour, z)
 
 # %% ../../nbs/data/synthetic.ipynb #synth-10
-TYRE, STEEL, WOOD, GLASS = (34, 34, 38), (158, 162, 168), (122, 86, 58), (44, 52, 66)
+TYRE = (34, 34, 38)
+STEEL = (158, 162, 168)
+WOOD = (122, 86, 58)
+GLASS = (44, 52, 66)
 
 def wheels(xs, r):
     "Wheels on the ground at `xs`."
@@ -65,7 +68,8 @@ def tube(x, bottom, top, colour, z=0., bands=8):
     "A round body between two outlines; `colour` may be a function of the height, from 0 to 1."
     at = colour if callable(colour) else lambda t: colour
     edges = np.linspace(bottom, top, bands + 1).tolist()
-    x, faces = np.asarray(x).tolist(), []
+    x = np.asarray(x).tolist()
+    faces = []
     for i, (lo, hi) in enumerate(zip(edges, edges[1:])):
         t = (i + 0.5)/bands
         faces += plate(zip(x + x[::-1], lo + hi[::-1]), shade(at(t), roundness(t)), z)
@@ -86,17 +90,20 @@ def corners(faces):
 
 # %% ../../nbs/data/synthetic.ipynb #synth-21
 def frame(faces, matrix, size, fill, where):
-    "Pixels a metre, and the pixel of `(0, 0, 0)`, for a subject that fills the part `fill`; `where` shares out the rest."
-    flat, size = corners(faces) @ matrix.T, np.array(size)
+    "Pixels per metre, and the pixel of `(0, 0, 0)`, for a subject that fills `fill`; `where` divides the rest."
+    flat = corners(faces) @ matrix.T
+    size = np.array(size)
     lo, hi = flat.min(0), flat.max(0)
     scale = fill * min(size / (hi - lo))
     return scale, (size - scale*(hi - lo))*where - scale*lo
 
 # %% ../../nbs/data/synthetic.ipynb #synth-22
 def paint_faces(img, faces, matrix, scale, shift, colour=None):
-    "Paint the faces, each in its colour or all in `colour`; returns their corners, (n, 2) in pixels."
-    draw, flat, start = ImageDraw.Draw(img), corners(faces) @ matrix.T * scale + shift, 0
+    "Paint the faces, each in its colour or all in `colour`. Returns their corners, (n, 2) in pixels."
+    draw = ImageDraw.Draw(img)
+    flat = corners(faces) @ matrix.T * scale + shift
     numbers = flat.ravel().tolist()
+    start = 0
     for points, own in faces:
         end = start + 2*len(points)
         draw.polygon(numbers[start:end], fill=own if colour is None else colour)
@@ -105,7 +112,7 @@ def paint_faces(img, faces, matrix, scale, shift, colour=None):
 
 # %% ../../nbs/data/synthetic.ipynb #synth-25
 def smooth_noise(rng, width, height, cells=(3, 4), octaves=3):
-    "A (height, width) array of smooth noise, about -1 to 1; the coarsest of its scales has `cells` across and down."
+    "A (height, width) array of smooth noise, about -1 to 1; its coarsest scale has `cells` across and down."
     out = np.zeros((height, width), dtype=np.float32)
     for k in range(octaves):
         coarse = rng.standard_normal((cells[1] * 2**k, cells[0] * 2**k), dtype=np.float32)
@@ -114,7 +121,7 @@ def smooth_noise(rng, width, height, cells=(3, 4), octaves=3):
 
 # %% ../../nbs/data/synthetic.ipynb #synth-26
 def blend(a, b, t):
-    "From colour `a` at 0 to colour `b` at 1; the result has the shape of `t`, and three channels."
+    "Colour `a` where `t` is 0, colour `b` where it is 1; the result has the shape of `t` and three channels."
     a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
     return a + (b - a)*t[..., None]
 
@@ -134,17 +141,19 @@ def downwards(height):
 
 # %% ../../nbs/data/synthetic.ipynb #synth-29
 def sky(rng, width, height):
-    "A (height, width, 3) sky: brighter towards the horizon, with more or less cloud in it."
+    "A (height, width, 3) sky: brighter towards the horizon, with some clouds."
     overhead, low, cloud = SKIES[rng.integers(len(SKIES))]
     clear = blend(overhead, low, downwards(height)**rng.uniform(0.7, 1.6))
     cover = smooth_noise(rng, width, height, (2, 4)) + np.float32(rng.uniform(-0.8, 0.5))
     return blend(clear, cloud, np.clip(cover, 0, 1) * np.float32(rng.uniform(0.3, 0.9)))
 
 # %% ../../nbs/data/synthetic.ipynb #synth-30
-GRASS, ASPHALT, WATER = (104, 122, 70), (122, 122, 126), (52, 92, 122)
+GRASS = (104, 122, 70)
+ASPHALT = (122, 122, 126)
+WATER = (52, 92, 122)
 
 def floor(rng, width, height, place):
-    "A (height, width, 3) stretch of water for `'sea'`, else of land, from the horizon to the photographer's feet."
+    "(height, width, 3) of water for `'sea'`, else of land, from the horizon to the photographer's feet."
     down = downwards(height)
     grain = smooth_noise(rng, width, height, (3, 12))[..., None] * 9
     if place == 'sea':
@@ -158,16 +167,16 @@ def floor(rng, width, height, place):
 
 # %% ../../nbs/data/synthetic.ipynb #synth-31
 def skyline(rng, width, horizon, colour):
-    "The outline of a far wood or town, in pixels, and its colour."
+    "The outline of a distant wood or town, in pixels, and its colour."
     low, high = sorted(rng.uniform(0.0, 0.08, 2) * width)
     x = np.linspace(0, width, rng.integers(8, 40))
     y = horizon - rng.uniform(low, high, len(x))
-    if rng.random() < 0.4: x, y = x.repeat(2)[1:], y.repeat(2)[:-1]    # houses have flat roofs
+    if rng.random() < 0.4: x, y = x.repeat(2)[1:], y.repeat(2)[:-1]    # a town: houses with flat roofs
     return [(0, horizon), *zip(x.tolist(), y.tolist()), (width, horizon)], shade(colour, rng.uniform(0.4, 0.8))
 
 # %% ../../nbs/data/synthetic.ipynb #synth-32
 def scene(rng, width, height, horizon, place):
-    "The picture without its subject: sky down to the row `horizon`, and what lies below."
+    "The picture without its subject: sky down to the row `horizon`, and land or water below."
     horizon = int(np.clip(horizon, 4, height))
     parts = [sky(rng, width, horizon)]
     if horizon < height: parts.append(floor(rng, width, height - horizon, place))
@@ -178,7 +187,7 @@ def scene(rng, width, height, horizon, place):
 
 # %% ../../nbs/data/synthetic.ipynb #synth-34
 def shadow(img, subject, matrix, scale, shift, rng):
-    "Darken `img` where the subject keeps the light from the ground."
+    "Darken `img` where the subject shades the ground."
     away = np.array([[1, rng.uniform(-0.5, 0.5), 0], [0, 0, 0], [0, rng.uniform(-0.5, 0.9), 1]])
     mask = Image.new('L', img.size)
     paint_faces(mask, subject, matrix @ away, scale, shift, 130)
@@ -186,7 +195,7 @@ def shadow(img, subject, matrix, scale, shift, rng):
 
 # %% ../../nbs/data/synthetic.ipynb #synth-36
 def develop(img, rng):
-    "The picture as it comes out of the camera."
+    "Blur, exposure, haze and grain, as a camera adds them."
     img = img.filter(ImageFilter.BoxBlur(rng.uniform(0, 0.6)))
     light = rng.uniform(0.82, 1.18) * (1 + rng.uniform(-0.06, 0.06, 3))
     haze = rng.uniform(0, 20)
@@ -195,7 +204,7 @@ def develop(img, rng):
     return Image.fromarray(np.clip(film, 0, 255).astype(np.uint8))
 
 # %% ../../nbs/data/synthetic.ipynb #synth-38
-# Degrees; what flies is seen from below as well as from above, and banks.
+# Ranges of turn, rise and roll in degrees. In the air, a subject is also seen from below, and banks
 VIEWS = dict(sky=((-15, 15), (-8, 14), (-6, 6)), land=((-15, 15), (4, 12), (-1, 1)), sea=((-15, 15), (3, 10), (-3, 3)))
 
 def viewpoint(rng, place):
@@ -204,14 +213,14 @@ def viewpoint(rng, place):
 
 # %% ../../nbs/data/synthetic.ipynb #synth-39
 def pose(subject, place, rng, size, fill):
-    "Camera, pixels a metre and the pixel of the origin; what stands on the ground is in the lower half."
+    "Camera, pixels per metre and the pixel of the origin; a subject on the ground is in the lower half."
     matrix = viewpoint(rng, place)
     where = rng.uniform((0.15, 0.15 if place == 'sky' else 0.5), 0.85)
     return matrix, *frame(subject, matrix, size, rng.uniform(*fill), where)
 
 # %% ../../nbs/data/synthetic.ipynb #synth-40
 def photograph(subject, place, rng, width, height, fill=(0.84, 0.97)):
-    "One picture of the subject, and the box around it: `xmin, ymin, xmax, ymax` in pixels from 1, as in the archive."
+    "A picture of the subject, and its bounding box: `xmin, ymin, xmax, ymax` in pixels from 1, as in the archive."
     size = (2*width, 2*height)
     matrix, scale, shift = pose(subject, place, rng, size, fill)
     horizon = height*rng.uniform(0.8, 1.6) if place == 'sky' else shift[1]/2 - height*rng.uniform(0.02, 0.16)
@@ -225,20 +234,20 @@ def photograph(subject, place, rng, width, height, fill=(0.84, 0.97)):
 # %% ../../nbs/data/synthetic.ipynb #synth-42
 @dataclass(frozen=True)
 class Airliner:
-    "What tells one airliner from another; lengths in metres."
-    manufacturer:str # Who built it
-    family:str       # Its family, the manufacturer's name included
-    variant:str      # Its own name
+    "The properties of an airliner; lengths in metres."
+    manufacturer:str # Its invented name
+    family:str       # With the name of the manufacturer
+    variant:str      # With the name of the family
     engines:str      # `'wing2'`, `'wing4'`, `'tail2'`, `'tail3'`, `'prop2'` or `'prop4'`
     length:float     # Of the fuselage
     body:float       # Height of the fuselage
     nose:float       # Length of the nose, in heights of the fuselage
-    droop:float      # How far the tip of the nose hangs, 0 to 1
+    droop:float      # How low the tip of the nose is, 0 to 1
     high:bool        # Is the wing above the windows?
-    sweep:float      # Of the wing, metres back for one metre out
-    tail:float       # Where the tailplane is: 0 on the fuselage, 1 on top of the fin
-    fin:float        # Sweep of the fin, metres back for one metre up
-    power:float      # Size of an engine, 1 is ordinary
+    sweep:float      # Of the wing, metres back for each metre out
+    tail:float       # Place of the tailplane: 0 on the fuselage, 1 on top of the fin
+    fin:float        # Sweep of the fin, metres back for each metre up
+    power:float      # Relative size of an engine
     winglets:bool    # Do the wing tips turn up?
 
 # %% ../../nbs/data/synthetic.ipynb #synth-43
@@ -253,7 +262,8 @@ def maker(m):
 # %% ../../nbs/data/synthetic.ipynb #synth-44
 def airliner(k):
     "Airliner number `k`, from 0."
-    m, f, second = 3*(k//12) + k%3, 3*(k//6) + k%3, k//3 % 2
+    m, f = 3*(k//12) + k%3, 3*(k//6) + k%3         # numbers of the manufacturer and the family
+    second = k//3 % 2
     style, layout = Random(f'manufacturer {m}'), Random(f'family {f}')
     family = f'{maker(m)} {maker(m)[0]}{20 + 20*(k//6 % 2)}'
     engines = LAYOUTS[f % 6]
@@ -275,7 +285,7 @@ PAINT = [(200, 32, 44), (24, 58, 140), (20, 120, 90), (236, 168, 30),
 COATS = [(242, 243, 245)]*6 + [(206, 212, 218), (232, 224, 200), (176, 196, 216)] + PAINT[:2]
 
 def livery(rng):
-    "Colours by part, and the heights between which the fuselage is striped."
+    "The colour of each part, and the heights between which the fuselage has a stripe."
     pick = lambda colours: colours[rng.integers(len(colours))]
     coat, accent, second = pick(COATS), pick(PAINT), pick(PAINT)
     low, wide = rng.uniform(0.2, 0.6), rng.choice([0, 0, 0.13, 0.26])
@@ -299,12 +309,12 @@ def axis(a):
     return a.body * (0.85 if a.high else 1 if a.engines[:4] == 'tail' else 1.2)
 
 def along(a, u):
-    "The `x` of what lies `u` metres behind the nose."
+    "The `x` of a point `u` metres behind the nose."
     return a.length/2 - u
 
 # %% ../../nbs/data/synthetic.ipynb #synth-51
 def fuselage(a, paint):
-    "The body with its stripe; from `rear` on it is painted like the tail."
+    "The body with its stripe; behind `rear` it has the colour of the tail."
     low, high = paint['stripe']
     def coat(t): return paint['accent'] if low <= t < high else paint['belly'] if t < 0.26 else paint['coat']
     u = a.length * (1 - np.cos(np.linspace(0, np.pi, 24)))/2
@@ -322,7 +332,7 @@ def windows(a):
 
 # %% ../../nbs/data/synthetic.ipynb #synth-53
 def cockpit(a):
-    "The pilots' window, high up in the nose."
+    "The pilots' window in the nose."
     u = np.array([0.3, 0.62]) * a.nose*a.body
     low, high = hull(a, u)
     sill, roof, x = low + 0.62*(high - low), low + 0.86*(high - low), along(a, u)
@@ -331,7 +341,8 @@ def cockpit(a):
 # %% ../../nbs/data/synthetic.ipynb #synth-55
 def wing(x, y, chord, span, sweep, rise, colour, side, winglet=0.):
     "Half a wing with its root at `(x, y)` in the middle of the body, its tip turned up by `winglet` metres."
-    tip, back, up, z, thick = 0.3*chord, x - sweep*span, y + rise*span, side*span, 0.11*chord
+    tip, thick = 0.3*chord, 0.11*chord
+    back, up, z = x - sweep*span, y + rise*span, side*span
     paint = lambda k: shade(colour, k if side > 0 else 0.7*k)
     across = lambda a, b: [(x - a*chord, y, 0), (back - a*tip, up, z), (back - b*tip, up, z), (x - b*chord, y, 0)]
     front = plate([(x, y, 0), (back, up, z), (back, up - 0.4*thick, z), (x, y - thick, 0)], paint(0.6))
@@ -349,7 +360,7 @@ def wings(a, paint, side):
 
 # %% ../../nbs/data/synthetic.ipynb #synth-57
 def fin_top(a):
-    "Height of the fin, and the `x` of its leading edge up there."
+    "Height of the fin, and the `x` of its leading edge at the top."
     return 1.45*a.body, along(a, 0.8*a.length) - a.fin*1.45*a.body
 
 def fin(a, paint):
@@ -385,8 +396,9 @@ def propeller(x, y, z, r):
 
 # %% ../../nbs/data/synthetic.ipynb #synth-62
 def engine(a, paint, side, out):
-    "One engine, `out` metres from the middle; those at the tail stand close by the fuselage."
-    body, size, z, colour = a.body, a.body*a.power, side*out, paint['engine']
+    "One engine, `out` metres from the middle; those at the tail are close to the fuselage."
+    body, size = a.body, a.body*a.power
+    z, colour = side*out, paint['engine']
     x, y = along(a, 0.4*a.length) - a.sweep*out, axis(a) + body*(0.4 if a.high else -0.3)
     if a.engines[:4] == 'wing': return nacelle(x + 0.6*body, y - 0.3*size + 0.1*out, z, 1.1*size, 0.33*size, colour)
     if a.engines[:4] == 'prop':
@@ -401,7 +413,7 @@ def engines(a, paint, side):
 
 # %% ../../nbs/data/synthetic.ipynb #synth-64
 def third_engine(a, paint):
-    "The one in the root of the fin, if there are three."
+    "The engine in the root of the fin, if there are three."
     if a.engines[-1] != '3': return []
     return nacelle(along(a, 0.77*a.length), axis(a) + 0.62*a.body, 0, 0.2*a.length, 0.27*a.body, paint['tail'])
 
@@ -423,7 +435,7 @@ def build(a, paint, wheels_down=True):
 
 # %% ../../nbs/data/synthetic.ipynb #synth-72
 def photograph_airliner(k, rng, width, height):
-    "One picture of airliner number `k`, on the ground or in the air, and its box."
+    "A picture of airliner number `k`, on the ground or in the air, and its bounding box."
     place = 'sky' if rng.random() < 0.55 else 'land'
     return photograph(build(airliner(k), livery(rng), place == 'land' or rng.random() < 0.4), place, rng, width, height)
 
@@ -444,7 +456,8 @@ def helicopter(rng, paint):
     half = np.array([0.3, 0.9, 1.2, 1, 0.5, 0.1])
     tail = tube([-rng.uniform(6, 8), -1.5], [2.7, 1.7], [3, 2.9], paint['tail']) + disc(-6.9, 3.6, 0.9, 0.9, STEEL, 0.2)
     tail += plate([(-7.6, 4.4), (-6.6, 2.8), (-5.8, 2.8), (-6.8, 4.4)], paint['tail'])
-    skids = bar(-2, 0.1, 2.6, 0.1, 0.2, skid) + bar(-0.8, 0.1, -0.6, 1.6, 0.15, skid) + bar(1, 0.1, 0.8, 1.6, 0.15, skid)
+    skids = bar(-2, 0.1, 2.6, 0.1, 0.2, skid)
+    skids += bar(-0.8, 0.1, -0.6, 1.6, 0.15, skid) + bar(1, 0.1, 0.8, 1.6, 0.15, skid)
     rotor = [f for b in (rng.uniform(0, 3) + np.array([0, np.pi/2])).tolist()
              for f in bar(-r*np.cos(b), 3.9, r*np.cos(b), 3.9 + 0.4*np.sin(b), 0.16, TYRE)]
     cabin = bar(0, 3, 0, 4, 0.3, TYRE) + tube(x, 2 - half, 2 + half, paint['coat']) + disc(1.3, 2.3, 0.8, 0.6, GLASS)
@@ -452,7 +465,9 @@ def helicopter(rng, paint):
 
 # %% ../../nbs/data/synthetic.ipynb #synth-78
 def airship(rng, paint):
-    x, fat, (low, high) = np.linspace(-1, 1, 24), rng.uniform(5, 8), paint['stripe']
+    x = np.linspace(-1, 1, 24)
+    fat = rng.uniform(5, 8)
+    low, high = paint['stripe']
     half = fat * np.sqrt(1 - x**2) * (1 - 0.25*(x < 0)*x**2)
     fins = [f for s in (1, -1) for f in plate([(-17, 9), (-24, 9 + s*fat), (-27, 9 + s*fat), (-23, 9)], paint['tail'])]
     gondola = box(-3, 7.6 - fat, 8, 2.4, paint['accent']) + panes(-2.5, 5, 5, 8.4 - fat, 0.9)
@@ -469,7 +484,9 @@ def balloon(rng, paint):
 
 # %% ../../nbs/data/synthetic.ipynb #synth-80
 def parachute(rng, paint):
-    a, wide, silk = np.linspace(0, np.pi, 13), rng.uniform(5, 7), []
+    a = np.linspace(0, np.pi, 13)
+    wide = rng.uniform(5, 7)
+    silk = []
     x, y = (wide*np.cos(a)).tolist(), (9 + 4*np.sin(a)).tolist()
     for i in range(12):
         gore = [(0.35*x[i], 8.6), (x[i], y[i]), (x[i+1], y[i+1]), (0.35*x[i+1], 8.6)]
@@ -482,11 +499,14 @@ def parachute(rng, paint):
 FEATHERS = [(70, 66, 62), (236, 236, 232), (128, 96, 70), (48, 50, 56), (160, 164, 170)]
 
 def bird(rng, paint):
-    feather, x = FEATHERS[rng.integers(len(FEATHERS))], np.linspace(-1, 1, 14)
-    half, lift, span = 0.42*np.sqrt(1 - x**2), rng.uniform(-0.6, 2.6), rng.uniform(2, 3)
+    feather = FEATHERS[rng.integers(len(FEATHERS))]
+    x = np.linspace(-1, 1, 14)
+    half = 0.42*np.sqrt(1 - x**2)
+    lift, span = rng.uniform(-0.6, 2.6), rng.uniform(2, 3)
     def flap(z, k):
         bend, tip = 2.2 + 0.55*lift, 2.2 + lift
-        return plate([(0.6, 2.2, 0), (0.5, bend, z/2), (-0.5, tip, z), (-0.3, bend, z/2), (-0.6, 2.1, 0)], shade(feather, k))
+        outline = [(0.6, 2.2, 0), (0.5, bend, z/2), (-0.5, tip, z), (-0.3, bend, z/2), (-0.6, 2.1, 0)]
+        return plate(outline, shade(feather, k))
     tail = plate([(-0.8, 2.1), (-2, 2.4), (-2.1, 2), (-1.9, 1.7)], shade(feather, 0.8))
     beak = plate([(1.4, 2.4), (1.95, 2.2), (1.4, 2.15)], (226, 160, 50))
     head = disc(1.15, 2.3, 0.36, 0.34, feather) + beak + disc(1.25, 2.4, 0.07, 0.07, TYRE)
@@ -494,7 +514,8 @@ def bird(rng, paint):
 
 # %% ../../nbs/data/synthetic.ipynb #synth-82
 def kite(rng, paint):
-    wide, low, t = rng.uniform(1.6, 2.4), rng.uniform(-3.4, -2.6), np.linspace(0, 1, 9)
+    wide, low = rng.uniform(1.6, 2.4), rng.uniform(-3.4, -2.6)
+    t = np.linspace(0, 1, 9)
     x, y = rng.uniform(0.4, 0.9)*np.sin(t*rng.uniform(5, 9)), low - 3.5*t
     tail = list(zip(x.tolist(), y.tolist()))
     faces = [f for a, b in zip(tail, tail[1:]) for f in bar(*a, *b, 0.1, TYRE)]
@@ -505,7 +526,8 @@ def kite(rng, paint):
 
 # %% ../../nbs/data/synthetic.ipynb #synth-83
 def rocket(rng, paint):
-    h, w, fire = rng.uniform(11, 16), rng.uniform(0.9, 1.4), ((1, (246, 150, 40)), (0.5, (255, 236, 150)))
+    h, w = rng.uniform(11, 16), rng.uniform(0.9, 1.4)
+    fire = ((1, (246, 150, 40)), (0.5, (255, 236, 150)))
     y = np.array([1.2, 2, h - 4, h - 2.5, h - 1.2, h - 0.4, h])
     half = w*np.array([0.8, 1, 1, 0.9, 0.62, 0.3, 0.02])
     fins = [f for s in (-w, w) for f in plate([(s, 5), (2.4*s, 2.5), (2.4*s, 0.2), (s, 1.8)], paint['accent'])]
@@ -515,7 +537,8 @@ def rocket(rng, paint):
 
 # %% ../../nbs/data/synthetic.ipynb #synth-85
 def sailing_boat(rng, paint):
-    long, mast, white = rng.uniform(4, 5.5), rng.uniform(9, 12), (240, 238, 230)
+    long, mast = rng.uniform(4, 5.5), rng.uniform(9, 12)
+    white = (240, 238, 230)
     hull = plate([(-long, 1.3), (long + 1, 1.6), (0.7*long, 0), (-0.85*long, 0)], paint['coat'])
     stripe = plate([(-long, 1.3), (long + 1, 1.6), (0.94*long, 1.1), (-0.96*long, 0.9)], paint['accent'])
     spars = bar(0, 1.3, 0, mast + 0.4, 0.25, WOOD) + bar(-long, 2.2, 0, 2, 0.2, WOOD)
@@ -524,12 +547,15 @@ def sailing_boat(rng, paint):
 
 # %% ../../nbs/data/synthetic.ipynb #synth-86
 def ship(rng, paint):
-    long, decks, faces = rng.uniform(22, 30), int(rng.integers(2, 5)), []
+    long = rng.uniform(22, 30)
+    decks = int(rng.integers(2, 5))
+    faces = []
     for i in range(rng.integers(1, 4)):
         x, y = 6*i - 0.3*long, 5 + 2.4*decks
         faces += box(x, y, 2.6, 4.5, paint['tail']) + box(x, y + 3.4, 2.6, 1.1, TYRE)
     for d in range(decks):
-        back, front, y = 2*d - 0.8*long, (0.5 - 0.16*d)*long, 5 + 2.4*d
+        back, front = 2*d - 0.8*long, (0.5 - 0.16*d)*long
+        y = 5 + 2.4*d
         faces += box(back, y, front - back, 2.4, shade((240, 240, 238), 1 - 0.04*d))
         faces += panes(back + 1, front, 12 - d, y + 0.8, 0.9)
     hull = plate([(-long, 5), (long + 3, 6), (long - 3, 0), (0.94 - long, 0)], paint['accent'])
@@ -539,7 +565,8 @@ def ship(rng, paint):
 # %% ../../nbs/data/synthetic.ipynb #synth-88
 def bus(rng, paint):
     long, decks = rng.uniform(5, 6.5), int(rng.integers(1, 3))
-    top, n = 1.1 + 1.8*decks, int(rng.integers(6, 9))
+    top = 1.1 + 1.8*decks
+    n = int(rng.integers(6, 9))
     body = box(-long, 0.4, 2*long, top - 0.4, paint['coat']) + box(-long, 0.4, 2*long, 0.7, paint['accent'])
     roof = box(-long, top - 0.15, 2*long, 0.3, shade(paint['coat'], 0.8))
     glass = [f for d in range(decks) for f in panes(-long + 0.4, long - 0.2, n, 1.5 + 1.8*d, 0.9, 0.8)]
@@ -557,8 +584,10 @@ def lorry(rng, paint):
 
 # %% ../../nbs/data/synthetic.ipynb #synth-90
 def locomotive(rng, paint):
-    n, colour, red, steam = int(rng.integers(2, 5)), paint['accent'], (150, 40, 36), (216, 216, 218)
-    boiler = tube([-1, 4.6, 5], [1.6, 1.6, 2], [3.6, 3.6, 3.2], shade(colour, 0.8)) + disc(1.5, 3.7, 0.6, 0.5, (206, 160, 60))
+    n = int(rng.integers(2, 5))
+    colour, red, steam = paint['accent'], (150, 40, 36), (216, 216, 218)
+    boiler = tube([-1, 4.6, 5], [1.6, 1.6, 2], [3.6, 3.6, 3.2], shade(colour, 0.8))
+    boiler += disc(1.5, 3.7, 0.6, 0.5, (206, 160, 60))
     cab = box(-4, 1.2, 3.2, 3.4, colour) + box(-3.2, 3, 1.5, 1, GLASS, 0.1) + box(-4.3, 4.5, 3.8, 0.35, TYRE)
     puffs = [(4.4 - 1.6*i, 5.4 + rng.uniform(0.2, 0.6)*i, 0.6 + 0.3*i, 0.5 + 0.15*i) for i in range(5)]
     chimney = [f for puff in puffs for f in disc(*puff, steam)] + box(4.2, 3.4, 0.8, 1.6, TYRE)
@@ -567,25 +596,30 @@ def locomotive(rng, paint):
 
 # %% ../../nbs/data/synthetic.ipynb #synth-91
 def car(rng, paint):
-    roof, back, tail, colour = rng.uniform(1.35, 1.7), rng.uniform(-2, -0.9), rng.uniform(0.85, 1.05), paint['accent']
+    roof, back, tail = rng.uniform(1.35, 1.7), rng.uniform(-2, -0.9), rng.uniform(0.85, 1.05)
+    colour = paint['accent']
     body = plate([(-2.1, 0.35), (2.1, 0.35), (2.1, 0.75), (1, 0.95), (-1.9, tail), (-2.1, tail)], colour)
     cabin = plate([(1.05, 0.9), (0.3, roof), (back + 0.3, roof), (back, 0.9)], colour)
     front = plate([(0.85, 0.95), (0.28, roof - 0.1), (-0.3, roof - 0.1), (-0.3, 0.95)], GLASS)
     rear = plate([(-0.4, 0.95), (-0.4, roof - 0.1), (back + 0.4, roof - 0.1), (back + 0.2, 0.95)], GLASS)
     lamps = box(1.9, 0.6, 0.2, 0.15, (250, 240, 190)) + box(-2.1, 0.65, 0.15, 0.2, (200, 40, 40))
-    return body + cabin + front + rear + box(-2.1, 0.35, 4.2, 0.12, shade(colour, 0.6)) + lamps + wheels((-1.3, 1.3), 0.36)
+    sill = box(-2.1, 0.35, 4.2, 0.12, shade(colour, 0.6))
+    return body + cabin + front + rear + sill + lamps + wheels((-1.3, 1.3), 0.36)
 
 # %% ../../nbs/data/synthetic.ipynb #synth-92
 def tractor(rng, paint):
-    big, colour = rng.uniform(0.85, 1.1), paint['accent']
-    cab = box(-1.6, 1.2, 1.5, 1.5, colour) + box(-1.4, 1.6, 1.1, 0.9, GLASS) + box(-1.7, 2.6, 1.8, 0.15, shade(colour, 0.7))
+    big = rng.uniform(0.85, 1.1)
+    colour = paint['accent']
+    cab = box(-1.6, 1.2, 1.5, 1.5, colour) + box(-1.4, 1.6, 1.1, 0.9, GLASS)
+    cab += box(-1.7, 2.6, 1.8, 0.15, shade(colour, 0.7))
     hood = box(-0.2, 0.8, 2.2, 0.9, colour) + box(1.8, 0.8, 0.25, 0.9, TYRE)
     exhaust = bar(1.2, 1.6, 1.2, rng.uniform(2.2, 2.8), 0.15, TYRE)
     return cab + hood + exhaust + wheels((-1.1,), big) + wheels((1.5,), 0.5*big)
 
 # %% ../../nbs/data/synthetic.ipynb #synth-94
 def windmill(rng, paint):
-    h, w, reach, sails = rng.uniform(8, 10), rng.uniform(1.7, 2.3), rng.uniform(4.6, 5.8), []
+    h, w, reach = rng.uniform(8, 10), rng.uniform(1.7, 2.3), rng.uniform(4.6, 5.8)
+    sails = []
     tower = column([0, h], [-w, -0.6*w], [w, 0.6*w], paint['belly']) + box(-0.4, 0, 0.8, 1.6, WOOD, 0.1)
     cap = plate([(-0.8*w, h), (0.8*w, h), (0.3*w, h + 1.4), (-0.3*w, h + 1.4)], shade(paint['tail'], 0.7))
     for a in (rng.uniform(0, np.pi/2) + np.arange(4)*np.pi/2).tolist():
@@ -596,7 +630,9 @@ def windmill(rng, paint):
 
 # %% ../../nbs/data/synthetic.ipynb #synth-95
 def lighthouse(rng, paint):
-    h, w, n, faces = rng.uniform(11, 15), rng.uniform(1.6, 2.2), int(rng.integers(3, 7)), []
+    h, w = rng.uniform(11, 15), rng.uniform(1.6, 2.2)
+    n = int(rng.integers(3, 7))
+    faces = []
     for i in range(n):
         y, half = np.array([i, i + 1])*h/n, w*(1 - 0.4*np.array([i, i + 1])/n)
         faces += column(y, -half, half, paint['accent'] if i % 2 else (240, 240, 238))
@@ -612,7 +648,7 @@ SOURCE = [(f.__name__.replace('_', ' '), f, place) for place, functions in PLACE
 
 # %% ../../nbs/data/synthetic.ipynb #synth-97
 def photograph_source(k, rng, width, height):
-    "One picture of source class number `k`."
+    "A picture of source class number `k`."
     _, subject, place = SOURCE[k]
     return photograph(subject(rng, livery(rng)), place, rng, width, height, fill=(0.45, 0.95))[0]
 
@@ -624,22 +660,22 @@ def need(name, value, least, most):
 
 # %% ../../nbs/data/synthetic.ipynb #synth-100
 def is_drawn(path, made):
-    "Was this very tree drawn at `path` before? `FileExistsError` if anything else is there."
+    "Has this tree been drawn at `path` before? Raises `FileExistsError` if something else is there."
     if not path.exists(): return False
     try: found = json.loads((path/'drawn.json').read_text())
     except (OSError, ValueError): found = None
     if found == made: return True
-    what = f'was drawn with other arguments: {found}' if found else 'is there and was not drawn by this function'
-    raise FileExistsError(f'{path} {what}. Give another path, or delete it first.')
+    what = f'was drawn with other arguments: {found}' if found else 'exists and was not drawn by this function'
+    raise FileExistsError(f'{path} {what}. Choose another path, or delete it first.')
 
 # %% ../../nbs/data/synthetic.ipynb #synth-101
 @contextmanager
-def whole(path, made):
-    "A folder to draw in, which becomes `path` in the end, or goes if anything goes wrong."
+def drawing_folder(path, made):
+    "A folder to draw in, which is renamed to `path` at the end, or deleted after an error."
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(prefix=f'.{path.name}-', dir=path.parent))
     try:
-        tree = beside/path.name      # one level down: `mkdtemp` makes folders that nobody else may read
+        tree = beside/path.name      # a subfolder, because other users may not read the folders of `mkdtemp`
         tree.mkdir()
         yield tree
         (tree/'drawn.json').write_text(json.dumps(made, indent=1))
@@ -655,7 +691,7 @@ def picture_rng(seed, split, k, i):
 
 # %% ../../nbs/data/synthetic.ipynb #synth-105
 def save_jpeg(img, file, rng):
-    "Save as cameras do, with more or less compression."
+    "Save with a random JPEG quality."
     img.save(file, quality=int(rng.integers(85, 93)))
 
 # %% ../../nbs/data/synthetic.ipynb #synth-107
@@ -663,7 +699,7 @@ STRIP = 20
 
 @lru_cache(maxsize=256)
 def credit(name, width, dark):
-    "The strip itself; a few hundred are enough for any tree, so they are kept."
+    "The strip with a name; strips are cached, because a tree has only a few hundred."
     paper, ink = ((12, 12, 12), (230, 230, 230)) if dark else ((248, 248, 248), (30, 30, 30))
     strip = Image.new('RGB', (width, STRIP), paper)
     ImageDraw.Draw(strip).text((4, 4), f'Drawn by {name}', fill=ink, font=ImageFont.load_default())
@@ -671,7 +707,7 @@ def credit(name, width, dark):
 
 # %% ../../nbs/data/synthetic.ipynb #synth-108
 def with_credit(img, rng):
-    "`img` with its painter's name on a strip of 20 rows below it."
+    "`img` with a strip of 20 rows below it that has an invented name."
     name = f'{FIRST[rng.integers(len(FIRST))]} {LAST[rng.integers(len(LAST))].title()}'
     out = Image.new('RGB', (img.width, img.height + STRIP))
     out.paste(img)
@@ -680,12 +716,12 @@ def with_credit(img, rng):
 
 # %% ../../nbs/data/synthetic.ipynb #synth-109
 def write_lines(file, lines):
-    "One line each, in the archive's way."
+    "Write a text file, each line with its line end."
     file.write_text(''.join(f'{line}\n' for line in lines))
 
 # %% ../../nbs/data/synthetic.ipynb #synth-111
 def write_lists(data, pictures):
-    "The text files of the archive, from `(id, split, airliner, box)` a picture."
+    "Write the text files of the archive, from `(id, split, airliner, box)` of each picture."
     for split, parts in dict(train=['train'], val=['val'], trainval=['train', 'val'], test=['test']).items():
         chosen = [(i, a) for i, s, a, _ in pictures if s in parts]
         if split != 'trainval': write_lines(data/f'images_{split}.txt', [i for i, _ in chosen])
@@ -697,22 +733,26 @@ def write_lists(data, pictures):
 
 # %% ../../nbs/data/synthetic.ipynb #synth-113
 def draw_aircraft(
-    path:str|Path='drawn', # Where the tree goes: a folder that is not there yet, or the very same tree, which is kept
-    n_variants:int=12,     # How many variants, 2 to 120; with 12 there are 6 families of 3 manufacturers
-    n_per_split:int=20,    # Pictures a variant in each of train, val and test
-    size:int=96,           # Height of a picture without its credit strip, pixels, 48 to 1024; the width is 3/2 of it
+    path:str|Path='drawn', # Folder for the tree; it must not exist yet, or contain the same tree, which is then kept
+    n_variants:int=12,     # Number of variants, 2 to 120; 12 variants make 6 families of 3 manufacturers
+    n_per_split:int=20,    # Pictures of each variant in each of train, val and test
+    size:int=96,           # Height of a picture without its strip, 48 to 1024 pixels; the width is 3/2 of it
     seed:int=0,            # Another seed gives other pictures of the same airliners
 ) -> Path:                 # `path`; the lists are in `path/data`, the pictures in `path/data/images`
-    "Draw an FGVC-Aircraft tree; `ValueError` for bad arguments, `FileExistsError` if something else is at `path`."
+    """Draw an FGVC-Aircraft tree. Raises `ValueError` for invalid arguments, and `FileExistsError` if something else is
+    at `path`."""
+    path = Path(path)
     n, each = need('n_variants', n_variants, 2, 120), need('n_per_split', n_per_split, 1, 100_000)
     size, seed = need('size', size, 48, 1024), need('seed', seed, 0, 2**63)
-    path, made = Path(path), dict(drawn='aircraft', format=1, n_variants=n, n_per_split=each, size=size, seed=seed)
+    made = dict(drawn='aircraft', format=1, n_variants=n, n_per_split=each, size=size, seed=seed)
     if is_drawn(path, made): return path
-    with whole(path, made) as tree:
-        data, pictures = tree/'data', []
+    with drawing_folder(path, made) as tree:
+        data = tree/'data'
+        pictures = []
         (data/'images').mkdir(parents=True)
         for split, k, i in product(SPLITS, range(n), range(each)):
-            rng, name = picture_rng(seed, split, k, i), f'{len(pictures) + 1:07d}'
+            rng = picture_rng(seed, split, k, i)
+            name = f'{len(pictures) + 1:07d}'
             img, box = photograph_airliner(k, rng, size*3//2, size)
             save_jpeg(with_credit(img, rng), data/'images'/f'{name}.jpg', rng)
             pictures.append((name, split, airliner(k), box))
@@ -721,22 +761,25 @@ def draw_aircraft(
 
 # %% ../../nbs/data/synthetic.ipynb #synth-127
 def draw_source(
-    path:str|Path='drawn_source', # Where the folder goes: one that is not there yet, or the very same, which is kept
-    n_classes:int=16,             # How many classes, 2 to 16
-    n_per_split:int=40,           # Pictures a class in each of train and val
-    size:int=96,                  # Height of a picture, pixels, 48 to 1024; the width is 3/2 of it
+    path:str|Path='drawn_source', # Folder to draw in; it must not exist yet, or contain the same pictures
+    n_classes:int=16,             # Number of classes, 2 to 16
+    n_per_split:int=40,           # Pictures of each class in each of train and val
+    size:int=96,                  # Height of a picture, 48 to 1024 pixels; the width is 3/2 of it
     seed:int=0,                   # Another seed gives other pictures
 ) -> Path:                        # `path`; `path/labels.csv` has the columns path, class_index, name and split
-    "Draw pictures to pretrain on; `ValueError` for bad arguments, `FileExistsError` if something else is at `path`."
+    """Draw pictures to pretrain on. Raises `ValueError` for invalid arguments, and `FileExistsError` if something else
+    is at `path`."""
+    path = Path(path)
     n, each = need('n_classes', n_classes, 2, len(SOURCE)), need('n_per_split', n_per_split, 1, 100_000)
     size, seed = need('size', size, 48, 1024), need('seed', seed, 0, 2**63)
-    path, made = Path(path), dict(drawn='source', format=1, n_classes=n, n_per_split=each, size=size, seed=seed)
+    made = dict(drawn='source', format=1, n_classes=n, n_per_split=each, size=size, seed=seed)
     if is_drawn(path, made): return path
-    with whole(path, made) as tree:
+    with drawing_folder(path, made) as tree:
         (tree/'images').mkdir()
         rows = []
         for split, k, i in product(SPLITS[:2], range(n), range(each)):
-            rng, file = picture_rng(seed, split, k, i), f'images/{split}_{k*each + i + 1:05d}.jpg'
+            rng = picture_rng(seed, split, k, i)
+            file = f'images/{split}_{k*each + i + 1:05d}.jpg'
             save_jpeg(photograph_source(k, rng, size*3//2, size), tree/file, rng)
             rows.append((file, k, SOURCE[k][0], split))
         with open(tree/'labels.csv', 'w', newline='') as f:
