@@ -1,4 +1,4 @@
-"Whatever is wrong with a tree is reported, all of it, and every picture that is there twice"
+"Every error in a tree is reported, and every picture that is in it twice"
 import re, shutil
 import numpy as np, pandas as pd, pytest
 from PIL import Image, ImageOps
@@ -10,14 +10,14 @@ from fgvc_fisher.data import pick_split, read_aircraft
 LEVELS = ('variant','family','manufacturer')
 
 # What the findings and the kinds of pairs are called
-MISSING,UNLISTED,UNREADABLE = 'listed but missing','there but not listed','cannot be decoded'
+MISSING,UNLISTED,UNREADABLE = 'listed but missing','file not listed','cannot be decoded'
 NO_LISTS,NO_LEVEL,NO_CONTENT = 'no list of pictures','level without lists','list without content'
 NO_LABEL,UNKNOWN_LABEL = 'line without a label','unknown label'
 EMPTY_LABEL,LABEL_TWICE = 'label without a picture','label listed twice'
 TWO_LABELS,PICTURE_TWICE,TWO_SPLITS = 'picture with several labels','picture listed twice','picture in several splits'
-NOT_EVERYWHERE,TRAINVAL = 'picture that not every level lists','trainval is not train and val'
+NOT_EVERYWHERE,TRAINVAL = 'picture not listed at every level','trainval differs from train and val'
 TWO_FAMILIES,TWO_MAKERS = 'variant of several families','family of several manufacturers'
-SIZE = 'another number than expected'
+SIZE = 'unexpected size'
 SAME,NEAR,MIRRORED = 'same pixels','near','mirrored'
 
 @pytest.fixture(scope='session')
@@ -125,7 +125,8 @@ def test_overlap_with_trainval_where_there_is_no_train_and_val(tree, first):
     for level in LEVELS:
         for split in ('train','val'): (tree/f'images_{level}_{split}.txt').unlink()
     assert check(tree).ok
-    for level in LEVELS: append(tree/f'images_{level}_trainval.txt', f"{first['test']} {label(tree, first['test'], level)}\n")
+    image = first['test']
+    for level in LEVELS: append(tree/f'images_{level}_trainval.txt', f'{image} {label(tree, image, level)}\n')
     assert found(check(tree))=={(TWO_SPLITS, first['test'], 'trainval, test')}
 
 def test_trainval_is_wrong(tree, first):
@@ -159,7 +160,8 @@ def test_family_of_two_manufacturers(tree, first):
     assert (finding,name)==(TWO_MAKERS,family) and detail.startswith(f'{maker} ') and detail.endswith(', Convair 1')
 
 def test_unknown_label(tree, first):
-    edit(tree/'images_variant_test.txt', f"{first['test']} {label(tree, first['test'])}\n", f"{first['test']} Concorde\n")
+    image = first['test']
+    edit(tree/'images_variant_test.txt', f'{image} {label(tree, image)}\n', f'{image} Concorde\n')
     assert (UNKNOWN_LABEL, 'Concorde', first['test'], 'images_variant_test.txt') in values(found(check(tree)))
 
 def test_line_without_label(tree, first):
@@ -173,7 +175,8 @@ def test_label_without_a_picture_and_label_twice(tree):
     assert found(check(tree))=={(EMPTY_LABEL, 'Concorde', 'variants.txt'), (LABEL_TWICE, twice, 'families.txt')}
 
 def test_picture_with_two_labels(tree, first):
-    edit(tree/'images_variant_trainval.txt', f"{first['train']} {label(tree, first['train'])}\n", f"{first['train']} Concorde\n")
+    image = first['train']
+    edit(tree/'images_variant_trainval.txt', f'{image} {label(tree, image)}\n', f'{image} Concorde\n')
     append(tree/'variants.txt', '\nConcorde\n')
     assert found(check(tree))=={(TWO_LABELS, first['train'], f"{label(tree, first['train'])} / Concorde")}
 
@@ -224,7 +227,8 @@ def test_one_damage_does_not_hide_another(tree, first):
     jpg(tree, rows.image[2]).write_bytes(b'no picture')
     shutil.copy(jpg(tree, rows.image[3]), jpg(tree, first['val']))
     (tree/'images/stray.jpg').touch()
-    append(tree/'images_variant_test.txt', f'{rows.image[4]} {rows.label[4]}\n{rows.image[5]} Concorde\n{rows.image[6]}\n')
+    lines = f'{rows.image[4]} {rows.label[4]}\n{rows.image[5]} Concorde\n{rows.image[6]}\n'
+    append(tree/'images_variant_test.txt', lines)
     (tree/'images_family_val.txt').write_bytes(b'\xff')
     append(tree/'manufacturers.txt', '\nConvair\n')
     edit(tree/'images_manufacturer_trainval.txt', f'{rows.image[7]} {maker}\n', '')
@@ -243,7 +247,8 @@ def test_report_shortens_names(tree):
 # duplicates
 
 def twin(tree, first, change, **kwargs):
-    with Image.open(jpg(tree, first['train'])) as image: change(image.convert('RGB')).save(jpg(tree, first['test']), **kwargs)
+    with Image.open(jpg(tree, first['train'])) as image: changed = change(image.convert('RGB'))
+    changed.save(jpg(tree, first['test']), **kwargs)
     return check(tree)
 
 def only_pair(c, first):
@@ -258,7 +263,8 @@ def test_copy_of_the_file(tree, first):
     c = check(tree)
     pair = only_pair(c, first)
     assert (pair.kind,pair.distance)==(SAME,0)
-    assert {pair.image_1: pair.label_1, pair.image_2: pair.label_2}=={o: label(tree, o) for o in (first['train'],first['test'])}
+    labels = {o: label(tree, o) for o in (first['train'],first['test'])}
+    assert {pair.image_1: pair.label_1, pair.image_2: pair.label_2}==labels
 
 def test_same_pixels_in_another_file(tree, first):
     assert only_pair(twin(tree, first, lambda o: o, format='PNG'), first).kind==SAME
@@ -281,7 +287,8 @@ def test_same_pixels_need_the_same_shape(tree, first):
     Image.new('RGB', (60,40), 'grey').save(jpg(tree, first['test']))
     assert only_pair(check(tree), first).kind==NEAR
 
-def test_part_of_a_picture_is_none(tree, first): assert len(twin(tree, first, lambda o: o.crop((30,20,180,120))).pairs)==0
+def test_part_of_a_picture_is_none(tree, first):
+    assert len(twin(tree, first, lambda o: o.crop((30,20,180,120))).pairs)==0
 
 def test_symmetric_pictures_are_one_pair(tree, first):
     with Image.open(jpg(tree, first['train'])) as o: half = o.convert('RGB').crop((0,0,90,120))
@@ -317,7 +324,8 @@ def test_near_pairs_against_counting(n):
     rng = np.random.default_rng(n)
     a,b = (rng.random((n,16))<0.5 for _ in 'ab')
     i,j,d = near_pairs(a, b, 1)
-    counted = {(x, y+x+1, (a[x]!=b[x+1:][y]).sum()) for x in range(n) for y in np.flatnonzero((a[x]!=b[x+1:]).sum(1)<=1)}
+    differing = {x: (a[x]!=b[x+1:]).sum(1) for x in range(n)}
+    counted = {(x, y+x+1, differing[x][y]) for x in range(n) for y in np.flatnonzero(differing[x]<=1)}
     assert len(i)==len(counted) and set(zip(i, j, d))==counted
 
 def test_hash_is_that_of_imagehash(tree, first):
