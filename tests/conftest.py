@@ -5,7 +5,7 @@ import pytest, timm, torch
 from fastai.callback.fp16 import MixedPrecision
 from safetensors.torch import save_file
 from torch.amp import GradScaler, autocast
-from ray_cluster import ray_cluster
+from ray_cluster import ray_cluster  # noqa: F401, a fixture
 
 # A folder with data/ and weights/; CI sets it, elsewhere the tests that need photographs are skipped.
 PHOTOS = os.environ.get('FGVC_FISHER_PHOTOS', '')
@@ -39,8 +39,8 @@ def tiny_weights(tmp_path_factory):
 def tiny_run(drawn, drawn_source, tiny_weights):
     "A whole run in about a second: L2-SP-Fisher, three epochs of four batches"
     from fgvc_fisher.experiment import Run
-    return Run(drawn, 'L2-SP-Fisher, beta = 10', beta=10, arch='test_resnet', weights=str(tiny_weights), source=drawn_source, test='test',
-               size=32, bs=4, epochs=3, num_workers=0)
+    return Run(drawn, 'L2-SP-Fisher, beta = 10', beta=10, arch='test_resnet', weights=str(tiny_weights),
+               source=drawn_source, test='test', size=32, bs=4, epochs=3, num_workers=0)
 
 @pytest.fixture(scope='session')
 def tiny_done(tiny_run, tmp_path_factory):

@@ -1,7 +1,7 @@
-"""Processes for the tests, forked from one that has already imported torch, fastai and this package, so that each begins at once.
+"""Processes for the tests, forked from one that has imported torch, fastai and this package: each begins at once.
 
-A forked process is as good as a fresh one for being killed, for sharing a folder and for being one of several ranks. A test of what only a fresh
-interpreter shows (what a command imports, how a script ends) starts one by `subprocess`.
+A forked process is as good as a fresh one for being killed, for sharing a folder and for being one of several ranks.
+A test of what only a fresh interpreter shows (what a command imports, how a script ends) starts one by `subprocess`.
 """
 import multiprocessing, os, runpy, shutil, socket, sys, time, weakref
 from contextlib import suppress
@@ -10,8 +10,10 @@ from tempfile import mkdtemp
 from typing import NamedTuple
 
 BIN = Path(sys.executable).parent
-CONTEXT = multiprocessing.get_context('forkserver' if 'forkserver' in multiprocessing.get_all_start_methods() else 'spawn')
-PRELOAD = ['pytest', 'accelerate', 'fastai.vision.all', 'timm', 'fgvc_fisher.cli', 'fgvc_fisher.explore.classifier', 'fgvc_fisher.explore.training']
+METHODS = multiprocessing.get_all_start_methods()
+CONTEXT = multiprocessing.get_context('forkserver' if 'forkserver' in METHODS else 'spawn')
+PRELOAD = ['pytest', 'accelerate', 'fastai.vision.all', 'timm', 'fgvc_fisher.cli', 'fgvc_fisher.explore.classifier',
+           'fgvc_fisher.explore.training']
 
 def _begin(target, args, env, cwd, threads, printed):
     "What a new process does first: the environment, the folder and the output that it was given"
@@ -32,8 +34,10 @@ class Forked:
         self.printed = Path(mkdtemp(prefix='forked-'))
         weakref.finalize(self, shutil.rmtree, self.printed, ignore_errors=True)
         CONTEXT.set_forkserver_preload(PRELOAD)
-        all_args = (target, args, os.environ|(env or {}), str(cwd or os.getcwd()), threads or torch.get_num_threads(), self.printed)
-        self.process = CONTEXT.Process(target=_begin, args=all_args)
+        where = str(cwd or os.getcwd())
+        threads = threads or torch.get_num_threads()
+        begin = target, args, os.environ|(env or {}), where, threads, self.printed
+        self.process = CONTEXT.Process(target=_begin, args=begin)
         self.process.start()
     @property
     def pid(self): return self.process.pid
@@ -64,8 +68,10 @@ def ranks(target, *args, n=2, **kwargs):
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
         port = s.getsockname()[1]
-    common = dict(WORLD_SIZE=str(n), LOCAL_WORLD_SIZE=str(n), MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), ACCELERATE_USE_CPU='true')
-    return [Forked(target, *args, env=common|dict(RANK=str(i), LOCAL_RANK=str(i)), threads=1, **kwargs) for i in range(n)]
+    common = dict(WORLD_SIZE=str(n), LOCAL_WORLD_SIZE=str(n), MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port),
+                  ACCELERATE_USE_CPU='true')
+    own = [dict(RANK=str(i), LOCAL_RANK=str(i)) for i in range(n)]
+    return [Forked(target, *args, env=common|o, threads=1, **kwargs) for o in own]
 
 def succeed(processes, timeout=120):
     "Wait for processes that work together. When one fails the others are ended, and `AssertionError` says why"

@@ -1,4 +1,4 @@
-"A training's process for the tests of panels, forked so that it begins at once; `test_live` and the notebooks start real ones"
+"A training's process for the tests of panels, forked so that it begins at once; `test_live` starts real ones"
 import multiprocessing, os, subprocess, sys
 from multiprocessing.connection import Connection, wait
 from threading import Lock
@@ -26,7 +26,8 @@ class Piped:
         self.process.start()
         self.pid,self.lock = self.process.pid,Lock()
         for o in ends: o.close()
-        self.stdin,self.stdout = [open(os.dup(o.fileno()), mode, encoding=encoding) for o,mode in ((stdin[1],'w'), (stdout[0],'r'))]
+        self.stdin = open(os.dup(stdin[1].fileno()), 'w', encoding=encoding)
+        self.stdout = open(os.dup(stdout[0].fileno()), 'r', encoding=encoding)
         for o in (stdin[1], stdout[0]): o.close()
     @property
     def returncode(self): return self.poll()

@@ -1,4 +1,4 @@
-"""The house stands in one order: a room imports only from rooms above it, a module only from modules above it in its room.
+"""The house stands in one order: a room imports only from rooms above it, and so does a module within its room.
 No module imports a private name of another, and what should be light imports nothing heavy when it is imported."""
 import ast
 from pathlib import Path
@@ -13,7 +13,8 @@ ROOMS = {
     'fisher': ['per_image', 'diagonal', 'plots', 'estimate', 'shards', 'hub'],
     'retention': [],
     'experiment': ['store', 'seeds', 'results', 'budget', 'paper', 'run', 'ray', 'sweeps', 'demo'],
-    'explore': ['panels', 'compromise', 'live', 'recognise', 'penalty', 'fisher', 'published', 'training', 'classifier'],
+    'explore': ['panels', 'compromise', 'live', 'recognise', 'penalty', 'fisher', 'published', 'training',
+                'classifier'],
     'cli': [],
 }
 MODULES = [f'{room}.{o}' for room,modules in ROOMS.items() for o in modules or ['']]
@@ -21,16 +22,18 @@ MODULES = [o.rstrip('.') for o in MODULES]
 FOLDER = Path(fgvc_fisher.__file__).parent
 
 # What a module may not import at its top; a function may, when it is called
-HEAVY = {'fastai', 'timm', 'torchvision', 'matplotlib', 'pandas', 'ray', 'ipywidgets', 'accelerate', 'datasets', 'huggingface_hub'}
+HEAVY = {'fastai', 'timm', 'torchvision', 'matplotlib', 'pandas', 'ray', 'ipywidgets', 'accelerate', 'datasets',
+         'huggingface_hub'}
 LIGHT = {
     'distributed.ranks': HEAVY, 'distributed.files': HEAVY, 'distributed.sharded': HEAVY, 'distributed.workers': HEAVY,
     'penalty.quadratic': HEAVY, 'penalty.merging': HEAVY,
     'fisher.per_image': HEAVY, 'fisher.diagonal': HEAVY, 'fisher.plots': HEAVY, 'fisher.estimate': HEAVY,
-    'experiment.store': HEAVY-{'pandas'}, 'experiment.seeds': HEAVY, 'experiment.results': HEAVY-{'pandas', 'matplotlib'},
+    'experiment.store': HEAVY-{'pandas'}, 'experiment.seeds': HEAVY,
+    'experiment.results': HEAVY-{'pandas', 'matplotlib'},
 }
 
 def imports(module, everywhere=True):
-    "`(module of this package or None, first part of an absolute name or None, names)` of each import; `everywhere`: in functions, too"
+    "`(module of this package or None, first part of an absolute name or None, names)` of each import"
     room = module.split('.')[:-1]
     tree = ast.parse((FOLDER/f"{module.replace('.', '/')}.py").read_text())
     for node in ast.walk(tree) if everywhere else tree.body:
@@ -44,7 +47,8 @@ def imports(module, everywhere=True):
             yield '.'.join([*base, *([node.module] if node.module else [])]),None,names
 
 def test_every_module_has_its_place():
-    there = {str(o.relative_to(FOLDER).with_suffix('')).replace('/', '.') for o in FOLDER.rglob('*.py') if o.stem[0]!='_'}
+    files = [o.relative_to(FOLDER).with_suffix('') for o in FOLDER.rglob('*.py') if o.stem[0]!='_']
+    there = {'.'.join(o.parts) for o in files}
     assert there==set(MODULES)
 
 def test_every_module_has_its_notebook():

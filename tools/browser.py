@@ -26,9 +26,11 @@ def install():
     if hasattr(os, 'geteuid') and os.geteuid()==0 and which('apt-get'):
         env = os.environ | dict(DEBIAN_FRONTEND='noninteractive')
         subprocess.run(['apt-get', 'update', '-qq'], env=env)
-        subprocess.run(['apt-get', 'install', '-qq', '-y', '--no-install-recommends', 'chromium', 'fonts-dejavu-core'], env=env, stdout=sys.stderr)
-    if not find(): subprocess.run([sys.executable, '-m', 'playwright', 'install', 'chromium'], check=True, stdout=sys.stderr)
+        install = ['apt-get', 'install', '-qq', '-y', '--no-install-recommends', 'chromium', 'fonts-dejavu-core']
+        subprocess.run(install, env=env, stdout=sys.stderr)
+    if find(): return
+    subprocess.run([sys.executable, '-m', 'playwright', 'install', 'chromium'], stdout=sys.stderr)
 
 if __name__ == '__main__':
     if not find(): install()
-    print(find() or sys.exit("No browser, and none could be installed: install Chromium or Chrome, or set CHROMIUM to one"))
+    print(find() or sys.exit("no browser here, and none could be installed: install Chromium, or set CHROMIUM to one"))

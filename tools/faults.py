@@ -1,4 +1,4 @@
-"""Insert faults one at a time into a copy of the package, and show which tests fail: a guarantee that no test defends is none.
+"""Insert faults one at a time into a copy of the package, and show which tests fail.
 
     python tools/faults.py                    # every fault, by the tests that should catch it
     python tools/faults.py 3 7                # some of them
@@ -18,46 +18,81 @@ class Fault(NamedTuple):
     tests:str # Test files that should catch it
 
 FAULTS = {
-    1: Fault('the proximal step takes the first group\'s rate for all', 'callback.py',
-             "by_id = {id(p): hyper['lr'] for group", "by_id = {id(p): opt.hypers[0]['lr'] for group", 'test_loops test_callback'),
+    1: Fault("the proximal step takes the first group's rate for all", 'callback.py',
+             "by_id = {id(p): hyper['lr'] for group",
+             "by_id = {id(p): opt.hypers[0]['lr'] for group",
+             'test_loops test_callback'),
     2: Fault('a step that the gradient scaler skipped still pulls', 'callback.py',
-             'self.skipped = True', 'self.skipped = False', 'test_loops'),
+             'self.skipped = True',
+             'self.skipped = False',
+             'test_loops'),
     3: Fault("the penalty's order puts it before unscaling", 'callback.py',
-             'MixedPrecision.order+0.5', 'MixedPrecision.order-0.5', 'test_loops'),
+             'MixedPrecision.order+0.5',
+             'MixedPrecision.order-0.5',
+             'test_loops'),
     4: Fault('the Fisher divides by batches, not images', 'fisher/estimate.py',
-             'self.n_images += len(x)', 'self.n_images += 1', 'test_fisher'),
+             'self.n_images += len(x)',
+             'self.n_images += 1',
+             'test_fisher'),
     5: Fault("BatchNorm's running statistics are left changed by an estimate", 'fisher/estimate.py',
-             'for b,old in buffers: b.data.copy_(old)', 'for b,old in buffers: b.data.copy_(old+old/8)', 'test_fisher test_callback'),
+             'for b,old in buffers: b.data.copy_(old)',
+             'for b,old in buffers: b.data.copy_(old+old/8)',
+             'test_fisher test_callback'),
     6: Fault("a depthwise convolution's rule sums over positions before squaring", 'fisher/per_image.py',
-             'def one(i): return torch', '''def one(i):
-        if settings[-1]>1: return torch.ops.aten.convolution_backward(gs[i]**2, xs[i]**2, w, None, *settings, [False,True,False])[1][None].sqrt()
-        return torch''', 'test_fisher'),
+             'convolution_backward(gs[i], xs[i], w, None, *settings, [False,True,False])\n',
+             """convolution_backward(gs[i], xs[i], w, None, *settings, [False,True,False])
+        if settings[-1]>1:
+            squares = gs[i]**2,xs[i]**2
+            found = torch.ops.aten.convolution_backward(*squares, w, None, *settings, [False,True,False])
+            return found[1][None].sqrt()
+""",
+             'test_fisher'),
     7: Fault("a checkpoint is written before its epoch's row", 'experiment/run.py',
-             '''    write_text(self.folder/'curve.csv', self.curve().to_csv(index=False))
-    replace_file(self.checkpoint, lambda o: torch.save(state, o))''',
-             '''    replace_file(self.checkpoint, lambda o: torch.save(state, o))
-    write_text(self.folder/'curve.csv', self.curve().to_csv(index=False))''', 'test_runs'),
+             """    write_text(self.folder/'curve.csv', self.curve().to_csv(index=False))
+    scaler,smooth = getattr(self.learn, 'scaler', None),self.recorder.smooth_loss
+    save_checkpoint(""",
+             """    scaler,smooth = getattr(self.learn, 'scaler', None),self.recorder.smooth_loss
+    def save_then_write(state, file):
+        save_checkpoint(state, file)
+        write_text(self.folder/'curve.csv', self.curve().to_csv(index=False))
+    save_then_write(""",
+             'test_runs'),
     8: Fault('a result file is written in place', 'distributed/files.py',
-             '''        write(temporary)
-''', '''        if path.suffix!='.pt': return write(path)
+             '        write(temporary)\n',
+             """        if path.suffix!='.pt': return write(path)
         write(temporary)
-''', 'test_runs test_live'),
+""",
+             'test_runs test_live'),
     9: Fault('a resumed run reseeds from the run, not the epoch', 'experiment/run.py',
-             "f'{self.seed}, epoch {self.epoch}'", "f'{self.seed}, epoch {self.epoch-self.start}'", 'test_runs test_live test_processes'),
+             'epoch {self.epoch}{crops}',
+             'epoch {self.epoch-self.start}{crops}',
+             'test_runs test_live test_processes'),
     10: Fault('two processes average Fishers instead of adding', 'fisher/estimate.py',
-              "{k: reduce(v, 'sum') for", "{k: reduce(v, 'mean') for", 'test_hub test_processes'),
+              "{k: reduce(v, 'sum') for",
+              "{k: reduce(v, 'mean') for",
+              'test_hub test_processes'),
     11: Fault('an archive member with .. is written', 'data/archive.py',
-              'return tarfile.data_filter(member, folder)', 'return member', 'test_archive'),
+              'return tarfile.data_filter(member, folder)',
+              'return member',
+              'test_archive'),
     12: Fault('a validation picture gets into training', 'data/loaders.py',
-              '''    check_splits(*tables)
-    return tables''', '''    check_splits(*tables)
-    return [pd.concat([tables[0], tables[1][:1]]), tables[1]]''', 'test_data test_tables'),
+              """    check_splits(*tables)
+    return tables""",
+              """    check_splits(*tables)
+    return [pd.concat([tables[0], tables[1][:1]]), tables[1]]""",
+              'test_data test_tables'),
     13: Fault('retention uses the tuned head', 'retention.py',
-              'from_source = {k for k in own if k.startswith(head)}', 'from_source = set()', 'test_callback test_runs test_real'),
+              'from_source = {k for k in own if k.startswith(head)}',
+              'from_source = set()',
+              'test_callback test_runs test_real'),
     14: Fault('the published penalty forgets one block', 'experiment/paper.py',
-              "if 'bn' in n: continue", "if 'bn' in n or n.startswith('features.7.'): continue", 'test_published'),
+              "if 'bn' in n: continue",
+              "if 'bn' in n or n.startswith('features.7.'): continue",
+              'test_published'),
     15: Fault("a slider's picture does not follow", 'explore/panels.py',
-              'for o in self.pictures: o.show()', 'for o in [o for o in self.pictures if not o.widget.value]: o.show()', 'test_panels test_explore'),
+              'for picture in self.pictures: picture.show()',
+              'for picture in [o for o in self.pictures if not o.widget.value]: picture.show()',
+              'test_panels test_explore'),
 }
 
 def insert(fault, folder):
@@ -69,7 +104,8 @@ def insert(fault, folder):
 def failing(folder, files, options):
     "The tests of these files that fail in a copy of the repository"
     env = os.environ | dict(PYTHONPATH=str(folder), OMP_NUM_THREADS='1')
-    command = [sys.executable, '-m', 'pytest', '-q', '--no-header', '-p', 'no:cacheprovider', '--tb=no', '-r', 'fE', *options, *files]
+    quiet = ['-q', '--no-header', '-p', 'no:cacheprovider', '--tb=no', '-r', 'fE']
+    command = [sys.executable, '-m', 'pytest', *quiet, *options, *files]
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
     found = re.findall(r'^(?:FAILED|ERROR) (\S+)', done.stdout, flags=re.M)
     if done.returncode not in (0, 1): sys.exit(f'{done.stdout[-3000:]}{done.stderr[-3000:]}')
