@@ -29,11 +29,13 @@ def randomised(model):
     model = model.double().eval()
     for m in model.modules():
         if isinstance(m, nn.modules.batchnorm._BatchNorm):
-            m.running_var.uniform_(0.5, 1.5); m.running_mean.normal_(0, 0.2)
+            m.running_var.uniform_(0.5, 1.5)
+            m.running_mean.normal_(0, 0.2)
         if isinstance(m, (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)) and m.weight is not None:
-            m.weight.data.uniform_(0.5, 1.5); m.bias.data.normal_(0, 0.2)
+            m.weight.data.uniform_(0.5, 1.5)
+            m.bias.data.normal_(0, 0.2)
     for n,p in model.named_parameters():
-        if 'gamma' in n: p.data.uniform_(0.5, 1.5)                 # layer scales start near zero: nothing would be seen through them
+        if 'gamma' in n: p.data.uniform_(0.5, 1.5)      # layer scales start near zero and would hide the layers
     return model
 
 class Branches(nn.Module):
@@ -51,28 +53,39 @@ class Branches(nn.Module):
 
 class TwoInputs(nn.Module):
     "A module with parameters that is called by keyword, and one that returns a tuple"
-    def __init__(self): super().__init__(); self.mix,self.rnn,self.head = nn.Bilinear(5,5,6),nn.GRU(6,6,batch_first=True),nn.Linear(6,3)
+    def __init__(self):
+        super().__init__()
+        self.mix,self.rnn = nn.Bilinear(5,5,6),nn.GRU(6,6,batch_first=True)
+        self.head = nn.Linear(6,3)
     def forward(self, x): return self.head(self.rnn(self.mix(input1=x, input2=x.tanh())[:,None])[0][:,0])
 
 class Pooled(nn.Module):
     "Layers, then the mean over all positions, then a head"
-    def __init__(self, n, *layers): super().__init__(); self.layers,self.head = nn.Sequential(*layers),nn.Linear(n,4)
+    def __init__(self, n, *layers):
+        super().__init__()
+        self.layers,self.head = nn.Sequential(*layers),nn.Linear(n,4)
     def forward(self, x): return self.head(self.layers(x).flatten(2).mean(2))
 
 class Words(nn.Module):
     "An embedding of tokens, a class token, a GroupNorm"
     def __init__(self):
         super().__init__()
-        self.words,self.token,self.norm,self.head = nn.Embedding(9,6),nn.Parameter(torch.randn(6)),nn.GroupNorm(3,6),nn.Linear(6,4)
+        self.words,self.token = nn.Embedding(9,6),nn.Parameter(torch.randn(6))
+        self.norm,self.head = nn.GroupNorm(3,6),nn.Linear(6,4)
     def forward(self, x):
         x = torch.cat((self.token.expand(len(x),1,-1), self.words(x)), 1)
         return self.head(self.norm(x.mT).tanh().mean(2))
 
 def conv2ds():
-    return Pooled(6, nn.Conv2d(4,8,3, stride=2, dilation=2, padding=3, groups=2), nn.ELU(inplace=True), nn.Conv2d(8,8,(2,3), padding='same'),
-                  nn.ReLU(inplace=True), nn.ConvTranspose2d(8,6,3, stride=2, output_padding=1, groups=2, dilation=2), nn.GroupNorm(2,6), nn.Conv2d(6,6,1, stride=2, groups=3))
-def conv1ds(): return Pooled(6, nn.Conv1d(4,8,3, padding=1, padding_mode='circular'), nn.BatchNorm1d(8), nn.Tanh(), nn.ConvTranspose1d(8,6,4, stride=3))
-def conv3ds(): return Pooled(6, nn.Conv3d(4,8,3, padding=1, groups=4), nn.BatchNorm3d(8), nn.Tanh(), nn.ConvTranspose3d(8,6,2))
+    return Pooled(6, nn.Conv2d(4,8,3, stride=2, dilation=2, padding=3, groups=2), nn.ELU(inplace=True),
+                  nn.Conv2d(8,8,(2,3), padding='same'), nn.ReLU(inplace=True),
+                  nn.ConvTranspose2d(8,6,3, stride=2, output_padding=1, groups=2, dilation=2), nn.GroupNorm(2,6),
+                  nn.Conv2d(6,6,1, stride=2, groups=3))
+def conv1ds():
+    return Pooled(6, nn.Conv1d(4,8,3, padding=1, padding_mode='circular'), nn.BatchNorm1d(8), nn.Tanh(),
+                  nn.ConvTranspose1d(8,6,4, stride=3))
+def conv3ds():
+    return Pooled(6, nn.Conv3d(4,8,3, padding=1, groups=4), nn.BatchNorm3d(8), nn.Tanh(), nn.ConvTranspose3d(8,6,2))
 def named(name, **kw): return partial(timm.create_model, name, num_classes=5, **kw)
 
 NETWORKS = { # and the shape of a batch: small, since convolutions in float64 are slow
@@ -98,8 +111,8 @@ NETWORKS = { # and the shape of a batch: small, since convolutions in float64 ar
     'two_inputs': (TwoInputs, (5,5)),
 }
 
-SLOW = {'inception_v3', 'inception_resnet_v2', 'resnet18', 'resnet50', 'resnext50_32x4d', 'densenet121', 'efficientnet_b0',
-        'vgg11_bn'} # the others have every rule that these have
+SLOW = {'inception_v3', 'inception_resnet_v2', 'resnet18', 'resnet50', 'resnext50_32x4d', 'densenet121',
+        'efficientnet_b0', 'vgg11_bn'} # the others have every rule that these have
 WHOLE = 'the whole network' # the beginning of what `coverage` says where there is no rule
 
 def given(shape): return randn(shape), torch.randint(3, (shape[0],))
@@ -126,7 +139,8 @@ def test_sampled_against_autograd_with_the_same_labels(name):
     make,shape = NETWORKS[name]
     model,(x,_) = randomised(make()),given(shape)
     with torch.no_grad(): labels = draw_labels(model(x).softmax(-1), 0, seed=3, n_samples=4)
-    with warnings.catch_warnings(record=True): fisher = estimate_fisher(model, x.split(2), n_samples=4, seed=3, progress=False)
+    with warnings.catch_warnings(record=True):
+        fisher = estimate_fisher(model, x.split(2), n_samples=4, seed=3, progress=False)
     agree(fisher, one_by_one(model, x, lambda i,_: [(o,1/4) for o in labels[i]]))
 
 @pytest.mark.parametrize('name', ['squeezenet1_1', 'vit_tiny_patch16_224', 'branches'])
@@ -175,7 +189,8 @@ def test_moments_are_the_spread_between_images():
 
 def test_autocast():
     "A forward pass in bfloat16 around the estimate: float32 sums, about the same numbers"
-    model,x,y = randomised(timm.create_model('test_vit', num_classes=5)).float(),torch.randn(4,3,160,160),torch.randint(5, (4,))
+    model = randomised(timm.create_model('test_vit', num_classes=5)).float()
+    x,y = torch.randn(4,3,160,160),torch.randint(5, (4,))
     full = estimate_fisher(model, [(x,y)], kind='empirical', progress=False)
     with torch.autocast('cpu', torch.bfloat16): half = estimate_fisher(model, [(x,y)], kind='empirical', progress=False)
     assert all(v.dtype==torch.float32 for v in half.sums.values())
@@ -189,7 +204,8 @@ def test_sampled_labels_are_drawn_from_the_model():
 
 def test_a_normalisation_with_the_statistics_of_its_input():
     "Without running statistics a rule cannot hold: an image alone is what counts"
-    model = nn.Sequential(nn.Conv2d(3,4,3), nn.BatchNorm2d(4, track_running_stats=False), nn.Flatten(), nn.Linear(64,3)).double()
+    norm = nn.BatchNorm2d(4, track_running_stats=False)
+    model = nn.Sequential(nn.Conv2d(3,4,3), norm, nn.Flatten(), nn.Linear(64,3)).double()
     x,y = given((4,3,6,6))
     with pytest.warns(UserWarning, match=r'1\.weight'):
         fisher = estimate_fisher(model, [(x,y)], kind='empirical', progress=False)
@@ -234,7 +250,8 @@ def test_batches_do_not_matter():
 
 def test_merging_two_halves_is_the_whole():
     model,x,y = nn.Linear(5,3).double(),torch.randn(10,5).double(),torch.randint(3, (10,))
-    a,b,whole = [estimate_fisher(model, [(x[o],y[o])], 'empirical', progress=False) for o in (slice(4), slice(4,10), slice(10))]
+    parts = slice(4),slice(4,10),slice(10)
+    a,b,whole = [estimate_fisher(model, [(x[o],y[o])], 'empirical', progress=False) for o in parts]
     agree(a+b, dict(whole), tol=1e-12)
     assert (b+a).n_images==10
 
@@ -247,7 +264,8 @@ def test_n_images_stops_in_the_middle_of_a_batch():
 
 def test_header_can_be_read_by_any_tool(tmp_path):
     from safetensors import safe_open
-    fisher = estimate_fisher(timm.create_model('test_resnet'), torch.randn(1,2,3,32,32), seed=7, progress=False, provenance=dict(images='noise'))
+    model,x = timm.create_model('test_resnet'),torch.randn(1,2,3,32,32)
+    fisher = estimate_fisher(model, x, seed=7, progress=False, provenance=dict(images='noise'))
     with safe_open(fisher.save(tmp_path/'f.safetensors'), 'pt') as f: about = f.metadata()
     assert about['kind']=='sampled' and about['n_images']=='2'
     again = DiagFisher.load(tmp_path/'f.safetensors')

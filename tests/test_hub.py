@@ -1,5 +1,5 @@
-"The command, interrupted and in several processes, and the way to the Hub and back through a server that answers as the Hub does"
-import base64, json, os, re, sys, time, warnings
+"The command, interrupted and in several processes; to the Hub and back through a server that answers as the Hub does"
+import base64, importlib, json, os, re, sys, time, warnings
 from functools import partial
 from hashlib import sha1
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -83,13 +83,17 @@ def test_command_says_what_is_wrong(made, tmp_path):
 # Files from somebody with ideas
 
 @pytest.fixture
-def fisher(): return estimate_fisher(torch.nn.Linear(3,2), torch.randn(1,4,3), progress=False, provenance=dict(license='CC0', images='noise'))
+def fisher():
+    about = dict(license='CC0', images='noise')
+    return estimate_fisher(torch.nn.Linear(3,2), torch.randn(1,4,3), progress=False, provenance=about)
 
-HOSTILE = dict(kind='"; rm -rf /', n_images='-3', names='["../../etc/passwd"]', provenance='[1,2]', rules='{"weight"', format='pickle', scales='[1e400]')
+HOSTILE = dict(kind='"; rm -rf /', n_images='-3', names='["../../etc/passwd"]', provenance='[1,2]',
+               rules='{"weight"', format='pickle', scales='[1e400]')
 
 @pytest.mark.parametrize('key', HOSTILE)
 def test_a_hostile_header(fisher, tmp_path, key):
-    header = dict(format='fgvc_fisher.DiagFisher/1', kind='exact', n_images='4', names='["weight","bias"]', provenance='{}', rules='{}')
+    header = dict(format='fgvc_fisher.DiagFisher/1', kind='exact', n_images='4', names='["weight","bias"]',
+                  provenance='{}', rules='{}')
     save_file(dict(fisher.sums), tmp_path/'f', metadata=header)
     assert len(DiagFisher.load(tmp_path/'f'))==2
     save_file(dict(fisher.sums), tmp_path/'f', metadata=header | {key: HOSTILE[key]})
@@ -138,23 +142,29 @@ class FakeHub(BaseHTTPRequestHandler):
     def log_message(self, *args): pass
     def answer(self, code, body=b'', **headers):
         self.send_response(code)
-        for k,v in ({'Content-Length': str(len(body))} | {k.replace('_','-'): v for k,v in headers.items()}).items(): self.send_header(k, v)
+        self.send_header('Content-Length', str(len(body)))
+        for k,v in headers.items(): self.send_header(k.replace('_','-'), v)
         self.end_headers()
         if self.command!='HEAD': self.wfile.write(body)
     def do_POST(self):
         sent = self.rfile.read(int(self.headers.get('Content-Length', 0)))
         self.log.append(self.path)
-        if self.path.endswith('/repos/create'): return self.json(dict(url=f"http://{self.headers['Host']}/somebody/fisher", name='somebody/fisher'))
+        url = f"http://{self.headers['Host']}/somebody/fisher"
+        if self.path.endswith('/repos/create'): return self.json(dict(url=url, name='somebody/fisher'))
         if '/preupload/' in self.path:
-            return self.json(dict(files=[dict(path=o['path'], uploadMode='regular', shouldIgnore=False, oid=None) for o in json.loads(sent)['files']]))
+            plain = dict(uploadMode='regular', shouldIgnore=False, oid=None)
+            return self.json(dict(files=[dict(path=o['path']) | plain for o in json.loads(sent)['files']]))
         if '/commit/' in self.path:
             for line in map(json.loads, sent.decode().splitlines()):
                 if line['key']=='file': self.files[line['value']['path']] = base64.b64decode(line['value']['content'])
-            return self.json(dict(commitUrl=f"http://{self.headers['Host']}/somebody/fisher/commit/{'a'*40}", commitOid='a'*40, pullRequestUrl=None, success=True))
+            commit = 'a'*40
+            made = dict(commitUrl=f'{url}/commit/{commit}', commitOid=commit)
+            return self.json(made | dict(pullRequestUrl=None, success=True))
         self.json({})
     def do_GET(self):
         name = self.path.split('?')[0].rpartition('/')[2]
-        if '/resolve/' not in self.path: return self.json(dict(id='somebody/fisher', modelId='somebody/fisher', sha='a'*40, siblings=[]))
+        if '/resolve/' not in self.path:
+            return self.json(dict(id='somebody/fisher', modelId='somebody/fisher', sha='a'*40, siblings=[]))
         if name not in self.files: return self.answer(404, X_Error_Code='EntryNotFound')
         self.answer(200, self.files[name], ETag=f'"{sha1(self.files[name]).hexdigest()}"', X_Repo_Commit='a'*40)
     do_HEAD = do_GET
@@ -164,8 +174,7 @@ def hub():
     "`fgvc_fisher.fisher.hub` with huggingface_hub as it is imported now: that reads its environment only then"
     for o in [*sys.modules]:
         if o.partition('.')[0]=='huggingface_hub' or o=='fgvc_fisher.fisher.hub': del sys.modules[o]
-    import fgvc_fisher.fisher.hub
-    return sys.modules['fgvc_fisher.fisher.hub']
+    return importlib.import_module('fgvc_fisher.fisher.hub')
 
 def round_trip():
     here = hub()

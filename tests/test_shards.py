@@ -433,7 +433,8 @@ def test_the_command_hands_its_options_on(tars, weights, tmp_path, monkeypatch):
 @pytest.mark.parametrize('said, options', {
     'no.tar': dict(shards='no.tar'), '--images, --shards and --stream': dict(shards='a', stream='b'),
     '--target-error': dict(shards='a', target_error=0.1), '--arch': {}, "'slurm'": dict(engine='slurm'),
-    'labels.csv': dict(images='.', kind='empirical'), 'retries=-1': dict(retries=-1), 'no/such': dict(out='no/such/f', shards='a'),
+    'labels.csv': dict(images='.', kind='empirical'), 'retries=-1': dict(retries=-1),
+    'no/such': dict(out='no/such/f', shards='a'),
     'num_shards=99': dict(num_shards=99)}.items())
 def test_command_says_what_is_wrong(tars, weights, tmp_path, monkeypatch, said, options):
     monkeypatch.chdir(tmp_path)
