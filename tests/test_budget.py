@@ -37,13 +37,17 @@ def test_as_if_nothing_had_happened(drawn, workers, tmp_path):
     learn = learner(drawn, workers, path=tmp_path, cbs=cbs)
     with learn.no_bar(), learn.no_logging(): learn.fit(1, 0.02)
     files = {o: o.stat().st_mtime_ns for o in tmp_path.rglob('*') if o.is_file()}
-    weights,moments,values = state(learn),copy.deepcopy(learn.opt.state_dict()['state']),copy.deepcopy(learn.recorder.values)
+    weights = state(learn)
+    moments = copy.deepcopy(learn.opt.state_dict()['state'])
+    values = copy.deepcopy(learn.recorder.values)
     mode,random_state,cbs = learn.model.training,torch.get_rng_state(),list(learn.cbs)
     estimate = estimate_time(learn, 10, n_batches=2, skip=1)
     assert {o: o.stat().st_mtime_ns for o in tmp_path.rglob('*') if o.is_file()}==files and len(files)==2
     assert all(torch.equal(v, weights[k]) for k,v in state(learn).items()) and learn.model.training==mode
-    assert moments and all(torch.equal(learn.opt.state_dict()['state'][i]['momentum_buffer'], o['momentum_buffer']) for i,o in moments.items())
-    assert learn.recorder.values==values and torch.equal(torch.get_rng_state(), random_state) and {type(o) for o in learn.cbs}=={type(o) for o in cbs}
+    restored = learn.opt.state_dict()['state']
+    assert moments and all(torch.equal(restored[i]['momentum_buffer'], o['momentum_buffer']) for i,o in moments.items())
+    assert learn.recorder.values==values and torch.equal(torch.get_rng_state(), random_state)
+    assert {type(o) for o in learn.cbs}=={type(o) for o in cbs}
     assert (estimate.n_train, estimate.n_valid)==(4,4) and 0<=estimate.waiting<=1
     with learn.no_bar(), learn.no_logging(): learn.fit(1, 0.02)
 

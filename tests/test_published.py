@@ -39,7 +39,8 @@ def test_summary(run, epochs, best, at, last, last5):
 def test_logs_are_those_that_were_published(photos):
     theirs,ours = pd.read_csv(photos/'facts/published_runs.csv'),published_logs()
     assert len(ours)==len(theirs)
-    assert set(ours.columns)=={'run','beta','alpha','head','epoch','lr','train_loss','val_loss','accuracy','top5','epoch_s'}
+    assert set(ours.columns)=={'run','beta','alpha','head','epoch','lr','train_loss','val_loss','accuracy','top5',
+                               'epoch_s'}
     for name in ('run', 'epoch', 'lr', 'train_loss', 'val_loss', 'epoch_s'):
         pd.testing.assert_series_equal(ours[name], theirs[name])
     for name,their in (('accuracy','top1'), ('top5','top5')):
@@ -166,17 +167,22 @@ def test_as_published(golden):
     assert list(scalars)==[n for n,_ in source.named_parameters()] and set(theirs)<=set(scalars)
     for n,v in theirs.items(): close(scalars[n], v)
     close(torch.stack(list(scalars.values())), golden['fim_flat'][:len(scalars)])
-    penalty = as_published_penalty(model, dict(source.named_parameters()), scalars, alpha=0.0005, beta=0.00004, l2sp=0.004)
+    coefficients = dict(alpha=0.0005, beta=0.00004, l2sp=0.004)
+    penalty = as_published_penalty(model, dict(source.named_parameters()), scalars, **coefficients)
     close(penalty.detach(), golden['penalty'])
     penalty.backward()
     grads = part(golden, 'grad')
-    for n,p in model.named_parameters(): close(p.grad if p.grad is not None else torch.zeros_like(p), grads.get(n, torch.zeros_like(p)))
-    assert sum(n in grads and bool(grads[n].any()) for n,_ in model.named_parameters())==24       # 22 convolutions and the head's two
+    for n,p in model.named_parameters():
+        zeros = torch.zeros_like(p)
+        close(p.grad if p.grad is not None else zeros, grads.get(n, zeros))
+    # 22 convolutions and the head's two
+    assert sum(n in grads and bool(grads[n].any()) for n,_ in model.named_parameters())==24
     assert all(p.grad is None for p in source.parameters())
 
 def test_defaults_are_the_published_coefficients(golden):
     source,model = golden_net(golden, 'theta0'),golden_net(golden, 'theta')
-    close(as_published_penalty(model, dict(source.named_parameters()), published_scalars(source, golden['x'])).detach(), golden['penalty'])
+    scalars = published_scalars(source, golden['x'])
+    close(as_published_penalty(model, dict(source.named_parameters()), scalars).detach(), golden['penalty'])
 
 def problem(n=24, bs=6, dtype=torch.float64):
     torch.manual_seed(0)
@@ -202,7 +208,9 @@ def written_out(model, steps, lr, context=nullcontext, alpha=0.3, beta=0.7, l2sp
                 penalty,factor = 0.,10
                 for k,((n,p),q) in enumerate(zip(model.named_parameters(), source.parameters())):
                     if 'bn' in n: continue
-                    if 'linear' in n or int(n.split('.')[1])>=8: penalty = penalty + alpha*(p**2).sum()/2; continue
+                    if 'linear' in n or int(n.split('.')[1])>=8:
+                        penalty = penalty + alpha*(p**2).sum()/2
+                        continue
                     penalty = penalty + factor*(l2sp+beta*flat[k])*((p-q.detach())**2).sum()/2
                     factor = 5
             ((loss+penalty)*len(x)/sum(len(o) for o,_ in micro)).backward()
@@ -248,7 +256,8 @@ def test_inside_autocast():
     learn,alone,source,seen = learner(model, dls),copy.deepcopy(model),copy.deepcopy(model),[]
     source.last_linear.register_forward_hook(lambda m, inp, out: seen.append(out.dtype))
     quietly(learn, learn.fit, 1, 0.01, cbs=[AsPublished(source, **COEFS), OnCpu('bf16')])
-    values = written_out(alone, [[b] for b in batches], 0.01, context=lambda: autocast('cpu', dtype=torch.bfloat16), **COEFS)
+    context = lambda: autocast('cpu', dtype=torch.bfloat16)
+    values = written_out(alone, [[b] for b in batches], 0.01, context=context, **COEFS)
     assert seen==[torch.bfloat16]*4
     same(learn, alone, 1e-4)
     assert learn.recorder.values[0][-1]==pytest.approx(sum(values)/4, rel=1e-4)
@@ -257,7 +266,9 @@ def test_the_scaler_scales_the_penalty_along():
     "A scaled loss, penalty included, and the gradients scaled back: the training is the one without a scale"
     model,dls,_ = problem(dtype=torch.float32)
     class Scaled(OnCpu):
-        def before_fit(self): super().before_fit(); self.autocast = autocast('cpu', enabled=False)
+        def before_fit(self):
+            super().before_fit()
+            self.autocast = autocast('cpu', enabled=False)
     scaled,plain = [learner(copy.deepcopy(model), dls) for _ in range(2)]
     for learn,more in ((scaled, [Scaled('fp16', init_scale=2.**8)]), (plain, [])):
         quietly(learn, learn.fit, 1, 0.01, cbs=[AsPublished(copy.deepcopy(model), **COEFS), *more])
@@ -290,7 +301,8 @@ def test_pickled_and_refused():
         with pytest.raises(ValueError, match=named): quietly(learn, learn.fit, 1, cbs=cb)
 
 def test_another_network_has_the_head_alone_under_l2(drawn):
-    learn = published_learner(aircraft_dls(drawn, size=32, bs=4, transforms='published', num_workers=0), 'test_resnet', weights=None)
+    dls = aircraft_dls(drawn, size=32, bs=4, transforms='published', num_workers=0)
+    learn = published_learner(dls, 'test_resnet', weights=None)
     quietly(learn, learn.fit, 1, cbs=AsPublished(copy.deepcopy(learn.model), alpha=0., beta=0., l2sp=0.01))
     assert all(p.isfinite().all() for p in learn.model.parameters()) and learn.recorder.values[0][-1]>0
 
@@ -308,4 +320,5 @@ def test_scalars_of_inception_v4(drawn):
     close(torch.stack(list(scalars.values())), first**2/2, 1e-4)
     upper = [p for n,p in source.named_parameters() if 'bn' not in n and ('linear' in n or int(n.split('.')[1])>=8)]
     l2 = sum(p.double().square().sum().item() for p in upper)/2
-    assert as_published_penalty(learn.model, dict(source.named_parameters()), scalars, alpha=1.).item()==pytest.approx(l2, rel=1e-4)
+    penalty = as_published_penalty(learn.model, dict(source.named_parameters()), scalars, alpha=1.)
+    assert penalty.item()==pytest.approx(l2, rel=1e-4)

@@ -1,4 +1,4 @@
-"The modes of the walkthrough that need an archive, a download and a T4, on a small tree in the archive's form, with random weights"
+"The modes of the walkthrough that need the archive, downloads and a T4: on a small synthetic data set, with random weights"
 import json, math, re
 from pathlib import Path
 import matplotlib, pytest, torch
@@ -36,14 +36,18 @@ def settings(drawn_source, tmp_path, monkeypatch):
     monkeypatch.setattr(matplotlib, 'use', lambda *a, **k: None)
     tree = draw_aircraft(tmp_path/'aircraft', n_variants=8, n_per_split=4, size=48)
     return {"data=untar_aircraft(), source=untar_data(URLs.IMAGENETTE_320), arch='inception_v4'":
-                f"data='{tree}', source='{drawn_source}', arch='conftest:narrow_inception', weights=True, num_workers=0",
+                f"data='{tree}', source='{drawn_source}', arch='conftest:narrow_inception', weights=True, "
+                "num_workers=0",
             "OUT   = ''": f"OUT   = '{tmp_path}/out'", 'SEEDS = [1, 2, 3]': 'SEEDS = [1]', 'seconds=30': 'seconds=0.1'}
 
 def test_paper(settings):
     "The whole control flow with the recipe's own outputs, transforms and schedule"
-    said = walk(settings | {"MODE  = 'demo'": "MODE  = 'paper'", 'size=299, bs=32, epochs=80': 'size=75, bs=32, epochs=2'})
-    rows,learn = said['rows'],said['make_learner'](said['runs'][0], said['source'].model)
-    assert rows.arm.tolist()==['plain', 'as published, beta = 0.0004', 'as published, alpha = 0.0005', 'L2-SP-Fisher, beta = 10']
+    small = {'size=299, bs=32, epochs=80': 'size=75, bs=32, epochs=2'}
+    names = walk(settings | small | {"MODE  = 'demo'": "MODE  = 'paper'"})
+    rows = names['rows']
+    learn = names['make_learner'](names['runs'][0], names['source'].model)
+    assert rows.arm.tolist()==['plain', 'as published, beta = 0.0004', 'as published, alpha = 0.0005',
+                               'L2-SP-Fisher, beta = 10']
     assert rows[['best','last','test','test_last','retention_target_bn','retention_source_bn']].notna().all(axis=None)
     assert rows.amp.all() and (rows.recipe=='published').all() and (rows.transforms=='published').all()
     assert len(list(learn.model.parameters()))==449 and len(learn.splitter(learn.model))==3
@@ -60,8 +64,8 @@ def test_float16_of_the_whole_network(arch, drawn, monkeypatch):
     "Two steps under float16 and channels-last on the processor: finite, and the scale held"
     monkeypatch.setattr(fp16, 'autocast', lambda device, dtype: torch.autocast('cpu', dtype=dtype))
     monkeypatch.setattr(fp16, 'GradScaler', lambda device, **kw: torch.amp.GradScaler('cpu', init_scale=1024., **kw))
-    run = Run(drawn, 'as published', step='published', beta=4e-4, l2sp=0.004, arch=arch, recipe='published', transforms='published', amp=True,
-              size=75, bs=8, epochs=1, num_workers=0)
+    run = Run(drawn, 'as published', step='published', beta=4e-4, l2sp=0.004, arch=arch, recipe='published',
+              transforms='published', amp=True, size=75, bs=8, epochs=1, num_workers=0)
     row,curve,learn = run_arm(run, source_model(arch, weights=None))
     assert math.isfinite(row['last']) and math.isfinite(curve.train_loss[0]) and curve.penalty[0]>=0
     assert all(p.isfinite().all() and p.dtype==torch.float32 for p in learn.model.parameters())
