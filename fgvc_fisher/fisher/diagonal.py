@@ -13,7 +13,6 @@ import hashlib, json, math, warnings
 from collections.abc import Mapping
 from pathlib import Path
 from textwrap import shorten
-from typing import TYPE_CHECKING
 
 # %% ../../nbs/fisher/diagonal.ipynb #baf48f83
 import torch
@@ -23,9 +22,6 @@ from safetensors.torch import save_file
 from torch import nn, Tensor
 from ..distributed.files import replace_file
 from ..distributed.sharded import check_whole
-
-# %% ../../nbs/fisher/diagonal.ipynb #9aaad749
-if TYPE_CHECKING: import pandas as pd
 
 # %% ../../nbs/fisher/diagonal.ipynb #426b7e33
 def differing_parameters(
@@ -212,7 +208,7 @@ def parameter_totals(
 
 # %% ../../nbs/fisher/diagonal.ipynb #c3a133ef
 @patch
-def error(self:DiagFisher)->'pd.DataFrame': # A row per parameter, then 'total': columns `total`, `error`, `relative`
+def error(self:DiagFisher): # A DataFrame with a row per parameter, then 'total': columns `total`, `error`, `relative`
     """Each parameter's total, its standard error, and their ratio.
     Raises `ValueError` if the Fisher was saved without moments."""
     import pandas as pd
@@ -226,7 +222,7 @@ def error(self:DiagFisher)->'pd.DataFrame': # A row per parameter, then 'total':
 
 # %% ../../nbs/fisher/diagonal.ipynb #7d184eb5
 @patch
-def coverage(self:DiagFisher)->'pd.DataFrame': # A row per parameter: columns `shape`, `rule`
+def coverage(self:DiagFisher): # A DataFrame with a row per parameter: columns `shape`, `rule`
     "How each parameter's Fisher was computed: by the rules of which functions, or one image at a time."
     import pandas as pd
     rows = [(k, tuple(v.shape), self.rules.get(k, 'not noted')) for k,v in self.sums.items()]
@@ -234,7 +230,7 @@ def coverage(self:DiagFisher)->'pd.DataFrame': # A row per parameter: columns `s
 
 # %% ../../nbs/fisher/diagonal.ipynb #25c92221
 @patch
-def summary(self:DiagFisher)->'pd.DataFrame': # Columns `parameter`, `shape`, `mean`, `max`, `share`, `error`
+def summary(self:DiagFisher): # A DataFrame: columns `parameter`, `shape`, `mean`, `max`, `share`, `error`
     """A row per parameter: mean and maximum of its Fisher, its share of the sum over all parameters, and the relative
     standard error of its own total. Without moments there is no column `error`."""
     import pandas as pd

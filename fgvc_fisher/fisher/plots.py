@@ -9,13 +9,9 @@ __all__ = []
 
 # %% ../../nbs/fisher/plots.ipynb #89e643a1
 import math
-from typing import TYPE_CHECKING
 import torch
 from fastcore.basics import patch
 from .diagonal import DiagFisher
-
-# %% ../../nbs/fisher/plots.ipynb #c04320b6
-if TYPE_CHECKING: from matplotlib.axes import Axes
 
 # %% ../../nbs/fisher/plots.ipynb #9d53003e
 BLUE,GREY = '#1f5a99','#c6c6c6'
@@ -30,8 +26,8 @@ def _axes(ax, fisher, **labels):
 # %% ../../nbs/fisher/plots.ipynb #e5617b2a
 @patch
 def plot(self:DiagFisher,
-    ax:'Axes|None'=None, # Where to draw; default: a new figure
-)->'Axes':
+    ax=None, # Matplotlib axes to draw on; default: a new figure
+): # The axes
     "The mean Fisher of each parameter and the spread of its values, in the network's order."
     def quantile(v, q): return v.flatten().kthvalue(max(1, round(v.numel()*q)))[0].item()
     ax = _axes(ax, self, yscale='log', xlabel='parameter, from the input to the head', ylabel='Fisher information')
@@ -45,8 +41,8 @@ def plot(self:DiagFisher,
 # %% ../../nbs/fisher/plots.ipynb #00373a87
 @patch
 def plot_histogram(self:DiagFisher,
-    ax:'Axes|None'=None, # Where to draw; default: a new figure
-)->'Axes':
+    ax=None, # Matplotlib axes to draw on; default: a new figure
+): # The axes
     "The histogram of all values on a logarithmic axis; the legend counts the zeros."
     values = torch.cat([v.flatten() for v in self.values()]).log10()
     finite = values[values.isfinite()]
@@ -61,9 +57,9 @@ def plot_histogram(self:DiagFisher,
 # %% ../../nbs/fisher/plots.ipynb #5bc4779d
 @patch
 def plot_share(self:DiagFisher,
-    ax:'Axes|None'=None, # Where to draw; default: a new figure
+    ax=None, # Matplotlib axes to draw on; default: a new figure
     top:int=6, # How many of the largest shares to name
-)->'Axes':
+): # The axes
     "Each parameter's share of the total, in the network's order; the `top` largest are named."
     table = self.summary()
     ax = _axes(ax, self, xlabel='parameter, from the input to the head', ylabel='share of the total')
@@ -75,8 +71,8 @@ def plot_share(self:DiagFisher,
 # %% ../../nbs/fisher/plots.ipynb #898231d8
 @patch
 def plot_enough(self:DiagFisher,
-    ax:'Axes|None'=None, # Where to draw; default: a new figure
-)->'Axes':
+    ax=None, # Matplotlib axes to draw on; default: a new figure
+): # The axes
     """The relative standard error as a function of the number of images, for the total and for the parameters.
     Raises `ValueError` if the Fisher was saved without moments."""
     relative = self.error().relative
