@@ -3,14 +3,14 @@ import json, re, subprocess, timm
 import pandas as pd, pytest
 from safetensors import safe_open
 from safetensors.torch import load_file
-from fgvc_fisher.experiment.demo import demo
 from fgvc_fisher.cli import fgvc_sweep
+from fgvc_fisher.experiment.demo import demo
 from fgvc_fisher.fisher import DiagFisher
 from forks import BIN, shell
 
 HELP = {'fgvc-demo': ['--out', '--seed'], 'fgvc-sweep': ['--grid', '--out', '--jobs', '--retry', '--track', 'TOML'],
-        'fgvc-finetune': ['--data', '--level', '--arch', '--weights', '--source', '--alpha', '--beta', '--epochs', '--size', '--out',
-                          'labels.csv', 'variant, family or manufacturer']}
+        'fgvc-finetune': ['--data', '--level', '--arch', '--weights', '--source', '--alpha', '--beta', '--epochs',
+                          '--size', '--out', 'labels.csv', 'variant, family or manufacturer']}
 
 @pytest.mark.parametrize('command', HELP)
 def test_help(command):
@@ -26,16 +26,20 @@ def test_an_interpreter_of_its_own():
 
 def test_finetune(drawn, drawn_source, tiny_weights, tmp_path):
     out = tmp_path/'out'
-    said = shell('fgvc-finetune', '--data', drawn, '--level', 'family', '--arch', 'test_resnet', '--weights', tiny_weights, '--source', drawn_source,
-                 '--alpha', 0, '--beta', 10, '--epochs', 2, '--size', 32, '--bs', 8, '--out', out)
+    said = shell('fgvc-finetune', '--data', drawn, '--level', 'family', '--arch', 'test_resnet',
+                 '--weights', tiny_weights, '--source', drawn_source,
+                 '--alpha', 0, '--beta', 10, '--epochs', 2, '--size', 32, '--bs', 8,
+                 '--out', out)
     assert said.code==0, said.err
     assert re.search(r'last +\d\.\d{3}', said.out) and re.search(r'before +\d\.\d{3}', said.out)
-    assert {o.name for o in out.iterdir()}=={'model.safetensors', 'run.json', 'curve.csv', 'result.json', 'sources', 'lock'}
+    files = {'model.safetensors', 'run.json', 'curve.csv', 'result.json', 'sources', 'lock'}
+    assert {o.name for o in out.iterdir()}==files
     with safe_open(out/'model.safetensors', 'pt') as f: classes = f.metadata()['classes'].split('\n')
     assert classes==(drawn/'data/families.txt').read_text().splitlines()
     timm.create_model('test_resnet', num_classes=len(classes)).load_state_dict(load_file(out/'model.safetensors'))
     fisher = DiagFisher.load(next(out.glob('sources/*-sampled.safetensors')))
-    assert fisher.n_images==16 and fisher.provenance['arch']=='test_resnet' and fisher.provenance['file']==str(tiny_weights)
+    assert fisher.n_images==16
+    assert fisher.provenance['arch']=='test_resnet' and fisher.provenance['file']==str(tiny_weights)
     assert len(pd.read_csv(out/'curve.csv'))==2 and json.loads((out/'result.json').read_text())['beta']==10
 
 def test_sweep(drawn, drawn_source, tiny_weights, tmp_path):
@@ -82,7 +86,8 @@ def test_sweep_says_what_is_wrong(args, named, tmp_path, monkeypatch):
     (['--data', 'DRAWN', '--beta', '0', '--arch', 'resnet_18'], "'resnet_18'"),
     (['--data', 'DRAWN', '--beta', '0', '--arch', 'test_vit', '--weights', 'WEIGHTS'], 'tiny.safetensors'),
     (['--data', 'DRAWN', '--arch', 'test_resnet', '--weights', 'WEIGHTS', '--source', 'DRAWN'], 'labels.csv'),
-    (['--data', 'DRAWN', '--arch', 'test_resnet', '--weights', 'WEIGHTS', '--source', 'SOURCE', '--alpha', '-1'], 'alpha=-1.0')])
+    (['--data', 'DRAWN', '--arch', 'test_resnet', '--weights', 'WEIGHTS', '--source', 'SOURCE', '--alpha', '-1'],
+     'alpha=-1.0')])
 def test_what_is_wrong_is_said_in_a_sentence(args, named, drawn, drawn_source, tiny_weights, tmp_path):
     known = dict(DRAWN=drawn, SOURCE=drawn_source, WEIGHTS=tiny_weights)
     said = shell('fgvc-finetune', *[known.get(o, o) for o in args], '--out', tmp_path/'out', cwd=tmp_path)

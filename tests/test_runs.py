@@ -8,10 +8,9 @@ from fastai.callback import fp16
 from fastai.callback.core import Callback
 from filelock import FileLock
 from safetensors.torch import load_file, save_file
-from fgvc_fisher.experiment import Run, do_run, fine_tune, grid, run_arm, sweep
-from fgvc_fisher.learner import source_model
+from fgvc_fisher.experiment import Run, do_run, fine_tune, grid, read_grid, sweep
 from fgvc_fisher.experiment.run import KeepEpochs, make_learner, run_source
-from fgvc_fisher.experiment import read_grid
+from fgvc_fisher.learner import source_model
 from forks import Forked
 
 @pytest.fixture(scope='module')
@@ -63,7 +62,8 @@ def test_killed_at_any_moment_it_goes_on(run, tmp_path, num_workers, kills):
     process = Forked(train, run, stopped)
     assert process.wait()==0, (left, process.err)
     same(tmp_path/'whole', stopped)
-    assert not (stopped/'checkpoint.pt').exists() and not list(stopped.glob('*.part')) and not list(stopped.glob('epoch-*'))
+    assert not (stopped/'checkpoint.pt').exists()
+    assert not [*stopped.glob('*.part'), *stopped.glob('epoch-*')]
 
 class Stop(Callback):
     "Stop a training in the middle of a run, at a moment of our choice"
@@ -149,7 +149,8 @@ def test_the_tested_epoch_is_the_one_that_validation_chose(run, sources, tmp_pat
         def after_epoch(self): kept[self.epoch] = {k: v.clone() for k,v in self.learn.model.state_dict().items()}
     row = do_run(run, tmp_path/'run', sources, [Aside()], quiet=True)
     curve = pd.read_csv(tmp_path/'run/curve.csv')
-    assert row['best_epoch']==curve.accuracy.idxmax() and row['best']==curve.accuracy.max() and row['last']==curve.accuracy.iloc[-1]
+    assert row['best_epoch']==curve.accuracy.idxmax() and row['best']==curve.accuracy.max()
+    assert row['last']==curve.accuracy.iloc[-1]
     source = source_model('test_resnet', run.weights)
     learn = make_learner(replace(run, valid='test', beta=0), source)
     for name,epoch in (('test', row['best_epoch']), ('test_last', 5)):
@@ -161,9 +162,11 @@ def test_each_statistics_see_their_own_normalisation(run, tmp_path):
     source = run_source(replace(run, transforms='published'), tmp_path/'sources', progress=False)
     a,b = [next(iter(o))[0] for o in (source.pictures, source.tuned_pictures)]
     from fgvc_fisher.data.transforms import MEAN, STD
-    mean,std = [torch.tensor(o).view(3,1,1) for o in (source.model.pretrained_cfg['mean'], source.model.pretrained_cfg['std'])]
+    cfg = source.model.pretrained_cfg
+    mean,std,published_mean,published_std = [torch.tensor(o).view(3,1,1) for o in (cfg['mean'], cfg['std'], MEAN, STD)]
+    a,b = [o.as_subclass(torch.Tensor) for o in (a, b)]
     picture = a*std+mean
-    assert torch.allclose(b.as_subclass(torch.Tensor), ((picture-torch.tensor(MEAN).view(3,1,1))/torch.tensor(STD).view(3,1,1)).as_subclass(torch.Tensor), atol=1e-5)
+    assert torch.allclose(b, (picture-published_mean)/published_std, atol=1e-5)
 
 def test_one_half_estimates_and_the_other_measures(run, tmp_path):
     source = run_source(run, tmp_path, progress=False)
@@ -177,6 +180,18 @@ def test_the_same_values_make_the_same_run():
 def test_no_validation_is_no_divergence(run, sources, tmp_path):
     row = do_run(replace(run, train='trainval', valid=''), tmp_path/'run', sources, quiet=True)
     assert math.isnan(row['best']) and row['test']==row['test_last']
+
+def test_tables_are_read_once(run, tmp_path, monkeypatch):
+    "Also with a test split and a Fisher of the target"
+    from fgvc_fisher.experiment import run as module
+    read = []
+    for name in ('read_aircraft','read_pictures'):
+        def reads(*args, name=name, real=getattr(module, name)):
+            read.append(name)
+            return real(*args)
+        monkeypatch.setattr(module, name, reads)
+    do_run(replace(run, fisher_from='target', epochs=1), tmp_path, quiet=True)
+    assert sorted(read)==['read_aircraft','read_pictures']
 
 def test_a_missing_split_is_named(run, tmp_path):
     with pytest.raises(ValueError, match='exam'): do_run(replace(run, test='exam'), tmp_path/'run')
@@ -221,7 +236,7 @@ def test_jobs_do_what_one_process_does(runs, tmp_path):
     rows = sweep(runs, tmp_path/'out', jobs=2)
     assert rows.id.tolist()==[o.id for o in runs] and rows['last'].notna().all()
 
-def test_a_sweep_that_cannot_be_meant(runs, tmp_path):
+def test_invalid_arguments_of_a_sweep(runs, tmp_path):
     with pytest.raises(ValueError, match='jobs=0'): sweep(runs, tmp_path, jobs=0)
     with pytest.raises(ValueError, match='runs'): sweep([], tmp_path)
 
@@ -313,7 +328,8 @@ def test_nonsense_is_refused_at_once(wrong, named):
 
 def test_numbers_of_numpy_are_numbers():
     import numpy as np
-    a,b = Run('tree', seed=np.int64(3), beta=np.float32(10), size=np.int32(64), freeze_bn=np.bool_(True)),Run('tree', seed=3, beta=10, size=64, freeze_bn=True)
+    a = Run('tree', seed=np.int64(3), beta=np.float32(10), size=np.int32(64), freeze_bn=np.bool_(True))
+    b = Run('tree', seed=3, beta=10, size=64, freeze_bn=True)
     assert a==b and a.id==b.id and Run(Path('tree'), beta=-0.).id==Run('tree').id
 
 @pytest.mark.parametrize('arms,common,named', [
@@ -321,11 +337,12 @@ def test_numbers_of_numpy_are_numbers():
     ([dict(arm='a', beta=[])], {}, 'beta'), ([dict(arm=['a','b'])], {}, r"\['a', 'b'\]"), (['a'], {}, "'a'"),
     ([dict(arm='a'), dict(arm='a', beta=1)], {}, "'a'.* 1 "),
     ([dict(arm='a')], dict(size=[32,64]), r'size=\[32, 64\]')])
-def test_a_grid_that_cannot_be_meant(arms, common, named):
+def test_invalid_grids(arms, common, named):
     with pytest.raises(ValueError, match=named): grid(arms, [1], data='tree', **common)
 
 def test_strengths_have_names_of_their_own():
-    names = [o.arm for o in grid([dict(arm='a', beta=[1.0000001, 1.0000002, 10], freeze_bn=[True,False])], [1], data='tree')]
+    arm = dict(arm='a', beta=[1.0000001, 1.0000002, 10], freeze_bn=[True,False])
+    names = [o.arm for o in grid([arm], [1], data='tree')]
     assert len(set(names))==6 and 'a, beta = 10, freeze_bn = True' in names
 
 def test_a_wrong_first_call_leaves_the_folder_free(run, sources, tmp_path):
@@ -384,7 +401,9 @@ class TestWhatIsTrained:
         run = replace(run, beta=0, tune='head first', epochs=2)
         source,heads = source_model(run.arch, run.weights),[]
         class Look(Callback):
-            def before_epoch(self): heads.append((self.model.fc.weight.detach().clone(), [p.requires_grad for p in self.model.parameters()]))
+            def before_epoch(self):
+                trained = [p.requires_grad for p in self.model.parameters()]
+                heads.append((self.model.fc.weight.detach().clone(), trained))
         learn = fine_tune(run, source, cbs=[Look()], quiet=True)
         probe = replace(run, tune='head', epochs=1)
         taught = make_learner(probe, source)
@@ -411,23 +430,26 @@ class TestWhoseFisher:
         from fgvc_fisher.fisher import estimate_fisher
         from fgvc_fisher.learner import source_dl
         model = source_model(run.arch, run.weights)
-        want = estimate_fisher(model, source_dl(pick_split(read_aircraft(run.data), 'train'), model, run.size, run.bs, 0), progress=False)
+        pictures = pick_split(read_aircraft(run.data), 'train')
+        want = estimate_fisher(model, source_dl(pictures, model, run.size, run.bs, 0), progress=False)
         found = self.fisher(replace(run, fisher_from='target'), tmp_path)
         assert found.n_images==want.n_images and all(torch.equal(found[k], want[k]) for k in want)
         assert self.fisher(replace(run, fisher_from='target', source=''), tmp_path) is not None
 
     def test_of_some_pictures(self, run, tmp_path):
         a,b,c = [self.fisher(replace(run, n_fisher=5, seed=s), tmp_path) for s in (1,1,2)]
-        assert a.n_images==c.n_images==5 and torch.equal(a['conv1.0.weight'], b['conv1.0.weight']) and not torch.equal(a['conv1.0.weight'], c['conv1.0.weight'])
+        name = 'conv1.0.weight'
+        assert a.n_images==c.n_images==5 and torch.equal(a[name], b[name]) and not torch.equal(a[name], c[name])
         assert len(list(tmp_path.glob('*.safetensors')))==2
         with pytest.raises(ValueError, match='n_fisher=1000000'): self.fisher(replace(run, n_fisher=10**6), tmp_path)
 
     def test_another_kind_another_file(self, run, tmp_path):
-        asked = [run, replace(run, kind='exact'), replace(run, fisher_from='target'), replace(run, n_fisher=5), replace(run, fisher_from='target', n_fisher=5)]
+        target = replace(run, fisher_from='target')
+        asked = [run, replace(run, kind='exact'), target, replace(run, n_fisher=5), replace(target, n_fisher=5)]
         for o in asked: self.fisher(o, tmp_path)
         assert len(list(tmp_path.glob('*.safetensors')))==len(asked)
 
-    def test_what_cannot_be_meant(self, run):
+    def test_invalid_fields(self, run):
         for kw,named in [(dict(n_fisher=-1), 'n_fisher=-1'), (dict(tune='body'), "tune='body'"),
                          (dict(tune='head'), "tune='head'"),
                          (dict(fisher_from='target', kind='empirical'), 'empirical'),
@@ -443,7 +465,7 @@ def test_a_normalised_fisher_is_another_beta(run, tmp_path):
     b = fine_tune(replace(run, beta=2./mean.item()), source.model, source.fisher, quiet=True).model
     for p,q in zip(a.parameters(), b.parameters()): assert torch.allclose(p, q, atol=1e-5, rtol=1e-4)
 
-def test_a_field_more_does_not_make_a_stranger_of_an_old_run(run, tmp_path):
+def test_a_folder_of_a_version_with_fewer_fields_is_resumed(run, tmp_path):
     "A folder that an earlier version began, without the newest fields"
     do_run(replace(run, epochs=1), tmp_path, quiet=True)
     row = json.loads((tmp_path/'run.json').read_text())
