@@ -16,7 +16,8 @@ def counts(tree):
     start = time.perf_counter()
     check = check_aircraft(tree, quiet=True)
     seconds = time.perf_counter()-start
-    row = dict(tree=tree.name, pictures=check.counts.loc[['train','val'], 'pictures'].sum(), errors=(check.findings.severity=='error').sum())
+    row = dict(tree=tree.name, pictures=check.counts.loc[['train','val'], 'pictures'].sum(),
+               errors=(check.findings.severity=='error').sum())
     for name,pairs in (('across', check.across), ('within', check.within)):
         row |= {name: len(pairs)} | {f'{name}, {o}': (pairs.kind==o).sum() for o in ('same pixels','near','mirrored')}
         row |= {f'{name}, other label': (pairs.label_1!=pairs.label_2).sum()}
@@ -37,5 +38,6 @@ def main(
     out.mkdir(parents=True, exist_ok=True)
     table = pd.DataFrame([counts(o) for o in trees])
     table.to_csv(out/'table.csv', index=False, float_format='%.3g')
-    pd.concat([distances(o) for o in trees])[['tree','mirrored','distance','pairs']].to_csv(out/'distances.csv', index=False)
+    table = pd.concat([distances(o) for o in trees])[['tree','mirrored','distance','pairs']]
+    table.to_csv(out/'distances.csv', index=False)
     print(table.T.to_string(header=False))

@@ -44,14 +44,16 @@ class LwF(Callback):
     with its own statistics (`own_bn`) the two differ by 12 nats before the first step."""
     run_valid = False
     def __init__(self, source, weight, own_bn=False, temperature=2.):
-        self.source,self.weight,self.temperature = copy.deepcopy(source).requires_grad_(False).train(not own_bn),weight,temperature
+        self.source = copy.deepcopy(source).requires_grad_(False).train(not own_bn)
+        self.weight,self.temperature = weight,temperature
     def before_fit(self):
         head = self.learn.model.get_submodule(head_name(self.learn.model))
         self.hook = head.register_forward_pre_hook(lambda module, args: setattr(self, 'features', args[0]))
     def after_loss(self):
         with torch.no_grad(): wanted = self.source(self.x)/self.temperature
         now = self.source.get_submodule(head_name(self.source))(self.features)/self.temperature
-        loss = F.kl_div(now.log_softmax(-1), wanted.log_softmax(-1), log_target=True, reduction='batchmean')*self.temperature**2
+        loss = F.kl_div(now.log_softmax(-1), wanted.log_softmax(-1), log_target=True, reduction='batchmean')
+        loss = loss*self.temperature**2
         self.learn.loss_grad = self.loss_grad + self.weight*loss
     def after_fit(self): self.hook.remove()
 
@@ -62,7 +64,8 @@ def distil(run, source, fisher, **kwargs):
 
 ARMS = {'last layer only': dict(tune=last_layer), 'linear probe first': dict(tune=probe_first),
         'LwF, 1': dict(tune=partial(distil, weight=1.)),
-        'LwF, 1, own statistics': dict(tune=partial(distil, weight=1., own_bn=True)), 'LwF, 10, own statistics': dict(tune=partial(distil, weight=10., own_bn=True))}
+        'LwF, 1, own statistics': dict(tune=partial(distil, weight=1., own_bn=True)),
+        'LwF, 10, own statistics': dict(tune=partial(distil, weight=10., own_bn=True))}
 
 @call_parse
 def main(

@@ -11,7 +11,8 @@ from warbirds import report, rows, run_arms
 
 ARMS = {'L2-SP-Fisher, beta = 10, lr 0.02, kept': dict(beta=10., freeze_bn=True),
         'plain, usual': dict(lr=0.002), 'plain, kept': dict(lr=0.002, freeze_bn=True),
-        'L2-SP-Fisher, beta = 100, usual': dict(beta=100., lr=0.002), 'L2-SP-Fisher, beta = 100, kept': dict(beta=100., lr=0.002, freeze_bn=True)}
+        'L2-SP-Fisher, beta = 100, usual': dict(beta=100., lr=0.002),
+        'L2-SP-Fisher, beta = 100, kept': dict(beta=100., lr=0.002, freeze_bn=True)}
 
 @call_parse
 def main(

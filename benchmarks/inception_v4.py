@@ -44,8 +44,10 @@ def main(
     bs:int=8, # Pictures in the batch
 ):
     seconds,learn,fisher,cb = one_batch(photos, size, bs)
-    machine = torch.cuda.get_device_name() if torch.cuda.is_available() else f'{torch.get_num_threads()} CPU threads, {platform.machine()}'
-    table = pd.DataFrame(seconds, columns=['stage','seconds']).assign(size=size, bs=bs, machine=f'{machine}; torch {torch.__version__}')
+    cpu = f'{torch.get_num_threads()} CPU threads, {platform.machine()}'
+    machine = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu
+    table = pd.DataFrame(seconds, columns=['stage','seconds'])
+    table = table.assign(size=size, bs=bs, machine=f'{machine}; torch {torch.__version__}')
     Path(out).mkdir(parents=True, exist_ok=True)
     table.to_csv(Path(out)/'one_batch.csv', index=False, float_format='%.4g')
     print(table.to_string(index=False))

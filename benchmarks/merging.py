@@ -31,9 +31,11 @@ def plot(table, others, before):
     ax = plt.subplots(figsize=(9,5), layout='constrained')[1]
     for (method,t),color in zip(table.groupby('method', sort=False), ('#7a3b8f','#d2691e')):
         for column,ls in (('retention_target_bn','-'), ('retention_source_bn',':')):
-            ax.plot(t[column], t['last'], ls=ls, marker='.', ms=5, color=color, label=f'{method} ({column[10:16]} statistics)')
+            label = f'{method} ({column[10:16]} statistics)'
+            ax.plot(t[column], t['last'], ls=ls, marker='.', ms=5, color=color, label=label)
     frontier(others, before=before, ax=ax)
-    ax.set_title("One training, merged with its source, beside trainings of their own\n(hollow and dotted: source's BatchNorm statistics put back)")
+    ax.set_title("One fine-tuned model merged with its source, and separate trainings\n"
+                 "(hollow and dotted: with the source's BatchNorm statistics)")
     return ax.figure
 
 @call_parse

@@ -32,7 +32,8 @@ def train(model, source, fisher, batches, beta, step, lr):
         optimizer.step()
         if step=='prox': penalty.prox_(optimizer)
         optimizer.zero_grad()
-        yield dict(beta=beta, step=step, loss=loss.item(), distance=penalty.distance(), stiffness=penalty.stiffest(lr)[0])
+        yield dict(beta=beta, step=step, loss=loss.item(), distance=penalty.distance(),
+                   stiffness=penalty.stiffest(lr)[0])
 
 def plot(table):
     "Distance by training step, and the greatest one by beta"
@@ -41,13 +42,16 @@ def plot(table):
     shown = [0., 0.1, 0.3, 1., 10., 1e12]
     for (beta,step),t in table[table.beta.isin(shown)].groupby(['beta','step']):
         prox = step=='prox'
-        left.plot(t.i, t.distance, color=colors(shown.index(beta)/len(shown)), ls='-' if prox else ':', label=f'beta = {beta:g}' if prox else None)
+        left.plot(t.i, t.distance, color=colors(shown.index(beta)/len(shown)), ls='-' if prox else ':',
+                  label=f'beta = {beta:g}' if prox else None)
     for step,t in table[table.beta>0].groupby('step', sort=False):
         greatest = t[t.distance.map(math.isfinite)].groupby('beta').distance.max()
-        right.plot(greatest, 'o-' if step=='prox' else 'x:', color='#1f5a99' if step=='prox' else '#a33c3c', label=names[step])
+        right.plot(greatest, 'o-' if step=='prox' else 'x:', label=names[step],
+                   color='#1f5a99' if step=='prox' else '#a33c3c')
     limit = 1/(table.stiffness/2/table.beta)[table.beta>0].iloc[0]
     right.axvline(limit, color='#999999', lw=1, ls=':', label='2 lr beta max(F) = 2')
-    left.set(yscale='log', xlabel='training step', ylabel='distance to theta0', title='Proximal (solid) and explicit (dotted)')
+    left.set(yscale='log', xlabel='training step', ylabel='distance to theta0',
+             title='Proximal (solid) and explicit (dotted)')
     right.set(xscale='log', yscale='log', xlabel='beta', ylabel='greatest distance to theta0', title='By beta')
     for ax in (left,right): ax.legend(frameon=False, fontsize=8)
     return fig

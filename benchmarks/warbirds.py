@@ -19,13 +19,15 @@ from fgvc_fisher.learner import source_dl, source_model
 from fgvc_fisher.retention import accuracy_on, halves
 
 ARMS = {'plain': {}, 'L2-SP-Fisher, beta = 10': dict(beta=10.), 'L2-SP, 1e-2': dict(l2sp=1e-2),
-        'L2-SP-Fisher, beta = 100': dict(beta=100.), 'L2, 5e-4': dict(alpha=5e-4), 'L2-SP-Fisher, beta = 1': dict(beta=1.),
+        'L2-SP-Fisher, beta = 100': dict(beta=100.), 'L2, 5e-4': dict(alpha=5e-4),
+        'L2-SP-Fisher, beta = 1': dict(beta=1.),
         'L2-SP-Fisher, beta = 1, explicit': dict(beta=1., step='grad')}
 
 mobilenet = partial(_gen_mobilenet_v1, 'mobilenetv1_100', 0.75, pretrained=False, pad_type='same', bn_eps=1e-3)
 
 def machine(device):
-    name = torch.cuda.get_device_name() if device=='cuda' else f'{torch.get_num_threads()} CPU threads, {platform.machine()}'
+    cpu = f'{torch.get_num_threads()} CPU threads, {platform.machine()}'
+    name = torch.cuda.get_device_name() if device=='cuda' else cpu
     return f'{name}; Python {platform.python_version()}, torch {torch.__version__}'
 
 def rows(file): return pd.read_csv(file) if file.exists() else pd.DataFrame(columns=['arm','seed'])
@@ -43,7 +45,8 @@ def task(photos, size):
     "The aircraft's tree, the source model, and loaders of ImageNet pictures: for the Fisher, for the retention"
     photos,device = Path(photos),'cuda' if torch.cuda.is_available() else 'cpu'
     source = source_model(mobilenet, photos/'weights/mobilenetv1_075_imagenet.safetensors').to(device)
-    return photos/'data/warbirds30',source,*[source_dl(o, source, size) for o in halves(read_pictures(photos/'data/imagenet_sample'))]
+    parts = halves(read_pictures(photos/'data/imagenet_sample'))
+    return photos/'data/warbirds30',source,*[source_dl(o, source, size) for o in parts]
 
 def run_arms(arms, photos, out, size, epochs, seeds):
     "Run what is not in `out/runs.csv` yet, row by row. `arms`: name -> keywords of `Run`, and `tune` for another way to train; returns the Fisher"
@@ -58,7 +61,8 @@ def run_arms(arms, photos, out, size, epochs, seeds):
             if ((done.arm==arm) & (done.seed==seed)).any(): continue
             print(f'\n{arm}, seed {seed}', flush=True)
             tune = kw.pop('tune', fine_tune)
-            row,curve,_ = run_arm(Run(str(tree), arm, size=size, seed=seed, **dict(epochs=epochs) | kw), source, for_retention, fisher, tune)
+            run = Run(str(tree), arm, size=size, seed=seed, **dict(epochs=epochs) | kw)
+            row,curve,_ = run_arm(run, source, for_retention, fisher, tune)
             append(curve, out/'curves.csv')
             append(pd.DataFrame([row | dict(data=tree.name, before=before, machine=machine(device))]), out/'runs.csv')
     return fisher
