@@ -99,10 +99,10 @@ def test_models_are_left_alone(compromise):
     assert all(torch.equal(p, before[n]) for n,p in compromise.tuned.state_dict().items())
 
 def test_measuring_gives_up_at_any_point(compromise):
-    "Whenever something newer comes, there is no answer, and nothing is measured after"
+    "When a later request comes, the result is None, and nothing is measured after"
     for n in range(5):
         asked = []
-        assert compromise.at(0., 1., newer=lambda: asked.append(1) or len(asked)>n) is None
+        assert compromise.at(0., 1., is_stale=lambda: asked.append(1) or len(asked)>n) is None
         assert len(asked)<=n+len(compromise.training)+1
 
 def test_the_fine_tuned_model_is_the_one_that_was_trained(compromise, run, home):

@@ -16,7 +16,7 @@ def run(tiny_run): return tiny_run
 
 KEPT = ['retention_target_bn', 'retention_source_bn']
 def same(a, b):
-    "Do two folders have the same result, bit for bit? Retention after every epoch and what depends on the clock do not count"
+    "Do two folders have the same result, bit for bit, but for times and retention after every epoch?"
     rows = [json.loads((o/'result.json').read_text()) | dict(seconds=0) for o in (a, b)]
     curves = [pd.read_csv(o/'curve.csv').drop(columns=['seconds', *KEPT], errors='ignore') for o in (a, b)]
     assert rows[0]==rows[1]
@@ -92,7 +92,7 @@ def test_to_be_watched_changes_nothing_in_any_kind_of_run(run, tmp_path, how):
 
 def test_retention_sees_pictures_as_the_tuned_model_expects_them(run, tmp_path):
     "With the source's own, the number would be another one: the test above can fail"
-    kept = live._Kept(replace(run, transforms='published'), tmp_path)
+    kept = live._RunRetention(replace(run, transforms='published'), tmp_path)
     kept.begin()
     a,b = [next(iter(kept.pictures[o]))[0].as_subclass(torch.Tensor) for o in ('target','source')]
     assert not torch.allclose(a, b, atol=0.1)
@@ -103,7 +103,7 @@ def test_what_is_told(watched):
     assert [len(o) for o in heard.of('epochs')]==[0,1,2,3]
     assert heard.of('epochs')[-1]==curve.to_dict('records')
     batches = heard.of('batch')
-    assert [o for o,_ in batches]==sorted(o for o,_ in batches) and batches[0][0]==1/4             # 16 pictures, 4 a batch
+    assert [o for o,_ in batches]==sorted(o for o,_ in batches) and batches[0][0]==1/4       # 16 pictures, 4 per batch
     assert [loss for o,loss in batches if o==int(o)]==curve.train_loss.tolist()
     stages = heard.of('stage')
     assert [sum(has(o, str(i), '3', '4', '4') for o in stages) for i in (1,2,3)]==[1,1,1]   # of 3 epochs, batch 4 of 4
@@ -171,7 +171,9 @@ if arm=='stubborn': signal.signal(signal.SIGTERM, signal.SIG_IGN)
 if arm=='broken': sys.exit('no such thing')
 if arm=='killed': os.kill(os.getpid(), signal.SIGKILL)
 if arm=='half': os.write(1, b'{"stage": "ha'); sys.exit(3)
-if arm=='parent': say(stage=str(subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(1000)'], stdout=subprocess.DEVNULL).pid))
+if arm=='parent':
+    child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(1000)'], stdout=subprocess.DEVNULL)
+    say(stage=str(child.pid))
 if arm=='mute': time.sleep(1000)
 say(epochs=[])
 say(batch=[0.5, 2.])
@@ -295,7 +297,9 @@ def test_whoever_is_told_may_do_everything(tmp_path, monkeypatch):
     left,closed = [fake('quick'), fake('slow'), fake('quick', seed=1)],threading.Event()
     def changed():
         if training.run is None and left: training.start(left.pop(0))
-        elif training.run is None: training.close(); closed.set()
+        elif training.run is None:
+            training.close()
+            closed.set()
         elif training.run.arm=='slow' and at_work(training)(): training.stop()
     training = Training(tmp_path, changed)
     training._news.set()
@@ -334,7 +338,9 @@ def test_many_at_once(training):
         for _ in range(12):
             try:
                 match rng.choice(('start','start','stop','kill','look')):
-                    case 'start': training.start(fake(rng.choice(('quick','slow','flood','mute')), seed=rng.randrange(3)))
+                    case 'start':
+                        arm = rng.choice(('quick','slow','flood','mute'))
+                        training.start(fake(arm, seed=rng.randrange(3)))
                     case 'stop': training.stop()
                     case 'kill': training._process and training._process.popen.kill()
                     case 'look': training.stage, training.run and training.epochs(training.run.id)
@@ -356,7 +362,8 @@ def test_batches_of_an_epoch_that_begins_anew_are_forgotten(training):
     run = fake('mute')
     training.start(run)
     row = dict(epoch=0, train_loss=1., valid_loss=1., accuracy=0.5)
-    for said in (dict(batch=[0.5,3]), dict(batch=[1.,2]), dict(epochs=[row]), dict(batch=[1.5,1])): training._hear(training._process, said)
+    for said in (dict(batch=[0.5,3]), dict(batch=[1.,2]), dict(epochs=[row]), dict(batch=[1.5,1])):
+        training._hear(training._process, said)
     training.stop()
     assert training.batches(run.id)==[(0.5,3), (1.,2), (1.5,1)]
     training.start(run)
@@ -376,7 +383,8 @@ def test_what_is_there_is_known_and_what_is_broken_is_named(training):
     runs,there = training.out/'runs',[Run('tree', seed=o) for o in range(3)]
     write(runs/there[0].id, asdict(there[0]))
     write(runs/there[1].id, asdict(there[1]), 'epoch,train_loss,valid_loss,accuracy\n0,2.0,1.0,0.25\n')
-    write(runs/there[2].id, asdict(there[2]), 'epoch,train_loss,valid_loss,accuracy\n0,2.0,1.0,0.25\n', dict(last=0.25, test=None))
+    curve = 'epoch,train_loss,valid_loss,accuracy\n0,2.0,1.0,0.25\n'
+    write(runs/there[2].id, asdict(there[2]), curve, dict(last=0.25, test=None))
     write(runs/'a', '{"half')
     write(runs/'b', asdict(there[0]) | dict(colour='red'))
     write(runs/'c', asdict(there[0]) | dict(size=-1))
@@ -394,7 +402,8 @@ def test_what_is_there_is_known_and_what_is_broken_is_named(training):
     assert row['last']==0.25 and math.isnan(row['test'])
     with pytest.raises(ValueError, match='curve.csv'): training.epochs('d')
     with pytest.raises(ValueError, match='result.json'): training.result('e')
-    assert training.epochs('unheard of').empty and training.result('unheard of') is None and training.batches('unheard of')==[]
+    assert training.epochs('unheard of').empty
+    assert training.result('unheard of') is None and training.batches('unheard of')==[]
 
 def test_a_curve_from_before_is_there_while_it_starts(training):
     run = fake('mute')

@@ -1,7 +1,7 @@
 "What the panels are made of; `make test-ipywidgets7` runs this with Colab's ipywidgets, too"
 import base64, io, json, threading, time
 from pathlib import Path
-import ipywidgets as widgets, matplotlib.pyplot as plt, numpy as np, pytest
+import matplotlib.pyplot as plt, numpy as np, pytest
 from PIL import Image
 from fgvc_fisher.explore import panels
 from fgvc_fisher.explore.panels import Latest, Panel, Picture, choice, powers, slider
@@ -54,12 +54,15 @@ def test_drawing_from_many_threads():
     for o in threads: o.join()
     assert all(len(f)==5 and all(np.array_equal(o, a) for o in f) for f,a in zip(found, alone))
 
-# The last wish
+# The last request
 
 def test_never_two_at_a_time():
     inside,most = [],[]
-    def work(wish, newer):
-        inside.append(wish); most.append(len(inside)); time.sleep(0.003); inside.pop()
+    def work(request, is_stale):
+        inside.append(request)
+        most.append(len(inside))
+        time.sleep(0.003)
+        inside.pop()
     latest = Latest(work)
     threads = [threading.Thread(target=lambda: [latest(i) or time.sleep(0.001) for i in range(20)]) for _ in range(4)]
     for o in threads: o.start()
@@ -67,43 +70,50 @@ def test_never_two_at_a_time():
     latest.wait()
     assert set(most)=={1}
 
-def test_last_wish_is_always_done():
+def test_latest_request_is_always_done():
     for n in range(1, 60):
         done = []
-        latest = Latest(lambda wish, newer: done.append(wish))
+        latest = Latest(lambda request, is_stale: done.append(request))
         for i in range(n): latest(i)
         latest.wait()
         assert done[-1]==n-1
 
 def test_no_thread_is_left():
-    latest = Latest(lambda wish, newer: None)
-    for i in range(20): latest(i); latest.wait()
+    latest = Latest(lambda request, is_stale: None)
+    for i in range(20):
+        latest(i)
+        latest.wait()
     time.sleep(0.05)
     assert not [o for o in threading.enumerate() if '_work_off' in o.name]
 
-def test_newer_is_told():
+def test_a_stale_request_knows():
     told,begun = [],threading.Event()
-    def work(wish, newer):
+    def work(request, is_stale):
         begun.set()
-        while wish==0 and not newer(): time.sleep(0.001)
-        told.append((wish,newer()))
+        while request==0 and not is_stale(): time.sleep(0.001)
+        told.append((request,is_stale()))
     latest = Latest(work)
-    latest(0); begun.wait(); latest(1); latest.wait()
+    latest(0)
+    begun.wait()
+    latest(1)
+    latest.wait()
     assert told==[(0,True),(1,False)]
 
 def test_wait_times_out():
     stop = threading.Event()
-    latest = Latest(lambda wish, newer: stop.wait(20))
+    latest = Latest(lambda request, is_stale: stop.wait(20))
     latest(0)
     with pytest.raises(TimeoutError, match='0.05'): latest.wait(0.05)
-    stop.set(); latest.wait()
+    stop.set()
+    latest.wait()
 
 def test_an_error_is_raised_once_and_work_goes_on():
     done = []
-    latest = Latest(lambda wish, newer: done.append(1/wish))
+    latest = Latest(lambda request, is_stale: done.append(1/request))
     latest(0)
     with pytest.raises(ZeroDivisionError): latest.wait()
-    latest(2); latest.wait()
+    latest(2)
+    latest.wait()
     assert done==[0.5]
 
 # Panels
@@ -128,29 +138,36 @@ def test_every_picture_follows():
 
 def test_forty_quick_moves():
     drawn = []
-    def draw(x): drawn.append(x); time.sleep(0.02); return f'x is {x:g}'
+    def draw(x):
+        drawn.append(x)
+        time.sleep(0.02)
+        return f'x is {x:g}'
     p = a_panel(draw, values=range(41))
     for i in range(1, 41): p.controls['x'].value = i
     assert p.wait()=='x is 40' and drawn[-1]==40 and len(drawn)<=4
 
 def test_settles_after_the_last_move():
     settled = []
-    p = a_panel(settle=lambda newer, x: settled.append(x) or f'exactly {x:g}', values=range(21))
-    for i in range(1, 21): p.controls['x'].value = i; time.sleep(0.002)
+    p = a_panel(settle=lambda is_stale, x: settled.append(x) or f'exactly {x:g}', values=range(21))
+    for i in range(1, 21):
+        p.controls['x'].value = i
+        time.sleep(0.002)
     assert p.wait()=='exactly 20' and settled==[0,20]
 
 def test_what_gave_up_is_not_shown():
-    p = a_panel(settle=lambda newer, x: None)
+    p = a_panel(settle=lambda is_stale, x: None)
     assert p.text=='x is 0'
 
 def test_a_move_while_it_settles():
     begun = threading.Event()
-    def settle(newer, x):
+    def settle(is_stale, x):
         if x!=1: return f'exactly {x:g}'
         begun.set()
-        while not newer(): time.sleep(0.001)
+        while not is_stale(): time.sleep(0.001)
     p = a_panel(settle=settle)
-    p.controls['x'].value = 1.; begun.wait(); p.controls['x'].value = 2.
+    p.controls['x'].value = 1.
+    begun.wait()
+    p.controls['x'].value = 2.
     assert p.wait()=='exactly 2'
 
 def test_an_error_is_a_sentence():
@@ -200,7 +217,9 @@ def test_powers():
 
 # Notebooks as they are kept
 
-@pytest.mark.parametrize('notebook', sorted((Path(__file__).parent.parent/'nbs').rglob('*.ipynb')), ids=lambda o: f'{o.parent.name}/{o.stem}')
+NOTEBOOKS = sorted((Path(__file__).parent.parent/'nbs').rglob('*.ipynb'))
+
+@pytest.mark.parametrize('notebook', NOTEBOOKS, ids=lambda o: f'{o.parent.name}/{o.stem}')
 def test_no_widget_is_saved(notebook):
     "GitHub refuses notebooks with widgets' states, and others show an error where there is only a widget"
     nb = json.loads(notebook.read_text())

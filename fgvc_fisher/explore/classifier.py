@@ -1,4 +1,4 @@
-"""Upload a photograph and see what the fine-tuned model and its source say about it
+"""Upload a photograph and see the predictions of the fine-tuned model and its source
 
 Docs: https://fgvc-fisher.github.io/fgvc_fisher/explore/classifier.html.md"""
 
@@ -16,7 +16,7 @@ from torch import nn
 from fastai.learner import Learner
 from fastai.torch_core import no_random
 from fastcore.basics import patch
-from ..data.loaders import open_row as _open_row, locate_row
+from ..data.loaders import locate_row, open_row
 from ..experiment.run import Run
 from ..learner import head_name, source_model
 from .panels import Panel, Picture, choice
@@ -33,37 +33,44 @@ _TUNED = '#5b7083'
 def _short(text, n=44): return text if len(text)<=n else f'{text[:n-1]}…'
 def _kin(row):
     "Family and manufacturer of a row, where they are known"
-    return f' ({row.family}, {row.manufacturer})' if isinstance(getattr(row, 'family', None), str) else ''
+    known = isinstance(getattr(row, 'family', None), str)
+    return f' ({row.family}, {row.manufacturer})' if known else ''
 class _ClassifierView:
-    "Draws what is recognised in a picture"
+    "Draws what a `Recogniser` returns"
     def __init__(self, recogniser):
         self.recogniser = recogniser
         self.seen,self.variants,self.source = self.pictures = [Picture(3.2, 3.1) for _ in range(3)]
         if recogniser.source is None: self.pictures = [self.seen, self.variants]
-    def clear(self):
-        for o in self.pictures: o.axes.clear(); o.axes.axis('off')
 
-# %% ../../nbs/explore/classifier.ipynb #42b528f3
-@patch
-def draw(self:_ClassifierView, picture, note=''):
-    "All pictures, and the sentence"
-    found = self.recogniser(picture)
-    self.clear()
-    self.seen.axes.imshow(heat_picture(found))
-    self.seen.axes.set_title('What the network looked at' if found.heat.any() else 'What the network saw', fontsize=10)
-    names = [o.label + _kin(o) for o in found.variants.itertuples()]
-    self._bars(self.variants.axes, names, [found.variants.probability], [_TUNED], 'The fine-tuned model says')
-    if found.source is not None:
-        self._bars(self.source.axes, list(found.source.name), [found.source.before, found.source.after], ['#b0b0b0',_TUNED], 'The source model says')
-    return ' '.join(o for o in (note, self._say(found)) if o)
+    def clear(self):
+        "Empty all pictures"
+        for picture in self.pictures:
+            picture.axes.clear()
+            picture.axes.axis('off')
+
+    def draw(self, picture, note=''):
+        "Draw all pictures; returns the sentence"
+        found = self.recogniser(picture)
+        self.clear()
+        self.seen.axes.imshow(heat_picture(found))
+        title = 'Where the network looked' if found.heat.any() else 'Input of the network'
+        self.seen.axes.set_title(title, fontsize=10)
+        names = [o.label + _kin(o) for o in found.variants.itertuples()]
+        self._bars(self.variants.axes, names, [found.variants.probability], [_TUNED], 'The fine-tuned model')
+        if found.source is not None:
+            values = [found.source.before, found.source.after]
+            self._bars(self.source.axes, list(found.source.name), values, ['#b0b0b0',_TUNED], 'The source model')
+        return ' '.join(o for o in (note, self._say(found)) if o)
 
 # %% ../../nbs/explore/classifier.ipynb #00470a5f
 @patch
 def _bars(self:_ClassifierView, ax, names, values, colors, title):
-    "A group of bars a name"
+    "A group of bars per name"
     ax.axis('on')
-    height,y = 0.55/len(values),np.arange(len(names))
-    for i,(v,color,label,hatch) in enumerate(zip(values, colors, ('before fine-tuning','after, its head put back'), (None,'///'))):
+    height = 0.55/len(values)
+    y = np.arange(len(names))
+    looks = zip(values, colors, ('before fine-tuning','after, with its head back'), (None,'///'))
+    for i,(v,color,label,hatch) in enumerate(looks):
         bars = ax.barh(y+(i+0.5)*height, v, height, color=color, label=label, hatch=hatch, edgecolor='white')
         ax.bar_label(bars, [f'{o:.0%}' for o in v], padding=2, fontsize=7)
     for i,name in enumerate(names): ax.text(0.01, i-0.04, _short(name), fontsize=7.5, parse_math=False)
@@ -76,46 +83,55 @@ def _bars(self:_ClassifierView, ax, names, values, colors, title):
 # %% ../../nbs/explore/classifier.ipynb #cd0ef42e
 @patch
 def _say(self:_ClassifierView, found):
-    "What is found, in words"
+    "The result as a sentence"
     best = found.variants.iloc[0]
-    text = f'The fine-tuned model says {best.label}{_kin(best)}, {best.probability:.0%} sure.'
+    text = f'The fine-tuned model predicts {best.label}{_kin(best)} with a probability of {best.probability:.0%}.'
     if found.source is None: return text
     before,after = [found.source.loc[found.source[o].idxmax()] for o in ('before','after')]
-    return f'{text} Its source would have said {before["name"]}, {before.before:.0%} sure; what is left of it says {after["name"]}, {after.after:.0%} sure.'
+    return (f'{text} Its source predicts {before["name"]} ({before.before:.0%}); the fine-tuned model with the '
+            f'source\'s head back predicts {after["name"]} ({after.after:.0%}).')
 
 # %% ../../nbs/explore/classifier.ipynb #2a3ca2d8
 def _uploaded(value):
-    "The newest file of a `FileUpload`: its bytes and its name"
-    files = [(o['content'], k) for k,o in value.items()] if isinstance(value, dict) else [(o['content'], o['name']) for o in value]
-    return bytes(files[-1][0]), files[-1][1]
+    "The last file of a `FileUpload`: its bytes and its name"
+    if isinstance(value, dict): files = [(file['content'], name) for name,file in value.items()]
+    else: files = [(file['content'], file['name']) for file in value]
+    content,name = files[-1]
+    return bytes(content), name
 def _either(upload, example):
-    "Let the choice of one be the end of the other"
-    upload.observe(lambda change: change['new'] and setattr(example, 'value', None), 'value')
-    example.observe(lambda change: change['new'] is not None and upload.set_trait('value', type(upload.value)()), 'value')
+    "Let the choice of one clear the other"
+    def on_upload(change):
+        if change['new']: example.value = None
+    def on_example(change):
+        if change['new'] is not None: upload.set_trait('value', type(upload.value)())
+    upload.observe(on_upload, 'value')
+    example.observe(on_example, 'value')
 
 # %% ../../nbs/explore/classifier.ipynb #c9c5b635
 def _examples(learn, examples, n=8):
-    "Pairs of a text, and a file or a row of a table"
+    "Pairs of a text, and a path or a row of a table"
     if examples is not None: return [(Path(o).name, str(o)) for o in examples]
     rows = learn.dls.valid_ds.items
     return [(f'{o.label}: {Path(o.path).name}', o) for o in rows[::max(1, len(rows)//n)][:n]]
 def _opened(upload, example):
-    "The picture that is chosen, and a note on it"
+    "The chosen picture, and a note about it"
     if upload: return read_upload(*_uploaded(upload))
     if isinstance(example, str): return read_upload(Path(example).read_bytes(), Path(example).name)
-    return _open_row(locate_row(example)), ''
+    return open_row(locate_row(example)), ''
 
 # %% ../../nbs/explore/classifier.ipynb #40b618af
 def try_classifier(
     learn:Learner, # From `aircraft_learner` or `load_run`
-    source:nn.Module|None=None, # The source model with its head; None: it is not asked
-    names:list|None=None, # Of the source's classes, see `Recogniser`
-    examples:list|None=None, # Paths of pictures to choose from; None: some of the validation split
+    source:nn.Module|None=None, # The source model with its head; default: no source model is shown
+    names:list|None=None, # Names of the source's classes, see `Recogniser`
+    examples:list|None=None, # Paths of pictures to choose from; default: some of the validation split
 )->Panel: # Controls `upload` and `example`
-    "Upload a photograph, or choose an example, and see what both models say."
-    view,there = _ClassifierView(Recogniser(learn, source, names)),_examples(learn, examples)
-    upload = widgets.FileUpload(accept='image/*', multiple=False, description='Upload a photograph', layout=widgets.Layout(width='auto', min_width='12rem'))
-    example = choice('or an example', [('choose one', None), *there], value=there[0][1] if there else None)
+    "Upload a photograph, or choose an example, and see the predictions of both models."
+    view = _ClassifierView(Recogniser(learn, source, names))
+    options = _examples(learn, examples)
+    layout = widgets.Layout(width='auto', min_width='12rem')
+    upload = widgets.FileUpload(accept='image/*', multiple=False, description='Upload a photograph', layout=layout)
+    example = choice('or an example', [('choose one', None), *options], value=options[0][1] if options else None)
     _either(upload, example)
     def draw(upload, example):
         if not upload and example is None: return 'Upload a photograph, or choose an example.'
@@ -123,12 +139,13 @@ def try_classifier(
         except (ValueError, OSError) as e:
             view.clear()
             return str(e)
-    limit = widgets.HTML('<small>Photographs up to 10 MB: Jupyter drops what is larger.</small>')
-    return Panel('classifier', 'Which aircraft is it?', dict(upload=upload, example=example), view.pictures, draw, extra=[limit])
+    limit = widgets.HTML('<small>Photographs up to 10 MB; Jupyter ignores larger uploads.</small>')
+    controls = dict(upload=upload, example=example)
+    return Panel('classifier', 'Which aircraft is it?', controls, view.pictures, draw, extra=[limit])
 
 # %% ../../nbs/explore/classifier.ipynb #04e01812
 def _source_names(run, n):
-    "The names of the source's classes, if its pictures have them all"
+    "The names of the source's `n` classes, or None if its pictures do not name all of them"
     table = read_pictures(run.source) if run.source else pd.DataFrame()
     if 'name' not in table: return
     named = table.drop_duplicates('class_index').sort_values('class_index')
@@ -136,12 +153,15 @@ def _source_names(run, n):
 
 # %% ../../nbs/explore/classifier.ipynb #5e2377e3
 def try_run(
-    folder:str|Path, # Of a finished run, as the runner writes it
+    folder:str|Path, # Folder of a finished run, such as `out/runs/ID`
     **kwargs # To `try_classifier`
-)->Panel:
-    "The classifier that a run has made. Raises `FileNotFoundError` for what is missing; paths in the run start from where it was made."
+)->Panel: # Controls `upload` and `example`
+    """Try the classifier of a finished run. Raises `FileNotFoundError` if the folder or the run's pictures are
+    missing; relative paths in the run are relative to the folder in which it was started."""
     folder = Path(folder)
-    if not (folder/'result.json').exists(): raise FileNotFoundError(f"{folder}: no finished run, there is no result.json")
+    if not (folder/'result.json').exists():
+        raise FileNotFoundError(f"{folder}: there is no result.json; finish this run, or give the folder of another")
     run = Run(**read_json(folder/'run.json'))
-    with no_random(): source = source_model(run.arch, run.weights or None)       # random weights are those of the run
-    return try_classifier(load_run(run, folder, source), source, _source_names(run, len(source.get_submodule(head_name(source)).weight)), **kwargs)
+    with no_random(): source = source_model(run.arch, run.weights or None)       # the same random weights as in the run
+    n_classes = len(source.get_submodule(head_name(source)).weight)
+    return try_classifier(load_run(run, folder, source), source, _source_names(run, n_classes), **kwargs)

@@ -1,4 +1,4 @@
-"""What every alpha and beta of equation (1) would give, from one fine-tuning: a grid of merged models, measured once
+"""An estimate of what every alpha and beta of equation (1) would give, from one fine-tuned model and a grid of merged models
 
 Docs: https://fgvc-fisher.github.io/fgvc_fisher/explore/compromise.html.md"""
 
@@ -31,12 +31,13 @@ from ..experiment.run import Run, do_run, load_run, run_source
 # %% ../../nbs/explore/compromise.ipynb #4a883844
 def layer_of(
     names:Iterable, # Names of parameters
-    most:int=20, # Layers at most, if that is possible
-)->dict: # Parameter's name -> layer's
-    "Group parameters by the longest beginnings of their names that make few enough groups."
+    most:int=20, # Maximal number of layers, where possible
+)->dict: # Parameter name -> layer name
+    "Group parameters by the longest prefixes of their names that give at most `most` groups."
     def cut(name, depth): return '.'.join(name.split('.')[:-1][:depth]) or name
     names = list(names)
-    cuts = [{n: cut(n, depth) for n in names} for depth in range(1, 1+max(n.count('.') for n in names))] or [{n: n for n in names}]
+    depths = range(1, 1+max(n.count('.') for n in names))
+    cuts = [{n: cut(n, depth) for n in names} for depth in depths] or [{n: n for n in names}]
     return next((o for o in reversed(cuts) if len(set(o.values()))<=most), cuts[0])
 
 # %% ../../nbs/explore/compromise.ipynb #8cb41138
@@ -44,114 +45,127 @@ MEASURED = 'last','retention_target_bn','retention_source_bn'
 
 # %% ../../nbs/explore/compromise.ipynb #d03d9101
 def _batches(batches, pixels=400_000):
-    "Batches of about so many pixels, so that none takes long, with their channels last in memory, which a CPU convolves twice as fast"
+    "Small batches, so that `is_stale` is asked often, with channels last in memory: twice as fast on a CPU"
     x,y = [torch.cat(o) for o in zip(*batches)]
     n = max(1, pixels//x[0,0].numel())
     return list(zip(x.contiguous(memory_format=torch.channels_last).split(n), y.split(n)))
 
 # %% ../../nbs/explore/compromise.ipynb #d74017be
 class Compromise:
-    "Between a source and a model that was fine-tuned from it."
+    "Models between a source and a model that was fine-tuned from it, measured at any `alpha` and `beta`."
     def __init__(self,
         source:nn.Module, # The source model
         tuned:nn.Module, # The fine-tuned model
         fisher_source:Mapping, # Fisher of `source` on source pictures, parameter name -> tensor
-        fisher_target:Mapping, # Fisher of `tuned` on target pictures
-        training:list, # Batches (x, y) of the target for BatchNorm's statistics
+        fisher_target:Mapping, # Fisher of `tuned` on target pictures, parameter name -> tensor
+        training:list, # Batches (x, y) of the target, for BatchNorm's statistics
         target:list, # Batches (x, y) of the target, not trained on, to measure on
-        pictures:list, # Batches (x, y) of the source, not seen by its Fisher, to measure on
-        tuned_pictures:list|None=None, # The same, as the tuned model expects them; None: the same
+        pictures:list, # Batches (x, y) of the source, not used for its Fisher, to measure on
+        tuned_pictures:list|None=None, # `pictures` as the tuned model expects them; default: `pictures`
     ):
         self.source,self.tuned = [copy.deepcopy(o).to(memory_format=torch.channels_last) for o in (source, tuned)]
-        self.training,self.target,self.fishers = _batches(training),_batches(target),(fisher_source,fisher_target)
-        self.pictures = dict(target=_batches(pictures if tuned_pictures is None else tuned_pictures), source=_batches(pictures))
-        self.before,self.tuned_is = accuracy_on(self.source, self.pictures['source']),self._measured(self.tuned.eval())
-        self.alphas,self.betas,self.grid = [],[],{}
+        self.training = _batches(training)
+        self.target = _batches(target)
+        self.fishers = fisher_source,fisher_target
+        tuned_pictures = pictures if tuned_pictures is None else tuned_pictures
+        self.pictures = dict(target=_batches(tuned_pictures), source=_batches(pictures))
+        self.before = accuracy_on(self.source, self.pictures['source'])
+        self.tuned_is = self._measured(self.tuned.eval())
+        self.alphas = []
+        self.betas = []
+        self.grid = {}
+
+    def _measured(self, model, is_stale=lambda: False):
+        "Accuracies `MEASURED` of a model, or None if the request is stale"
+        found = dict(last=_accuracy(model, self.target, is_stale))
+        for norm,pictures in self.pictures.items():
+            if is_stale(): return None
+            with_head = with_source_head(model, self.source, norm)
+            found[f'retention_{norm}_bn'] = _accuracy(with_head, pictures, is_stale)
+        return None if None in found.values() else found
 
 # %% ../../nbs/explore/compromise.ipynb #4cf74ea1
 @patch
 def model(self:Compromise,
     alpha:float, # As in equation (1)
     beta:float, # As in equation (1)
-    newer:Callable=lambda: False, # Is there something newer to do?
-)->nn.Module|None: # A new model, in evaluation mode; None: gave up for something newer
-    "The model at this compromise, BatchNorm's statistics gathered again."
+    is_stale:Callable=lambda: False, # Has a later request come?
+)->nn.Module|None: # A new model, in evaluation mode; None if the request is stale
+    "The merged model at `alpha` and `beta`, with new BatchNorm statistics."
     merged = merge(self.source, self.tuned, *self.fishers, beta=2*beta, alpha=2*alpha)
-    update_bn((o for o in self.training if not newer()), merged, device=next(merged.parameters()).device)
-    return None if newer() else merged.eval()
+    device = next(merged.parameters()).device
+    update_bn((batch for batch in self.training if not is_stale()), merged, device=device)
+    return None if is_stale() else merged.eval()
 
 # %% ../../nbs/explore/compromise.ipynb #2249fa15
-def _accuracy(model, batches, newer):
-    "Accuracy, or None if there is something newer to do"
+def _accuracy(model, batches, is_stale):
+    "Accuracy, or None if the request is stale"
     right = n = 0
     for batch in batches:
-        if newer(): return None
+        if is_stale(): return None
         right += accuracy_on(model, [batch])*len(batch[1])
         n += len(batch[1])
     return right/n
-
-# %% ../../nbs/explore/compromise.ipynb #47ef2c41
-@patch
-def _measured(self:Compromise, model, newer=lambda: False):
-    "Accuracies `MEASURED` of a model, or None if there is something newer to do"
-    found = dict(last=_accuracy(model, self.target, newer))
-    for norm,pictures in self.pictures.items():
-        if newer(): return None
-        found[f'retention_{norm}_bn'] = _accuracy(with_source_head(model, self.source, norm), pictures, newer)
-    return None if None in found.values() else found
 
 # %% ../../nbs/explore/compromise.ipynb #beabe875
 @patch
 @torch.no_grad()
 def _layers(self:Compromise, model, alpha, beta):
-    "How far each layer of a model is from the source, and what it pays"
-    at,tuned,theta0 = [dict(o.named_parameters()) for o in (model, self.tuned, self.source)]
-    rows = {n: self._pays(n, p, tuned[n], theta0.get(n), alpha, beta) for n,p in at.items()}
-    sums = pd.DataFrame(rows, index=['way','whole','alpha','beta']).T.groupby(layer_of(at), sort=False).sum(min_count=1)
-    return sums.assign(moved=(sums.way/sums.whole.where(sums.whole>0))**0.5)[['moved','alpha','beta']]
+    "Relative distance of each layer from the source, and its terms of the penalty"
+    merged,tuned,theta0 = [dict(o.named_parameters()) for o in (model, self.tuned, self.source)]
+    rows = {n: self._terms(n, p, tuned[n], theta0.get(n), alpha, beta) for n,p in merged.items()}
+    table = pd.DataFrame(rows, index=['distance','tuned','alpha','beta']).T
+    sums = table.groupby(layer_of(merged), sort=False).sum(min_count=1)
+    return sums.assign(moved=(sums.distance/sums.tuned.where(sums.tuned>0))**0.5)[['moved','alpha','beta']]
 
 # %% ../../nbs/explore/compromise.ipynb #19efe669
 @patch
-def _pays(self:Compromise, name, p, tuned, theta0, alpha, beta):
-    "Squared distance from the source, now and as tuned, and both terms of the penalty, of one parameter"
-    pays = alpha*p.square().sum().item()
-    if theta0 is None or theta0.shape!=p.shape: return math.nan, math.nan, pays, 0.
+def _terms(self:Compromise, name, p, tuned, theta0, alpha, beta):
+    "Of one parameter: squared distance from the source, merged and tuned, and both terms of the penalty"
+    alpha_term = alpha*p.square().sum().item()
+    if theta0 is None or theta0.shape!=p.shape: return math.nan, math.nan, alpha_term, 0.
     theta0 = theta0.to(p)
     d = (p-theta0).square()
-    return d.sum().item(), (tuned-theta0).square().sum().item(), pays, beta*(self.fishers[0][name].to(d)*d).sum().item()
+    beta_term = beta*(self.fishers[0][name].to(d)*d).sum().item()
+    return d.sum().item(), (tuned-theta0).square().sum().item(), alpha_term, beta_term
 
 # %% ../../nbs/explore/compromise.ipynb #05ce59a1
 @patch
 def at(self:Compromise,
     alpha:float, # As in equation (1)
     beta:float, # As in equation (1)
-    newer:Callable=lambda: False, # Is there something newer to do?
-)->dict|None: # `MEASURED`, from 0 to 1, and `layers`; None: gave up for something newer
-    """Make the model at this compromise and measure it. In `layers`, a row a layer: `moved` (NaN for new ones, and where fine-tuning moved nothing), `alpha` and `beta`, its
-    parts of Omega."""
-    model = self.model(alpha, beta, newer)
-    found = model and self._measured(model, newer)
+    is_stale:Callable=lambda: False, # Has a later request come?
+)->dict|None: # `MEASURED`, from 0 to 1, and `layers`; None if the request is stale
+    """Make the model at `alpha` and `beta` and measure it. `layers` has a row per layer: `moved` (distance from the
+    source, relative to the tuned model's; NaN for new layers, and where fine-tuning changed nothing), `alpha` and
+    `beta` (its terms of Omega)."""
+    model = self.model(alpha, beta, is_stale)
+    found = model and self._measured(model, is_stale)
     return found and found | dict(layers=self._layers(model, alpha, beta))
 
 # %% ../../nbs/explore/compromise.ipynb #49770e9f
 def _position(v, axis):
-    "Where a strength is along an axis, counted in steps"
+    "Position of a strength along an axis, in steps of the grid"
     if v<axis[1]: return max(0., v)/axis[1]
     return float(np.interp(math.log10(v), np.log10(axis[1:]), np.arange(1, len(axis))))
 
 # %% ../../nbs/explore/compromise.ipynb #b6d34924
 @patch
 def measure_grid(self:Compromise,
-    alphas:list=(0., 1e-5, 1e-4, 1e-3, 1e-2), # From 0 on, ascending
-    betas:list=(0., 1e-4, 1e-3, 1e-2, 3e-2, 0.1, 0.3, 1., 3., 10., 100., 1e3), # From 0 on, ascending
-    progress:bool=True, # Show a bar?
+    alphas:list=(0., 1e-5, 1e-4, 1e-3, 1e-2), # Ascending, the first is 0
+    betas:list=(0., 1e-4, 1e-3, 1e-2, 3e-2, 0.1, 0.3, 1., 3., 10., 100., 1e3), # Ascending, the first is 0
+    progress:bool=True, # Show a progress bar?
 )->'Compromise': # Itself
-    "Measure all combinations of two lists of strengths."
-    for name,o in dict(alphas=alphas, betas=betas).items():
-        if list(o)!=sorted(set(o)) or len(o)<2 or o[0]!=0: raise ValueError(f"{name}={o}: begin with 0 and ascend, two values at least")
-    points = [self.at(*o) for o in tqdm(list(product(alphas, betas)), desc='measuring merged models', disable=not progress)]
-    shape,self.layer_names = (len(alphas),len(betas)),list(points[0]['layers'].index)
-    self.alphas,self.betas = list(alphas),list(betas)
+    "Measure all combinations of two lists of strengths. Raises `ValueError` for lists that do not ascend from 0."
+    for name,axis in dict(alphas=alphas, betas=betas).items():
+        ascends = list(axis)==sorted(set(axis)) and len(axis)>=2 and axis[0]==0
+        if not ascends: raise ValueError(f"{name}={axis}: give at least two ascending values, the first of which is 0")
+    pairs = list(product(alphas, betas))
+    points = [self.at(*pair) for pair in tqdm(pairs, desc='measuring merged models', disable=not progress)]
+    shape = len(alphas),len(betas)
+    self.layer_names = list(points[0]['layers'].index)
+    self.alphas = list(alphas)
+    self.betas = list(betas)
     self.grid = {o: np.array([p[o] for p in points]).reshape(shape) for o in MEASURED}
     self.grid['layers'] = np.array([p['layers'].to_numpy() for p in points]).reshape(*shape, -1, 3)
     return self
@@ -159,21 +173,23 @@ def measure_grid(self:Compromise,
 # %% ../../nbs/explore/compromise.ipynb #1acdaddf
 @patch
 def estimate(self:Compromise,
-    alpha:float, # As in equation (1); beyond the grid its end is taken
-    beta:float, # As in equation (1)
-)->dict: # `MEASURED`, and `layers` as a table
-    "What the grid says, between its points, at once. Raises `ValueError` before `measure_grid`."
-    if not self.grid: raise ValueError("there is no grid to read from: call measure_grid() first")
+    alpha:float, # As in equation (1); clipped to the range of the grid
+    beta:float, # As in equation (1); clipped to the range of the grid
+)->dict: # As of `at`
+    "Interpolate in the grid, without making a model. Raises `ValueError` before `measure_grid`."
+    if not self.grid: raise ValueError("there is no grid to interpolate in: call measure_grid() first")
     at = _position(alpha, self.alphas),_position(beta, self.betas)
     found = {k: _between(v, at) for k,v in self.grid.items()}
-    return {k: float(v) for k,v in found.items() if k!='layers'} | dict(layers=pd.DataFrame(found['layers'], self.layer_names, ['moved','alpha','beta']))
+    layers = pd.DataFrame(found.pop('layers'), self.layer_names, ['moved','alpha','beta'])
+    return {k: float(v) for k,v in found.items()} | dict(layers=layers)
 
 # %% ../../nbs/explore/compromise.ipynb #b6be2068
 def _between(values, at):
-    "A value of a grid (n, m, ...) at a position in steps, bilinear"
-    for o in at:
-        i,part = int(o),o%1
-        values = values[i]*(1-part) + values[min(i+1, len(values)-1)]*part
+    "Bilinear interpolation in a grid (n, m, ...) at a position in steps"
+    for position in at:
+        i = int(position)
+        weight = position%1
+        values = values[i]*(1-weight) + values[min(i+1, len(values)-1)]*weight
     return values
 
 # %% ../../nbs/explore/compromise.ipynb #45765910
@@ -183,22 +199,28 @@ def _some(table, n):
 
 # %% ../../nbs/explore/compromise.ipynb #862e700e
 def read_compromise(
-    run:Run, # With `source`; is done now if it is not done yet
+    run:Run, # With `source`; it is trained first if it is not done yet
     out:str|Path, # Folder of the experiment, as for `sweep`
-    n_pictures:int=80, # Of each kind, to measure on: at every rest of a slider, so few
+    n_pictures:int=80, # Of each kind, to measure on; few, since every change of a slider measures them
     n_fisher:int=320, # Training pictures for the target's Fisher
-    progress:bool=True, # Show bars?
-)->Compromise: # `measure_grid` is still to be called
-    "What lies between the source of a run and the model that it made. Raises `ValueError` for a run without source pictures."
-    if not run.source: raise ValueError(f"{run.arm}: give the run `source`, pictures the network was pretrained on; without them there is no Fisher and no retention")
-    folder,shared = Path(out)/'runs'/run.id,Path(out)/'sources'
+    progress:bool=True, # Show progress bars?
+)->Compromise: # Call `measure_grid` next
+    "The `Compromise` between a run's source and its result. Raises `ValueError` for a run without source pictures."
+    if not run.source: raise ValueError(f"{run.arm}: the run has no source pictures, which the Fisher and retention "
+                                        "need: set its `source` to pictures that the network was pretrained on")
+    folder = Path(out)/'runs'/run.id
+    shared = Path(out)/'sources'
     do_run(run, folder, shared, quiet=not progress)
     source = run_source(replace(run, beta=run.beta or 1., step='prox'), shared, progress)
     learn = load_run(run, folder, source.model)
     def target(split, n):
         table = _some(pick_split(read_aircraft(run.data, run.level), split), n)
-        return normalise(picture_dl(table, run.size, run.bs, num_workers=run.num_workers, transforms=run.transforms), learn.model)
+        dl = picture_dl(table, run.size, run.bs, num_workers=run.num_workers, transforms=run.transforms)
+        return normalise(dl, learn.model)
     kept = _some(source_parts(read_pictures(run.source))[1], n_pictures)
-    pictures,tuned = [list(source_dl(kept, source.model, run.size, run.bs, run.num_workers, o)) for o in ('plain', run.transforms)]
+    pictures,tuned_pictures = [list(source_dl(kept, source.model, run.size, run.bs, run.num_workers, transforms))
+                               for transforms in ('plain', run.transforms)]
     fisher = estimate_fisher(learn.model, target(run.train, n_fisher), progress=progress)
-    return Compromise(source.model, learn.model, source.fisher, fisher, list(target(run.train, n_pictures//2)), list(target(run.valid or run.test, n_pictures)), pictures, tuned)
+    training = list(target(run.train, n_pictures//2))
+    measured = list(target(run.valid or run.test, n_pictures))
+    return Compromise(source.model, learn.model, source.fisher, fisher, training, measured, pictures, tuned_pictures)

@@ -1,4 +1,4 @@
-"""Look through a Fisher information, layer by layer
+"""Explore a Fisher information, layer by layer
 
 Docs: https://fgvc-fisher.github.io/fgvc_fisher/explore/fisher.html.md"""
 
@@ -22,73 +22,81 @@ from .panels import FISHER_STYLE
 # %% ../../nbs/explore/fisher.ipynb #8286e36c
 _ALL = 'all parameters'
 class _FisherView:
-    "Draws a Fisher"
+    "Draws a Fisher information"
     def __init__(self, fisher):
-        self.fisher,self.table,self.n = fisher,fisher.summary(),sum(v.numel() for v in fisher.sums.values())
-        self.layers,self.values,self.drawn = Picture(4.9, 3.6),Picture(4.9, 3.6),None
+        self.fisher = fisher
+        self.table = fisher.summary()
+        self.n = sum(v.numel() for v in fisher.sums.values())
+        self.layers = Picture(4.9, 3.6)
+        self.values = Picture(4.9, 3.6)
+        self.drawn = None
         self.histogram = lru_cache(16)(self._histogram)
 
-# %% ../../nbs/explore/fisher.ipynb #d5e1f495
-@patch
-def _histogram(self:_FisherView, parameter, axis):
-    "Counts, edges, and how many are zero, of one parameter's values or of all"
-    values = [v.flatten() for v in self.fisher.values()] if parameter==_ALL else [self.fisher[parameter].flatten()]
-    values = np.concatenate([v.float().numpy() for v in values])
-    some = values[values>0]
-    if not len(some): return np.array([len(values)*(axis=='linear')]), np.array([1e-3,1.]), len(values)
-    counts,edges = np.histogram(np.log10(some), 60) if axis=='log' else np.histogram(values, 60)
-    return counts, 10**edges if axis=='log' else edges, len(values)-len(some)
+    def _histogram(self, parameter, axis):
+        "Counts, edges, and the number of zeros, of the values of one parameter tensor or of all"
+        tensors = self.fisher.values() if parameter==_ALL else [self.fisher[parameter]]
+        values = np.concatenate([v.flatten().float().numpy() for v in tensors])
+        positive = values[values>0]
+        n_zero = len(values)-len(positive)
+        if not len(positive): return np.array([n_zero*(axis=='linear')]), np.array([1e-3,1.]), n_zero
+        if axis=='linear': return *np.histogram(values, 60), n_zero
+        counts,edges = np.histogram(np.log10(positive), 60)
+        return counts, 10**edges, n_zero
+
+    def _draw_layers(self, row, axis, measure):
+        "A mark per parameter tensor, in the network's order; a larger mark shows the chosen one, `row`"
+        ax = self.layers.axes
+        if self.drawn!=(axis,measure):
+            ax.clear()
+            ax.plot(self.table.index, self.table[measure], ls='', marker='o', ms=3, color=FISHER_STYLE['color'])
+            label = dict(mean='mean Fisher information', share='share of the total')[measure]
+            ax.set(yscale=axis, xlabel='parameter, from the input to the head', ylabel=label)
+            ax.set(title='By parameter', autoscale_on=False)
+            if axis=='linear': ax.set_ylim(0)
+            self.chosen, = ax.plot([], [], ls='', marker='D', ms=10, mfc='none', mec='k', mew=1.8)
+            self.layers.only(self.chosen)
+            self.drawn = axis,measure
+        self.chosen.set_data(row.index, row[measure])
 
 # %% ../../nbs/explore/fisher.ipynb #ea802475
 @patch
 def draw(self:_FisherView, parameter, axis, measure):
-    "Both pictures, and what they say"
-    of = self.table[self.table.parameter==parameter]
-    self._draw_layers(of, axis, measure)
+    "Draw both pictures; returns the sentence"
+    row = self.table[self.table.parameter==parameter]
+    self._draw_layers(row, axis, measure)
     self._draw_values(parameter, axis)
     if parameter==_ALL:
         top = self.table.nlargest(3, 'share')
         where = ', '.join(f'{o.parameter} ({o.share:.0%})' for o in top.itertuples())
-        return f"{self.n:,} parameters, {self.fisher.n_images:,} images. Most of the Fisher is in {where}."
-    o,n = of.iloc[0],self.fisher.sums[parameter].numel()
-    size = n/self.n
-    return f"{parameter}: {o.share:.2%} of the Fisher in {size:.2%} of the parameters ({n:,}); mean {o['mean']:.3g}, greatest {o['max']:.3g}."
-
-# %% ../../nbs/explore/fisher.ipynb #d92b4a9e
-@patch
-def _draw_layers(self:_FisherView, of, axis, measure):
-    "A mark a parameter, in the network's order; a larger one moves to the chosen one"
-    ax = self.layers.axes
-    if self.drawn!=(axis,measure):
-        ax.clear()
-        ax.plot(self.table.index, self.table[measure], ls='', marker='o', ms=3, color=FISHER_STYLE['color'])
-        what = dict(mean='mean Fisher information', share='share of the total')[measure]
-        ax.set(yscale=axis, xlabel='parameter, from the pictures to the head', ylabel=what, title='By parameter', autoscale_on=False)
-        if axis=='linear': ax.set_ylim(0)
-        self.chosen, = ax.plot([], [], ls='', marker='D', ms=10, mfc='none', mec='k', mew=1.8)
-        self.layers.only(self.chosen)
-        self.drawn = axis,measure
-    self.chosen.set_data(of.index, of[measure])
+        return f"{self.n:,} parameters, {self.fisher.n_images:,} images. Largest shares of the Fisher: {where}."
+    found = row.iloc[0]
+    n = self.fisher.sums[parameter].numel()
+    return (f"{parameter}: {found.share:.2%} of the Fisher in {n/self.n:.2%} of the parameters ({n:,}); "
+            f"mean {found['mean']:.3g}, maximum {found['max']:.3g}.")
 
 # %% ../../nbs/explore/fisher.ipynb #f3634461
 @patch
 def _draw_values(self:_FisherView, parameter, axis):
-    "The histogram"
+    "Draw the histogram"
     ax = self.values.axes
     counts,edges,zeros = self.histogram(parameter, axis)
     ax.clear()
     ax.stairs(counts, edges, fill=True, color=FISHER_STYLE['color'])
-    ax.set(xscale=axis, yscale='linear' if axis=='log' else 'log', xlabel='Fisher information', ylabel='how many', title=f'Values ({zeros:,} are zero)')
+    ax.set(xscale=axis, yscale='linear' if axis=='log' else 'log')
+    ax.set(xlabel='Fisher information', ylabel='number of parameters', title=f'Values ({zeros:,} are zero)')
 
 # %% ../../nbs/explore/fisher.ipynb #778be8b0
-def _toggle(label, options): return choice(label, options, widgets.ToggleButtons, style=dict(description_width='8.5rem', button_width='auto'))
+def _toggle(label, options):
+    style = dict(description_width='8.5rem', button_width='auto')
+    return choice(label, options, widgets.ToggleButtons, style=style)
 
 # %% ../../nbs/explore/fisher.ipynb #79fe8555
 def explore_fisher(
     fisher:DiagFisher, # From `estimate_fisher`, or loaded
 )->Panel: # Controls `parameter`, `axis`, `measure`
-    "Look through a Fisher, layer by layer."
+    "Explore a Fisher information, layer by layer."
     view = _FisherView(fisher)
     controls = dict(parameter=choice('parameter', [_ALL, *fisher]), axis=_toggle('axis', ['log','linear']),
-                    measure=_toggle('each one by', [('mean','mean'),('share of the total','share')]))
-    return Panel('fisher', 'What is the source sure of?', controls, [view.layers, view.values], view.draw)
+                    measure=_toggle('measure', [('mean','mean'),('share of the total','share')]))
+    title = 'Which parameters does the source depend on?'
+    return Panel('fisher', title, controls, [view.layers, view.values], view.draw)

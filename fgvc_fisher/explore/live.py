@@ -1,4 +1,4 @@
-"""What stands behind a button: a run that trains in a process of its own, is watched while it does, stopped at any moment and gone on with
+"""Train a run in a process of its own, watch it, stop it at any time and resume it
 
 Docs: https://fgvc-fisher.github.io/fgvc_fisher/explore/live.html.md"""
 
@@ -31,7 +31,7 @@ from ..experiment.store import read_result
 
 # %% ../../nbs/explore/live.ipynb #ce0683fa
 class _Report(Callback):
-    "Tell how a training goes on"
+    "Report the progress of a training"
     order = KeepEpochs.order+1
     def __init__(self, run, say): self.run_of,self.say,self.last = run,say,-math.inf
     def where(self): return f'epoch {self.epoch+1} of {self.run_of.epochs}'
@@ -43,42 +43,49 @@ class _Report(Callback):
         done = self.iter+1
         if not self.training or (time.monotonic()<self.last+0.25 and done<self.n_iter): return
         self.last = time.monotonic()
-        self.say(stage=f'{self.where()}, batch {done} of {self.n_iter}', batch=[self.epoch+done/self.n_iter, self.smooth_loss.item()])
+        batch = [self.epoch+done/self.n_iter, self.smooth_loss.item()]
+        self.say(stage=f'{self.where()}, batch {done} of {self.n_iter}', batch=batch)
 
 # %% ../../nbs/explore/live.ipynb #791fa974
-class _Kept(Retention):
-    "Retention of a run, as its result measures it"
+class _RunRetention(Retention):
+    "Retention of a run, measured as in its result"
     def __init__(self, run, shared):
         super().__init__(None, None)
         self.made_from = replace(run, beta=0.),shared         # without the Fisher
     def begin(self):
         with no_random(): found = run_source(*self.made_from, progress=False)
-        self.source,self.pictures = found.model,dict(target=found.tuned_pictures, source=found.pictures)
+        self.source = found.model
+        self.pictures = dict(target=found.tuned_pictures, source=found.pictures)
     def columns(self):
         def measure(norm):
-            with no_random(): return accuracy_on(with_source_head(get_model(self.learn.model), self.source, norm), self.pictures[norm])
+            with no_random():
+                model = with_source_head(get_model(self.learn.model), self.source, norm)
+                return accuracy_on(model, self.pictures[norm])
         return {f'retention_{norm}_bn': partial(measure, norm) for norm in ('target','source')}
 
 # %% ../../nbs/explore/live.ipynb #2a6cc295
 def _summary(row):
     "The result of a run in a sentence"
-    found = {o: f'{100*row[o]:.1f} %' for o in ('last','test_last','retention_target_bn') if o in row and not math.isnan(row[o])}
-    accuracy,kept = found.get('last') or found.get('test_last'),found.get('retention_target_bn')
+    columns = 'last','test_last','retention_target_bn'
+    found = {o: f'{100*row[o]:.1f} %' for o in columns if o in row and not math.isnan(row[o])}
+    accuracy = found.get('last') or found.get('test_last')
+    retention = found.get('retention_target_bn')
     if not accuracy: return 'done: the training diverged; a smaller learning rate may help'
-    return f'done: accuracy {accuracy}' + (f', retention {kept}' if kept else '')
+    return f'done: accuracy {accuracy}' + (f', retention {retention}' if retention else '')
 
 # %% ../../nbs/explore/live.ipynb #07426b4f
 _PATIENCE = 2 # seconds to wait for a lock
 def _train(run, out, say):
-    "Do a run, and tell how it goes"
+    "Do a run, and report its progress"
     folder = out/'runs'/run.id
     folder.mkdir(parents=True, exist_ok=True)
-    fisher = run.beta>0 and run.step!='published'
-    say(stage='the Fisher: estimated once from the pictures of the source, then kept' if fisher else 'reading the pictures')
-    cbs = [_Report(run, say)] + ([_Kept(run, out/'sources')] if run.source else [])
+    needs_fisher = run.beta>0 and run.step!='published'
+    say(stage='estimating the Fisher of the source, unless it is saved' if needs_fisher else 'reading the pictures')
+    cbs = [_Report(run, say)]
+    if run.source: cbs.append(_RunRetention(run, out/'sources'))
     try:
         with FileLock(folder/'lock', timeout=_PATIENCE): row = do_claimed_run(run, folder, out/'sources', cbs, True)
-    except Timeout: raise ValueError(f"{folder}: another process is at this run") from None
+    except Timeout: raise ValueError(f"{folder}: another process trains this run: wait for it, or stop it") from None
     say(stage=_summary(row), over=True)
 
 # %% ../../nbs/explore/live.ipynb #972c9004
@@ -91,102 +98,113 @@ def _speaker(pipe):
 
 # %% ../../nbs/explore/live.ipynb #a42b4cde
 def _watch():
-    "End this process, with those that load its pictures, when its standard input ends"
-    os.read(0, 1)                                                     # nothing more is ever sent
+    "End this process, with those that load its pictures, when its standard input is closed"
+    os.read(0, 1)                                                     # nothing is sent after the run
     if os.name=='posix': os.killpg(0, signal.SIGTERM)
     os._exit(1)
 
 # %% ../../nbs/explore/live.ipynb #31a5b8c4
 def _serve(pipe):
-    "Wait for a run, do it, and tell how it goes"
-    say,line = _speaker(pipe),sys.stdin.buffer.readline()
+    "Wait for a run, do it, and report its progress"
+    say = _speaker(pipe)
+    line = sys.stdin.buffer.readline()
     if not line: return
-    told = json.loads(line)
+    message = json.loads(line)
     threading.Thread(target=_watch, daemon=True).start()
     try:
-        os.chdir(told['cwd'])                                         # the notebook's may have changed while this process waited
-        _train(Run(**told['run']), Path(told['out']), say)
+        os.chdir(message['cwd'])                                      # it may have changed while this process waited
+        _train(Run(**message['run']), Path(message['out']), say)
     except Exception as e:
         traceback.print_exc()
-        say(stage=f"failed: {type(e).__name__}: {(str(e).splitlines() or [''])[0]}", over=True)
+        first_line = (str(e).splitlines() or [''])[0]
+        say(stage=f"failed: {type(e).__name__}: {first_line}", over=True)
 
 # %% ../../nbs/explore/live.ipynb #0ce1fbac
 _CODE = 'import os; pipe = os.dup(1); os.dup2(2, 1); from fgvc_fisher.explore.live import _serve; _serve(pipe)'
 _APART = dict(start_new_session=True) if os.name=='posix' else dict(creationflags=subprocess.CREATE_NEW_PROCESS_GROUP)
 class _Process:
-    "A process that has loaded the libraries and waits for a run"
+    "A process that has imported the libraries and waits for a run"
     def __init__(self, hear, ended):
         self.printed = TemporaryFile()
         env = os.environ | dict(PYTHONPATH=python_path())
-        self.popen = subprocess.Popen([sys.executable, '-c', _CODE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.printed,
-                                      text=True, encoding='utf-8', env=env, **_APART)
+        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.printed)
+        self.popen = subprocess.Popen([sys.executable, '-c', _CODE], text=True, encoding='utf-8', env=env,
+                                      **pipes, **_APART)
         threading.Thread(target=self.read, args=(hear,ended), daemon=True).start()
     @property
     def alive(self): return self.popen.poll() is None
 
-# %% ../../nbs/explore/live.ipynb #e014a304
-@patch
-def read(self:_Process, hear, ended):
-    "Hand on every message, and at the end, however it came, say that it has come"
-    for line in self.popen.stdout:
-        if line.endswith('\n'): hear(self, json.loads(line))          # a process that is killed may leave half a line
-    self.popen.wait()
-    self.kill(hard=True)                                            # what it has started may have outlived it
-    ended(self)
-    for o in (self.printed, self.popen.stdout, self.popen.stdin):
-        with suppress(BrokenPipeError): o.close()
-
-# %% ../../nbs/explore/live.ipynb #4e750979
-@patch
-def kill(self:_Process, hard=False):
-    "Ask the process and all that it has started to end, or end them"
-    if os.name!='posix': return self.popen.kill()
-    with suppress(ProcessLookupError, PermissionError): os.killpg(self.popen.pid, signal.SIGKILL if hard else signal.SIGTERM)
-
-# %% ../../nbs/explore/live.ipynb #734fdef0
-@patch
-def end(self:_Process):
-    "End the process, and wait until it has"
-    if not self.alive: return
-    self.kill()
-    try: self.popen.wait(2)
-    except subprocess.TimeoutExpired:
-        self.kill(hard=True)
+    def read(self, hear, ended):
+        "Pass on every message, and call `ended` when the process has ended, for whatever reason"
+        for line in self.popen.stdout:
+            if line.endswith('\n'): hear(self, json.loads(line))      # a killed process may leave half a line
         self.popen.wait()
+        self.kill(hard=True)                                              # processes that it has started may still run
+        ended(self)
+        for file in (self.printed, self.popen.stdout, self.popen.stdin):
+            with suppress(BrokenPipeError): file.close()
+
+    def kill(self, hard=False):
+        "Send SIGTERM, or SIGKILL if `hard`, to the process and all that it has started"
+        if os.name!='posix': return self.popen.kill()
+        how = signal.SIGKILL if hard else signal.SIGTERM
+        with suppress(ProcessLookupError, PermissionError): os.killpg(self.popen.pid, how)
+
+    def end(self):
+        "End the process, and wait until it has"
+        if not self.alive: return
+        self.kill()
+        try: self.popen.wait(2)
+        except subprocess.TimeoutExpired:
+            self.kill(hard=True)
+            self.popen.wait()
 
 # %% ../../nbs/explore/live.ipynb #9a79cc68
 @patch
 def tell(self:_Process, **told):
-    "Give the process its run. Of one that has just died hears who reads its messages"
+    "Send the process its run. If it has just died, `read` notices"
     with suppress(OSError): print(json.dumps(told), file=self.popen.stdin, flush=True)
 
 # %% ../../nbs/explore/live.ipynb #6fe0f069
 @patch
 def text(self:_Process)->str:
-    "What the process has printed, the last of it"
+    "The last 20 kB that the process has printed"
     self.printed.seek(max(0, self.printed.seek(0, os.SEEK_END)-20_000))
     return self.printed.read().decode(errors='replace')
 
 # %% ../../nbs/explore/live.ipynb #51f10117
 @patch
-def epitaph(self:_Process)->str:
+def why_ended(self:_Process)->str:
     "Why the process has ended, as far as can be seen from outside"
-    code,last = self.popen.returncode,(self.text().strip().splitlines() or [''])[-1]
-    if code>=0: return f'failed: the process ended with code {code}: {last}'
-    return f'failed: the process ended: {signal.strsignal(-code) or -code}' + (', as it is where memory runs out' if code==-9 else '')
+    code = self.popen.returncode
+    last_line = (self.text().strip().splitlines() or [''])[-1]
+    if code>=0: return f'failed: the process ended with code {code}: {last_line}'
+    reason = signal.strsignal(-code) or -code
+    return f'failed: the process ended: {reason}' + (', perhaps because memory ran out' if code==-9 else '')
 
 # %% ../../nbs/explore/live.ipynb #1ff446e8
 class Training:
-    """Train in another process, one run at a time. To be read at any moment: `run`, the one that is going on, or None; `stage`, how it goes,
-    in a sentence; `log`, what the process of the last one had printed when it ended; `problems`, which files `known` could not read."""
+    """Train in another process, one run at a time. Attributes that can be read at any time: `run`, the current run or
+    None; `stage`, its progress in a sentence; `log`, what the last process had printed when it ended; `problems`, a
+    sentence for each file that `known` could not read."""
     def __init__(self,
-        out:str|Path, # Folder of the experiment, as of a `sweep`: has `runs/ID/` and `sources/`
-        changed:Callable|None=None, # Called without arguments, in a thread of its own, when there is something new; may call all methods
+        out:str|Path, # Folder of the experiment, as for `sweep`: contains `runs/ID/` and `sources/`
+        changed:Callable|None=None, # Called without arguments, in its own thread, after news; may call all methods
     ):
-        self.out,self.changed = Path(out).absolute(),changed
-        self.run,self.stage,self.log,self.problems = None,'ready','',[]
-        self._rows,self._batches,self._closed,self._wrong = [],{},False,None
-        self._acting,self._lock,self._idle,self._news = threading.RLock(),threading.RLock(),threading.Event(),threading.Event()
+        self.out = Path(out).absolute()
+        self.changed = changed
+        self.run = None
+        self.stage = 'ready'
+        self.log = ''
+        self.problems = []
+        self._rows = []
+        self._batches = {}
+        self._closed = False
+        self._last_error = None
+        self._acting = threading.RLock()
+        self._lock = threading.RLock()
+        self._idle = threading.Event()
+        self._news = threading.Event()
         self._idle.set()
         self._process = self._fresh()
         if changed: threading.Thread(target=self._notify, daemon=True).start()
@@ -195,59 +213,60 @@ class Training:
     def __enter__(self): return self
     def __exit__(self, *args): self.close()
 
-# %% ../../nbs/explore/live.ipynb #736f49c0
-@patch
-def _notify(self:Training):
-    "Call `changed`, once for all that was new since the last time; say what goes wrong in it, but not over and over"
-    while not self._closed:
-        self._news.wait()
-        self._news.clear()
-        try: self.changed()
-        except Exception as e:
-            if repr(e)!=self._wrong: traceback.print_exc()
-            self._wrong = repr(e)
+    def _notify(self):
+        "Call `changed` once for all news since the last call; print its errors, but each only once in a row"
+        while not self._closed:
+            self._news.wait()
+            self._news.clear()
+            try: self.changed()
+            except Exception as e:
+                if repr(e)!=self._last_error: traceback.print_exc()
+                self._last_error = repr(e)
 
 # %% ../../nbs/explore/live.ipynb #57cffc15
 @patch
 def _over(self:Training, stage):
-    "Note that nothing is going on any more"
+    "Record the end of the current run"
     self.log = self._process.text()
-    self.run,self.stage,self._process = None,stage,None
+    self.run = None
+    self.stage = stage
+    self._process = None
     self._idle.set()
 
 # %% ../../nbs/explore/live.ipynb #4b39da32
 @patch
 def _hear(self:Training, process, said):
-    "Note a message, if it is from the process at work"
+    "Record a message, if it is from the current process"
     with self._lock:
         if process is not self._process or self.run is None: return
-        self.stage,batches = said.get('stage', self.stage),self._batches[self.run.id]
+        self.stage = said.get('stage', self.stage)
+        batches = self._batches[self.run.id]
         if 'batch' in said: batches.append(tuple(said['batch']))
         if 'epochs' in said:
             self._rows = said['epochs']
-            batches[:] = [o for o in batches if o[0]<=len(self._rows)] # where a stopped epoch begins anew
+            batches[:] = [o for o in batches if o[0]<=len(self._rows)] # an interrupted epoch starts again
         if 'over' in said:
             self._over(self.stage)
-            process.popen.stdin.close()                               # if it should linger: this ends it
+            process.popen.stdin.close()                               # ends the process, if it does not end by itself
             self._process = self._fresh()
     self._news.set()
 
 # %% ../../nbs/explore/live.ipynb #165592fb
 @patch
 def _ended(self:Training, process):
-    "Note that a process has died. One that was waiting is not replaced before it is needed, since the next may die of the same"
+    "Record that a process has died. A waiting one is replaced only when needed: the next might die as well"
     with self._lock:
         if process is not self._process: return
         if self.run is None: self._process = None
         else:
-            self._over(process.epitaph())
+            self._over(process.why_ended())
             self._process = self._fresh()
     self._news.set()
 
 # %% ../../nbs/explore/live.ipynb #e304fe7e
 @patch
 def _break_off(self:Training):
-    "End the process, whatever it is at"
+    "End the process, in whatever state it is"
     with self._lock:
         old = self._process
         if self.run is not None: self._over(f'stopped after {len(self._rows)} of {self.run.epochs} epochs')
@@ -257,17 +276,22 @@ def _break_off(self:Training):
 # %% ../../nbs/explore/live.ipynb #e8b50584
 @patch
 def start(self:Training,
-    run:Run, # What to do
+    run:Run, # The run to train
 ):
-    "Train, or go on, or read the result. Raises `ValueError` while another run is going on, after `close`, and if the run's files cannot be read."
+    """Train a run, resume it, or read its result. Raises `ValueError` while another run is in training, after `close`,
+    and if the run's files cannot be read."""
     with self._acting, self._lock:
         if self._closed: raise ValueError("this Training is closed: make a new one")
-        if self.run is not None: raise ValueError(f"{self.run.arm}, seed {self.run.seed}, is going on: stop it first, or wait for it")
-        self._rows,row = self.epochs(run.id).to_dict('records'),self.result(run.id)
+        if self.run is not None:
+            current = f'{self.run.arm}, seed {self.run.seed}'
+            raise ValueError(f"{current}, is still in training: stop it first, or wait for it")
+        self._rows = self.epochs(run.id).to_dict('records')
+        row = self.result(run.id)
         if row: self.stage = _summary(row)
         else:
             if not (self._process and self._process.alive): self._process = self._fresh()
-            self.run,self.stage = run,'starting'
+            self.run = run
+            self.stage = 'starting'
             self._batches.setdefault(run.id, [])
             self._idle.clear()
             self._process.tell(run=asdict(run), out=str(self.out), cwd=os.getcwd())
@@ -276,7 +300,7 @@ def start(self:Training,
 # %% ../../nbs/explore/live.ipynb #5e7193ef
 @patch
 def stop(self:Training):
-    "End what is going on, within a batch. What was finished stays on the disk; started again, the run goes on."
+    "Stop the current run within a batch. Complete epochs stay on the disk, and `start` resumes the run."
     with self._acting:
         if self.run is None: return
         self._break_off()
@@ -288,14 +312,15 @@ def stop(self:Training):
 def wait(self:Training,
     timeout:float|None=None, # In seconds; None: as long as it takes
 )->str: # The last `stage`
-    "Wait until nothing is going on. Raises `TimeoutError`; the training goes on all the same."
-    if not self._idle.wait(timeout): raise TimeoutError(f"still going on after {timeout} s ({self.stage}): wait longer, or stop it")
+    "Wait until the current run ends. Raises `TimeoutError`, which does not stop the training."
+    if not self._idle.wait(timeout):
+        raise TimeoutError(f"still in training after {timeout} s ({self.stage}): wait longer, or stop it")
     return self.stage
 
 # %% ../../nbs/explore/live.ipynb #eb4f5e50
 @patch
 def close(self:Training):
-    "Stop, and end the process that waits. Called when Python exits; whoever makes a second `Training` may call it before."
+    "Stop the current run, and end the waiting process. Called automatically when Python exits."
     atexit.unregister(self.close)
     with self._acting:
         self._closed = True
@@ -305,26 +330,28 @@ def close(self:Training):
 # %% ../../nbs/explore/live.ipynb #5d597711
 @patch
 def batches(self:Training,
-    id:str, # Of a run
-)->list: # Of pairs: how many epochs are done, as a fraction, and the smoothed training loss
-    "The training loss, a few times a second, as far as it was trained with this object."
+    id:str, # Id of a run
+)->list: # Pairs of the number of epochs done, as a fraction, and the smoothed training loss
+    "The training loss, a few times a second, of what was trained with this object."
     with self._lock: return list(self._batches.get(id, []))
 
 # %% ../../nbs/explore/live.ipynb #76e46cf6
 @patch
 def epochs(self:Training,
-    id:str, # Of a run
-)->pd.DataFrame: # `epoch` from 0, `train_loss`, `valid_loss`, `accuracy`, ...; with a source `retention_target_bn`, `retention_source_bn`
-    "The curve so far, a row an epoch. Raises `ValueError` if its file is broken."
-    with self._lock: rows = self._rows if self.run is not None and self.run.id==id else None
+    id:str, # Id of a run
+)->pd.DataFrame: # `epoch` from 0, `train_loss`, `valid_loss`, `accuracy`; with a source also `retention_*_bn`
+    "The curve so far, a row per epoch. Raises `ValueError` if its file is broken."
+    with self._lock:
+        is_current = self.run is not None and self.run.id==id
+        rows = self._rows if is_current else None
     found = read_curve(self.out/'runs'/id/'curve.csv') if rows is None else pd.DataFrame(rows)
     return found if len(found) else pd.DataFrame(columns=['epoch','train_loss','valid_loss','accuracy'])
 
 # %% ../../nbs/explore/live.ipynb #d7041af9
 @patch
 def result(self:Training,
-    id:str, # Of a run
-)->dict|None: # The row, as of `do_run`; None if the run is not done
+    id:str, # Id of a run
+)->dict|None: # The row that `do_run` returns; None if the run is not done
     "The result of a run. Raises `ValueError` if its file is broken."
     folder = self.out/'runs'/id
     return read_result(folder) if (folder/'result.json').exists() else None
@@ -335,17 +362,20 @@ def _readable(self:Training, file):
     "The run of a `run.json`. Raises `ValueError` if one of its files cannot be read"
     fields = read_json(file)
     try: run = Run(**fields)
-    except (TypeError, ValueError) as e: raise ValueError(f"{file}: is no run of this version ({e}); delete the folder, or move it away") from None
-    self.epochs(file.parent.name), self.result(file.parent.name)
+    except (TypeError, ValueError) as e:
+        raise ValueError(f"{file}: this is no run of this version ({e}); delete the folder, or move it away") from None
+    self.epochs(file.parent.name)                                     # raises for a broken file
+    self.result(file.parent.name)
     return run
 
 # %% ../../nbs/explore/live.ipynb #accb5aa6
 @patch
 def known(self:Training)->dict: # id -> `Run`
-    "The runs that the folder has, finished or not. Those with a file that cannot be read are left out, and `problems` has a sentence about each."
-    found,problems = {},[]
-    for o in sorted((self.out/'runs').glob('*/run.json')):
-        try: found[o.parent.name] = self._readable(o)
+    "The runs in the folder, finished or not. Those with a broken file are left out, and described in `problems`."
+    found = {}
+    problems = []
+    for file in sorted((self.out/'runs').glob('*/run.json')):
+        try: found[file.parent.name] = self._readable(file)
         except ValueError as e: problems.append(str(e))
     self.problems = problems
     return found

@@ -1,4 +1,4 @@
-"""Sliders beside pictures that follow them at once, and stand as a plain picture where nothing can be moved
+"""Sliders and pictures that follow them, with a static picture for pages without a kernel
 
 Docs: https://fgvc-fisher.github.io/fgvc_fisher/explore/panels.html.md"""
 
@@ -32,204 +32,225 @@ class Picture:
         **kwargs # To matplotlib's `subplots`
     ):
         self.fig = Figure(figsize=(width,height), dpi=100, layout='constrained')
-        self.canvas,self.axes,self.moving,self.behind = FigureCanvasAgg(self.fig),self.fig.subplots(**kwargs),[],None
-        self.widget = widgets.Image(format='png', layout=widgets.Layout(width='auto', height='auto', max_width='100%', min_width='0'))
+        self.canvas = FigureCanvasAgg(self.fig)
+        self.axes = self.fig.subplots(**kwargs)
+        self.moving = []
+        self.background = None
+        layout = widgets.Layout(width='auto', height='auto', max_width='100%', min_width='0')
+        self.widget = widgets.Image(format='png', layout=layout)
+
+    def _draw_background(self):
+        "Draw what does not move; lay the figure out the first time"
+        if self.background: return self.canvas.restore_region(self.background)
+        if not isinstance(self.fig.get_layout_engine(), PlaceHolderLayoutEngine):
+            self.fig.draw_without_rendering()
+            self.fig.set_layout_engine('none')
+        self.canvas.draw()
+        if self.moving: self.background = self.canvas.copy_from_bbox(self.fig.bbox)
 
 # %% ../../nbs/explore/panels.ipynb #98617d7e
 @patch
 def only(self:Picture,
     *artists, # Lines, bars and other artists
 )->'Picture': # Itself
-    "Say that from now on nothing but these will change: the rest is drawn once."
-    self.behind,self.moving = None, sorted(artists, key=lambda o: o.get_zorder())
-    for o in self.moving: o.set_animated(True)
+    "Declare that only these artists will change. Everything else is drawn once."
+    self.background = None
+    self.moving = sorted(artists, key=lambda artist: artist.get_zorder())
+    for artist in self.moving: artist.set_animated(True)
     return self
 
-# %% ../../nbs/explore/panels.ipynb #682d6e25
-@patch
-def _draw_still(self:Picture):
-    "What does not move, and the layout at the first time"
-    if self.behind: return self.canvas.restore_region(self.behind)
-    if not isinstance(self.fig.get_layout_engine(), PlaceHolderLayoutEngine):
-        self.fig.draw_without_rendering()
-        self.fig.set_layout_engine('none')
-    self.canvas.draw()
-    if self.moving: self.behind = self.canvas.copy_from_bbox(self.fig.bbox)
-
 # %% ../../nbs/explore/panels.ipynb #24ffadeb
-_drawing = threading.Lock() # matplotlib draws in one thread at a time
+_drawing = threading.Lock() # matplotlib is not thread-safe
 @patch
-def pixels(self:Picture)->np.ndarray: # (H, W, 3) bytes
-    "Draw the figure as it stands."
+def pixels(self:Picture)->np.ndarray: # (H, W, 3), uint8
+    "Draw the figure in its current state."
     with _drawing:
-        self._draw_still()
-        for o in self.moving: o.axes.draw_artist(o)
+        self._draw_background()
+        for artist in self.moving: artist.axes.draw_artist(artist)
         return np.ascontiguousarray(np.asarray(self.canvas.buffer_rgba())[...,:3])
 
 # %% ../../nbs/explore/panels.ipynb #8261c1ca
 def _png(pixels):
+    "An array (H, W, 3) as the bytes of a PNG"
     Image.fromarray(pixels).save(file := io.BytesIO(), 'PNG', compress_level=1)
     return file.getvalue()
 
 # %% ../../nbs/explore/panels.ipynb #be828324
 @patch
 def show(self:Picture):
-    "Send the figure as it stands to the widget."
+    "Send the figure in its current state to the widget."
     self.widget.value = _png(self.pixels())
 
 # %% ../../nbs/explore/panels.ipynb #c4979362
 class Latest:
-    "Work off wishes in a thread, always the newest; `wait` raises what the work has raised."
+    "Work on requests in a thread, always on the latest one; `wait` raises the error of the work."
     def __init__(self,
-        work:Callable, # `(wish, newer)`; `newer()` says whether there is a newer wish by now
+        work:Callable, # Called with `(request, is_stale)`; `is_stale()` is true when a later request has come
     ):
-        self.work,self.wishes,self.working,self.error,self.changed = work,[],False,None,threading.Condition()
-    def newer(self)->bool:
-        "Is there a wish that nobody works on yet?"
-        return bool(self.wishes)
+        self.work = work
+        self.requests = []
+        self.working = False
+        self.error = None
+        self.changed = threading.Condition()
 
-# %% ../../nbs/explore/panels.ipynb #db2bc8a2
-@patch
-def __call__(self:Latest,
-    wish, # What to work on next
-):
-    "Wish for something; returns at once."
-    with self.changed:
-        self.wishes = [wish]
-        if self.working: return self.changed.notify_all()
-        self.working = True
-    threading.Thread(target=self._work_off, daemon=True).start()
+    def is_stale(self)->bool:
+        "Has a later request come than the one in work?"
+        return bool(self.requests)
 
-# %% ../../nbs/explore/panels.ipynb #5d04a0a9
-@patch
-def _work_off(self:Latest):
-    "What the thread does"
-    while True:
+    def __call__(self,
+        request, # What to work on next
+    ):
+        "Make a request; returns at once."
         with self.changed:
-            if not self.wishes:
-                self.working = False
-                return self.changed.notify_all()
-            wish = self.wishes.pop()
-        try: self.work(wish, self.newer)
-        except Exception as e: self.error = e
+            self.requests = [request]
+            if self.working: return self.changed.notify_all()
+            self.working = True
+        threading.Thread(target=self._work_off, daemon=True).start()
+
+    def _work_off(self):
+        "What the thread does"
+        while True:
+            with self.changed:
+                if not self.requests:
+                    self.working = False
+                    return self.changed.notify_all()
+                request = self.requests.pop()
+            try: self.work(request, self.is_stale)
+            except Exception as e: self.error = e
 
 # %% ../../nbs/explore/panels.ipynb #8e63e7fa
 @patch
 def rest(self:Latest,
     seconds:float, # How long
-)->bool: # Did it stay quiet?
-    "Let time pass, from within the work, until there is a newer wish."
-    with self.changed: return not self.changed.wait_for(self.newer, seconds)
+)->bool: # False if a later request came
+    "Wait, from within the work, but at most until a later request comes."
+    with self.changed: return not self.changed.wait_for(self.is_stale, seconds)
 
 # %% ../../nbs/explore/panels.ipynb #49ab6a56
 @patch
 def wait(self:Latest,
     timeout:float|None=60., # In seconds; None: as long as it takes
 ):
-    "Wait until all wishes are worked off. Raises what the work has raised since the last time, or `TimeoutError`."
+    "Wait until no request is left. Raises the last error of the work since the previous call, or `TimeoutError`."
     with self.changed:
-        if not self.changed.wait_for(lambda: not (self.working or self.wishes), timeout): raise TimeoutError(f"still at work after {timeout} seconds")
+        idle = self.changed.wait_for(lambda: not (self.working or self.requests), timeout)
+        if not idle: raise TimeoutError(f"still working after {timeout} seconds: wait with a longer timeout")
         error,self.error = self.error,None
     if error: raise error
 
 # %% ../../nbs/explore/panels.ipynb #1a91a3e2
 def powers(
-    low:int, # Least power of ten
-    high:int, # Greatest
-    steps:int=10, # Steps a power
+    low:int, # Lowest power of ten
+    high:int, # Highest power of ten
+    steps:int=10, # Values per power of ten
 )->list: # Zero, then from 10**low to 10**high
     "Values for a strength."
     return [0., *[float(f'{10**(i/steps):.3g}') for i in range(low*steps, high*steps+1)]]
 
 # %% ../../nbs/explore/panels.ipynb #cb89de0f
 _WIDE = dict(width='100%', max_width='28rem', min_width='0')
-def control_layout(kwargs): return dict(layout=widgets.Layout(**_WIDE), style=dict(description_width='8.5rem')) | kwargs
+def control_layout(kwargs):
+    "Arguments of a widget: the layout that all controls share, and `kwargs`"
+    return dict(layout=widgets.Layout(**_WIDE), style=dict(description_width='8.5rem')) | kwargs
 
 # %% ../../nbs/explore/panels.ipynb #bcee7e7e
 def slider(
-    label:str, # What it is, before the slider
+    label:str, # Text in front of the slider
     values:list, # From low to high
-    value:float, # Where it stands; the nearest of `values` is taken
+    value:float, # Initial value; the nearest of `values` is taken
     **kwargs # To ipywidgets' `SelectionSlider`
 )->widgets.SelectionSlider:
     "A slider over a list of numbers."
+    options = [(f'{o:g}', o) for o in values]
     nearest = min(values, key=lambda o: abs(o-value))
-    return widgets.SelectionSlider(options=[(f'{o:g}', o) for o in values], value=nearest, description=label, **control_layout(kwargs))
+    return widgets.SelectionSlider(options=options, value=nearest, description=label, **control_layout(kwargs))
+
 def choice(
-    label:str, # What it is
+    label:str, # Text in front of the widget
     options:list, # Values, or pairs of a text and a value
-    kind:type=widgets.Dropdown, # Which widget
+    kind:type=widgets.Dropdown, # Class of the widget
     **kwargs # To the widget
 ): # The widget
-    "A choice among several."
+    "A widget to choose from a list."
     return kind(options=options, description=label, **control_layout(kwargs))
 
 # %% ../../nbs/explore/panels.ipynb #c0e72630
 class Panel:
-    "Controls, a sentence and pictures that follow."
-    pause = 0.05 # seconds of rest before `settle`
+    "Controls, a sentence, and pictures that follow the controls."
+    pause = 0.05 # seconds without a change before `settle` is called
     def __init__(self,
-        name:str, # A class in the page's style, `fgvc-` before it
-        title:str, # What it shows, above all
-        controls:dict, # Name -> widget; those with a `value` are followed
+        name:str, # The panel gets the CSS class `fgvc-` and this name
+        title:str, # Heading of the panel
+        controls:dict, # Name -> widget; the panel follows those with a `value`
         pictures:list, # `Picture`s
-        draw:Callable, # `(**values) -> str`, the sentence; called at every move
-        settle:Callable|None=None, # `(newer, **values) -> str|None`, called when the controls rest; None: gave up for something newer
+        draw:Callable, # `(**values) -> str`, the sentence; called at every change
+        settle:Callable|None=None, # `(is_stale, **values) -> str|None`, called after a pause; None: it returned early
         extra:list=(), # Further widgets, below the controls
     ):
-        self.name,self.title,self.controls,self.pictures,self.draw,self.settle = name,title,controls,pictures,draw,settle
-        self.latest,self.said,self.text,self.lock = Latest(self._follow),widgets.HTML(),'',threading.RLock()
+        self.name = name
+        self.title = title
+        self.controls = controls
+        self.pictures = pictures
+        self.draw = draw
+        self.settle = settle
+        self.latest = Latest(self._follow)
+        self.said = widgets.HTML()
+        self.text = ''
+        self.lock = threading.RLock()
         self.box = self._laid_out(extra)
-        for o in controls.values():
-            if hasattr(o, 'value'): o.observe(lambda change: self.refresh(), 'value')
+        for control in controls.values():
+            if hasattr(control, 'value'): control.observe(lambda change: self.refresh(), 'value')
         self.refresh()
         self.wait(None)
 
-# %% ../../nbs/explore/panels.ipynb #1a2fea8a
-@patch
-def _laid_out(self:Panel, extra):
-    "The widget of the whole panel; side by side where there is room, else below each other"
-    row = widgets.Layout(display='flex', flex_flow='row wrap', align_items='flex-start', width='100%', min_width='0', overflow='hidden')
-    narrow = widgets.Layout(width='100%', max_width='62rem', min_width='0', overflow='hidden')
-    box = widgets.VBox([widgets.HTML(f'<h3 style="margin:.2em 0">{html.escape(self.title)}</h3>'), widgets.Box(list(self.controls.values()), layout=row), *extra,
-                        self.said, widgets.Box([o.widget for o in self.pictures], layout=row)], layout=narrow)
-    for o in ('fgvc-panel', f'fgvc-{self.name}'): box.add_class(o)
-    return box
+    def _laid_out(self, extra):
+        "The widget of the whole panel: a row, which wraps on a narrow page"
+        size = dict(width='100%', min_width='0', overflow='hidden')
+        row = widgets.Layout(display='flex', flex_flow='row wrap', align_items='flex-start', **size)
+        title = widgets.HTML(f'<h3 style="margin:.2em 0">{html.escape(self.title)}</h3>')
+        controls = widgets.Box(list(self.controls.values()), layout=row)
+        pictures = widgets.Box([o.widget for o in self.pictures], layout=row)
+        layout = widgets.Layout(max_width='62rem', **size)
+        box = widgets.VBox([title, controls, *extra, self.said, pictures], layout=layout)
+        for name in ('fgvc-panel', f'fgvc-{self.name}'): box.add_class(name)
+        return box
 
 # %% ../../nbs/explore/panels.ipynb #7f651460
 @patch(as_prop=True)
 def values(self:Panel)->dict:
-    "The controls' values by name"
+    "The values of the controls by name"
     return {k: o.value for k,o in self.controls.items() if hasattr(o, 'value')}
 
 # %% ../../nbs/explore/panels.ipynb #1753fdea
 @patch
 def refresh(self:Panel):
-    "Draw anew, as soon as may be."
+    "Request a redraw; returns at once."
     self.latest(self.values)
 
 # %% ../../nbs/explore/panels.ipynb #6870fd81
 @patch
 def _say(self:Panel, text):
-    "Show a sentence, which a screen reader reads out"
+    "Show a sentence; a screen reader reads it out"
     self.text = text
-    self.said.value = f'<p role="status" aria-live="polite" style="line-height:1.4;margin:.3em 0">{html.escape(text)}</p>'
+    style = 'line-height:1.4;margin:.3em 0'
+    self.said.value = f'<p role="status" aria-live="polite" style="{style}">{html.escape(text)}</p>'
 @patch
 def _show(self:Panel, text):
-    for o in self.pictures: o.show()
+    "Send the pictures and a sentence"
+    for picture in self.pictures: picture.show()
     self._say(text)
 
 # %% ../../nbs/explore/panels.ipynb #b8d99fa7
 @patch
-def _follow(self:Panel, values, newer):
-    "Draw for these values, and again when they have stayed for a while"
+def _follow(self:Panel, values, is_stale):
+    "Draw for these values, and settle after a pause"
     try:
         with self.lock: self._show(self.draw(**values))
         if not self.settle or not self.latest.rest(self.pause): return
         with self.lock:
-            if (text := self.settle(newer, **values)) is not None: self._show(text)
+            if (text := self.settle(is_stale, **values)) is not None: self._show(text)
     except Exception as e:
-        self._say(f'This did not work: {type(e).__name__}: {e}')
+        self._say(f'An error occurred: {type(e).__name__}: {e}')
         traceback.print_exc()
         raise
 
@@ -237,18 +258,19 @@ def _follow(self:Panel, values, newer):
 @patch
 def wait(self:Panel,
     timeout:float|None=60., # In seconds; None: as long as it takes
-)->str: # The sentence that is shown then
-    "Wait until the pictures show what the controls say. Raises what drawing has raised, or `TimeoutError`."
+)->str: # The sentence of the panel
+    "Wait until the pictures show the values of the controls. Raises an error of `draw` or `settle`, or `TimeoutError`."
     self.latest.wait(timeout)
     return self.text
 
 # %% ../../nbs/explore/panels.ipynb #f6f11e50
 def _written(text, width, size, bold=False):
-    "A text as pixels, wrapped to a width in pixels"
-    font = ImageFont.truetype(font_manager.findfont(font_manager.FontProperties(family='DejaVu Sans', weight='bold' if bold else 'normal')), size)
+    "A text as an array of pixels, wrapped to a width in pixels"
+    properties = font_manager.FontProperties(family='DejaVu Sans', weight='bold' if bold else 'normal')
+    font = ImageFont.truetype(font_manager.findfont(properties), size)
     lines = textwrap.wrap(text, max(10, int(width/(0.62*size)))) or ['']
     img = Image.new('RGB', (width, len(lines)*(size+6)+6), 'white')
-    for i,o in enumerate(lines): ImageDraw.Draw(img).text((6, 4+i*(size+6)), o, 'black', font)
+    for i,line in enumerate(lines): ImageDraw.Draw(img).text((6, 4+i*(size+6)), line, 'black', font)
     return np.array(img)
 
 # %% ../../nbs/explore/panels.ipynb #e0b1a32c
@@ -257,7 +279,8 @@ def still(self:Panel)->bytes: # A PNG
     "The whole panel as one picture."
     with self.lock: rows = [o.pixels() for o in self.pictures]
     height = max(o.shape[0] for o in rows)
-    side = np.concatenate([np.pad(o, ((0,height-o.shape[0]),(0,0),(0,0)), constant_values=255) for o in rows], axis=1)
+    padded = [np.pad(o, ((0,height-o.shape[0]),(0,0),(0,0)), constant_values=255) for o in rows]
+    side = np.concatenate(padded, axis=1)
     width = side.shape[1]
     return _png(np.concatenate([_written(self.title, width, 17, bold=True), _written(self.text, width, 13), side]))
 
@@ -267,28 +290,35 @@ def _has_kernel(): return getattr(get_ipython(), 'kernel', None) is not None
 # %% ../../nbs/explore/panels.ipynb #383e9a22
 @patch
 def _ipython_display_(self:Panel):
-    "Show the panel, and for readers without widgets the picture."
+    "Show the widgets, and a picture where there is no kernel."
     both = {'text/plain': f'{self.title}\n{self.text}', 'image/png': self.still()}
-    if _has_kernel(): both |= {'application/vnd.jupyter.widget-view+json': dict(version_major=2, version_minor=0, model_id=self.box.model_id)}
+    if _has_kernel():
+        view = dict(version_major=2, version_minor=0, model_id=self.box.model_id)
+        both['application/vnd.jupyter.widget-view+json'] = view
     display(both, raw=True)
 
 # %% ../../nbs/explore/panels.ipynb #29ec712e
 from matplotlib.ticker import PercentFormatter
-
-# %% ../../nbs/explore/panels.ipynb #121889ea
 from ..experiment.results import style
 
 # %% ../../nbs/explore/panels.ipynb #5de06c6d
-FISHER_STYLE,PLAIN_STYLE,L2_STYLE = style('L2-SP-Fisher'),style('plain'),style('L2')
+FISHER_STYLE = style('L2-SP-Fisher')
+PLAIN_STYLE = style('plain')
+L2_STYLE = style('L2')
 PERCENT = PercentFormatter(1, decimals=0)
-def axis_limits(*values):
-    "Limits of an axis with a little room"
+def axis_limits(
+    *values:np.ndarray, # (N,) each; NaN is ignored
+)->tuple: # Lower and upper limit
+    "Limits of an axis, with a margin of 6 %."
     low,high = np.nanmin(np.concatenate(values)),np.nanmax(np.concatenate(values))
-    room = 0.06*(high-low) or 0.05
-    return low-room, high+room
+    margin = 0.06*(high-low) or 0.05
+    return low-margin, high+margin
 
 # %% ../../nbs/explore/panels.ipynb #b53d3f08
-DASHES = {'-': '', '--': '6 3', ':': '1.5 2.5', '-.': '7 2 1.5 2', (0,(8,2)): '12 3', (0,(3,1,1,1,1,1)): '5 1.5 1.5 1.5 1.5 1.5', (0,(1,4)): '1.5 6'} # and in SVG
-def svg_dashes(styles):
-    "Other dashes for each that has the same style"
+DASHES = {'-': '', '--': '6 3', ':': '1.5 2.5', '-.': '7 2 1.5 2', (0,(8,2)): '12 3',
+          (0,(3,1,1,1,1,1)): '5 1.5 1.5 1.5 1.5 1.5', (0,(1,4)): '1.5 6'} # matplotlib's line style -> stroke-dasharray
+def svg_dashes(
+    styles:list, # One style (a dict) per line
+)->list: # Keys of `DASHES`
+    "Line styles that differ between lines of the same style."
     return [list(DASHES)[styles[:i].count(o)%len(DASHES)] for i,o in enumerate(styles)]

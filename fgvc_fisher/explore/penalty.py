@@ -1,4 +1,4 @@
-"""What a stronger penalty costs on the target and what it saves of the source, at every setting of two sliders
+"""What a stronger penalty costs on the target and what it keeps of the source, for any alpha and beta
 
 Docs: https://fgvc-fisher.github.io/fgvc_fisher/explore/penalty.html.md"""
 
@@ -23,44 +23,67 @@ from .panels import FISHER_STYLE, L2_STYLE, PERCENT, PLAIN_STYLE, axis_limits
 
 # %% ../../nbs/explore/penalty.ipynb #8dc4353b
 class _PenaltyView:
-    "Draws a compromise at any strengths"
+    "Draws a `Compromise` at any alpha and beta"
     def __init__(self, compromise):
-        self.compromise = c = compromise
-        self.frontier,self.layers = Picture(4.9, 3.7),Picture(4.9, 3.7, ncols=2, sharey=True, width_ratios=[1,1])
-        self._draw_frontier(c)
-        self._draw_layers(list(c.estimate(0., 1.)['layers'].index))
+        self.compromise = compromise
+        self.frontier = Picture(4.9, 3.7)
+        self.layers = Picture(4.9, 3.7, ncols=2, sharey=True, width_ratios=[1,1])
+        self._draw_frontier(compromise)
+        self._draw_layers(list(compromise.estimate(0., 1.)['layers'].index))
+
+    def _draw_frontier(self, c):
+        "Draw what does not change: axes, the source, the fine-tuned model"
+        ax = self.frontier.axes
+        tuned = c.tuned_is
+        ax.axvline(c.before, color='#888888', lw=1, ls='--', label='before fine-tuning')
+        ax.plot(tuned['retention_target_bn'], tuned['last'], ls='', ms=8, label='fine-tuned, no penalty', **PLAIN_STYLE)
+        self.lines,self.points = _paths(ax, FISHER_STYLE['color'])
+        retentions = [c.grid[o].ravel() for o in MEASURED[1:]]
+        ax.set(xlim=axis_limits(*retentions, [c.before, tuned['retention_target_bn']]))
+        ax.set(ylim=axis_limits(c.grid['last'].ravel(), [tuned['last']]))
+        ax.set(xlabel='retention: accuracy on source pictures', ylabel='accuracy on the target')
+        ax.set_title('Accuracy against retention')
+        for axis in (ax.xaxis, ax.yaxis): axis.set_major_formatter(PERCENT)
+        self.frontier.only(*self.lines, *self.points)
+        legend = dict(loc='outside lower center', ncols=2, frameon=False, fontsize=8)
+        self.frontier.fig.legend(*ax.get_legend_handles_labels(), **legend)
+
+    def _move(self, found, alpha):
+        "Move the points, lines and bars"
+        path = [self.compromise.estimate(alpha, o) for o in self.compromise.betas]
+        for line,point,name in zip(self.lines, self.points, MEASURED[1:]):
+            line.set_data([o[name] for o in path], [o['last'] for o in path])
+            point.set_data([found[name]], [found['last']])
+        table = found['layers'].fillna(0.)
+        total = table[['alpha','beta']].to_numpy().sum() or 1.
+        for bars,values in ((self.moved,table.moved), (self.beta,table.beta/total), (self.alpha,table.alpha/total)):
+            for bar,v in zip(bars, values): bar.set_width(v)
+        for bar,v in zip(self.alpha, table.beta/total): bar.set_x(v)
 
 # %% ../../nbs/explore/penalty.ipynb #f371a0b8
 def _paths(ax, color):
-    "Two lines and two points, to be moved: with the target's BatchNorm statistics, and hollow with the source's"
+    "Empty lines and points: filled with the target's BatchNorm statistics, hollow with the source's"
     lines = [ax.plot([], [], ls=ls, lw=1.2, color=color, alpha=0.7)[0] for ls in ('-',':')]
+    looks = (color, "target's BatchNorm statistics"), ('none', "source's BatchNorm statistics")
     points = [ax.plot([], [], ls='', ms=11, marker='D', mec=color, mfc=face, mew=1.6, label=label, zorder=4)[0]
-              for face,label in ((color,"target's BatchNorm statistics"), ('none',"source's put back"))]
+              for face,label in looks]
     return lines, points
-@patch
-def _draw_frontier(self:_PenaltyView, c):
-    "What stays: axes, the source, the fine-tuned model"
-    ax,tuned = self.frontier.axes,c.tuned_is
-    ax.axvline(c.before, color='#888888', lw=1, ls='--', label='before fine-tuning')
-    ax.plot(tuned['retention_target_bn'], tuned['last'], ls='', ms=8, label='fine-tuned, no penalty', **PLAIN_STYLE)
-    self.lines,self.points = _paths(ax, FISHER_STYLE['color'])
-    ax.set(xlim=axis_limits(*[c.grid[o].ravel() for o in MEASURED[1:]], [c.before, tuned['retention_target_bn']]), ylim=axis_limits(c.grid['last'].ravel(), [tuned['last']]))
-    ax.set(xlabel='retention: accuracy on source pictures', ylabel='accuracy on the target', title='Learnt against still known')
-    for axis in (ax.xaxis, ax.yaxis): axis.set_major_formatter(PERCENT)
-    self.frontier.only(*self.lines, *self.points)
-    self.frontier.fig.legend(*ax.get_legend_handles_labels(), loc='outside lower center', ncols=2, frameon=False, fontsize=8)
 
 # %% ../../nbs/explore/penalty.ipynb #15516923
 @patch
 def _draw_layers(self:_PenaltyView, names):
-    "A bar a layer, twice"
+    "Two bars per layer: distance from the source, and share of the penalty"
     left,right = self.layers.axes
     y = np.arange(len(names))
-    self.moved,self.beta = left.barh(y, 0*y+1., color='#8a8a8a'),right.barh(y, 0*y+1., color=FISHER_STYLE['color'], label='beta F')
-    self.alpha = right.barh(y, 0*y+1., left=1., color=L2_STYLE['color'], hatch='///', edgecolor='white', label='alpha')
+    ones = np.ones(len(names))
+    self.moved = left.barh(y, ones, color='#8a8a8a')
+    self.beta = right.barh(y, ones, color=FISHER_STYLE['color'], label='beta F')
+    look = dict(color=L2_STYLE['color'], hatch='///', edgecolor='white', label='alpha')
+    self.alpha = right.barh(y, ones, left=1., **look)
     left.axvline(1, color='k', lw=0.8, ls=':')
-    left.set(yticks=y, yticklabels=names, xlabel='distance from the source, cut at 2\n(1: where fine-tuning took it)', title='How far it moves')
-    right.set(xlabel="share of the penalty\n", title='What it pays')
+    left.set(yticks=y, yticklabels=names, title='Distance by layer')
+    left.set_xlabel('distance from the source, up to 2\n(1: as fine-tuned without penalty)')
+    right.set(xlabel="share of the penalty\n", title='Penalty by layer')
     left.invert_yaxis()
     left.tick_params(axis='y', labelsize=8)
     for ax in (left, right): ax.xaxis.set_major_locator(MaxNLocator(3))
@@ -69,55 +92,51 @@ def _draw_layers(self:_PenaltyView, names):
     grid = np.nan_to_num(self.compromise.grid['layers'].reshape(-1, len(names), 3))
     total = grid[...,1:].sum(axis=(1,2))
     left.set_xlim(0, min(2., 1.05*grid[...,0].max()))
-    right.set_xlim(0, 1.05*(grid[...,1:].sum(axis=2)[total>0]/total[total>0,None]).max(initial=0.01))
+    shares = grid[...,1:].sum(axis=2)[total>0]/total[total>0,None]
+    right.set_xlim(0, 1.05*shares.max(initial=0.01))
     self.layers.only(*self.moved, *self.beta, *self.alpha)
-
-# %% ../../nbs/explore/penalty.ipynb #a19d16eb
-@patch
-def _move(self:_PenaltyView, found, alpha):
-    "Put the points and bars where they belong"
-    path = [self.compromise.estimate(alpha, o) for o in self.compromise.betas]
-    for line,point,name in zip(self.lines, self.points, MEASURED[1:]):
-        line.set_data([o[name] for o in path], [o['last'] for o in path])
-        point.set_data([found[name]], [found['last']])
-    table = found['layers'].fillna(0.)
-    total = table[['alpha','beta']].to_numpy().sum() or 1.
-    for bars,values in ((self.moved,table.moved), (self.beta,table.beta/total), (self.alpha,table.alpha/total)):
-        for bar,v in zip(bars, values): bar.set_width(v)
-    for bar,v in zip(self.alpha, table.beta/total): bar.set_x(v)
 
 # %% ../../nbs/explore/penalty.ipynb #b28bb3e0
 @patch
 def _say(self:_PenaltyView, alpha, beta, found, about):
-    "What is found"
+    "The result as a sentence"
     c = self.compromise
-    (learnt,kept,put_back),(was,knew,_) = [[f'{o[k]:.0%}' for k in MEASURED] for o in (found, c.tuned_is)]
+    accuracy,target_bn,source_bn = [f'{found[k]:.0%}' for k in MEASURED]
+    tuned_accuracy,tuned_retention,_ = [f'{c.tuned_is[k]:.0%}' for k in MEASURED]
     n,m = [sum(len(y) for _,y in o) for o in (c.target, c.pictures['source'])]
-    return (f"alpha = {alpha:g}, beta = {beta:g}: {about}{learnt} right on the target (fine-tuned: {was}), and {about}{kept} on the source, or {put_back} with its BatchNorm "
-            f"statistics put back (fine-tuned: {knew}; before: {c.before:.0%}). On {n} and {m} pictures.")
+    return (f"alpha = {alpha:g}, beta = {beta:g}: {about}{accuracy} accuracy on the target (fine-tuned without "
+            f"penalty: {tuned_accuracy}), and {about}{target_bn} on the source, or {source_bn} with the source's "
+            f"BatchNorm statistics (fine-tuned without penalty: {tuned_retention}; before fine-tuning: "
+            f"{c.before:.0%}). Measured on {n} and {m} pictures.")
 @patch
 def draw(self:_PenaltyView, alpha, beta):
+    "Draw interpolated values; the sentence says *about*"
     found = self.compromise.estimate(alpha, beta)
     self._move(found, alpha)
     return self._say(alpha, beta, found, 'about ')
 @patch
-def settle(self:_PenaltyView, newer, alpha, beta):
-    found = self.compromise.at(alpha, beta, newer)
+def settle(self:_PenaltyView, is_stale, alpha, beta):
+    "Draw measured values, or return None if the request is stale"
+    found = self.compromise.at(alpha, beta, is_stale)
     if found is None: return
     self._move(found, alpha)
     return self._say(alpha, beta, found, '')
 
 # %% ../../nbs/explore/penalty.ipynb #3d00da5f
 def explore_penalty(
-    model:Run|Compromise, # A run, which is done first if need be; or a `Compromise`
+    model:Run|Compromise, # A `Compromise`; or a run, which is trained first if it is not done yet
     out:str|Path='explored', # Folder of the experiment, for a run
-    **kwargs # To `read_compromise`
+    **kwargs # To `read_compromise`, for a run
 )->Panel: # Controls `alpha` and `beta`
-    "What alpha and beta do to a fine-tuned model. Measures a grid first, with a bar."
-    if isinstance(model, Compromise) and kwargs: raise ValueError(f"{', '.join(kwargs)}: settings of `read_compromise`, and this is a Compromise already")
-    c = model if isinstance(model, Compromise) else read_compromise(model, out, **kwargs)
+    """Show what alpha and beta do to a fine-tuned model. Measures a grid first, with a progress bar. Raises
+    `ValueError` for arguments of `read_compromise` beside a `Compromise`."""
+    made = isinstance(model, Compromise)
+    if made and kwargs: raise ValueError(f"{', '.join(kwargs)}: not used with a Compromise; "
+                                         "pass these arguments to read_compromise instead")
+    c = model if made else read_compromise(model, out, **kwargs)
     if not c.grid: c.measure_grid(progress=kwargs.get('progress', True))
     view = _PenaltyView(c)
     alphas,betas = [sorted({o for o in powers(-6, 4) if o<=axis[-1]} | set(axis)) for axis in (c.alphas, c.betas)]
     controls = dict(alpha=slider('alpha, to zero', alphas, 0.), beta=slider('beta, to the source', betas, 0.1))
-    return Panel('penalty', 'What would the penalty keep, and what would it cost?', controls, [view.frontier, view.layers], view.draw, view.settle)
+    title = 'What would the penalty keep, and what would it cost?'
+    return Panel('penalty', title, controls, [view.frontier, view.layers], view.draw, view.settle)

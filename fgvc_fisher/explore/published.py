@@ -1,4 +1,4 @@
-"""The paper's own logs: the claim beside its control, at any epoch and with any smoothing
+"""The paper's own training logs: the claimed run next to its control, at any epoch and with any smoothing
 
 Docs: https://fgvc-fisher.github.io/fgvc_fisher/explore/published.html.md"""
 
@@ -23,74 +23,86 @@ from .panels import PERCENT, svg_dashes
 _CONTROL,_CLAIM = 'new-0-0','new-0.0004-0'
 _EPOCH = [('best epoch','best'), ('last epoch','last'), ('mean of the last five','last5')]
 def _named(run):
-    "A published run's name for a reader"
+    "The label of a published run"
     return {_CONTROL: 'control: beta = 0', _CLAIM: 'claim: beta = 0.0004'}.get(run, run)
 def _drawn(run, summary):
-    "Its arm's colour and mark"
-    o = summary.loc[run]
-    return style('plain' if run==_CONTROL else 'L2' if o.alpha>0 and not o.beta else 'as published')
+    "The colour and mark of a run's arm"
+    if run==_CONTROL: return style('plain')
+    row = summary.loc[run]
+    only_alpha = row.alpha>0 and not row.beta
+    return style('L2' if only_alpha else 'as published')
 def _smooth(values, n): return values.rolling(n, min_periods=1).mean()
 
 # %% ../../nbs/explore/published.ipynb #3c79d4ec
 class _PublishedView:
     "Draws the published runs"
     def __init__(self):
-        self.logs,self.summary = published_logs(),published_summary()
-        self.curves,self.bars = Picture(4.9, 3.7),Picture(4.9, 3.7)
-        ax,runs = self.curves.axes,list(self.summary.index)
+        self.logs = published_logs()
+        self.summary = published_summary()
+        self.curves = Picture(4.9, 3.7)
+        self.bars = Picture(4.9, 3.7)
+        ax = self.curves.axes
+        runs = list(self.summary.index)
         looks = [_drawn(o, self.summary) for o in runs]
-        self.lines = {o: ax.plot([], [], lw=1.5, ls=ls, color=look['color'])[0] for o,look,ls in zip(runs, looks, svg_dashes(looks))}
-        ax.set(xlim=(0,81), ylim=(0.5,0.82), xlabel='epoch', ylabel='accuracy on val, 3,333 pictures', title='Accuracy by epoch')
+        self.lines = {run: ax.plot([], [], lw=1.5, ls=ls, color=look['color'])[0]
+                      for run,look,ls in zip(runs, looks, svg_dashes(looks))}
+        ax.set(xlim=(0,81), ylim=(0.5,0.82), xlabel='epoch', ylabel='accuracy on val, 3,333 pictures')
+        ax.set_title('Accuracy by epoch')
         ax.yaxis.set_major_formatter(PERCENT)
         self.curves.only(*self.lines.values())
         self._draw_bars(self.bars.axes, runs)
 
-# %% ../../nbs/explore/published.ipynb #e4715e09
-@patch
-def _draw_bars(self:_PublishedView, ax, runs):
-    "A mark a run, to be moved"
-    self.marks = {o: ax.errorbar([0.75], [i], xerr=[0.01], ls='', ms=7, capsize=3, **_drawn(o, self.summary)) for i,o in enumerate(runs)}
-    for i,line in enumerate(self.lines.values()): ax.plot([0.721,0.729], [i,i], lw=1.5, ls=line.get_linestyle(), color=line.get_color())
-    ax.set(yticks=range(len(runs)), yticklabels=[_named(o) for o in runs], xlim=(0.72,0.825))
-    ax.set(xlabel='accuracy; bars: chance of the pictures, 95 %', title='What a run came to')
-    ax.invert_yaxis()
-    ax.xaxis.set_major_formatter(PERCENT)
-    ax.tick_params(axis='y', labelsize=8)
-    ax.grid(axis='x', alpha=0.3)
-    self.bars.only(*[o for mark in self.marks.values() for o in mark.get_children()])
+    def _draw_bars(self, ax, runs):
+        "A mark per run, which `draw` moves, with the dashes of its curve"
+        self.marks = {run: ax.errorbar([0.75], [i], xerr=[0.01], ls='', ms=7, capsize=3, **_drawn(run, self.summary))
+                      for i,run in enumerate(runs)}
+        for i,line in enumerate(self.lines.values()):
+            ax.plot([0.721,0.729], [i,i], lw=1.5, ls=line.get_linestyle(), color=line.get_color())
+        ax.set(yticks=range(len(runs)), yticklabels=[_named(o) for o in runs], xlim=(0.72,0.825))
+        ax.set(xlabel='accuracy, 95 % interval by the number of pictures', title='Accuracy by run')
+        ax.invert_yaxis()
+        ax.xaxis.set_major_formatter(PERCENT)
+        ax.tick_params(axis='y', labelsize=8)
+        ax.grid(axis='x', alpha=0.3)
+        self.bars.only(*[artist for mark in self.marks.values() for artist in mark.get_children()])
 
 # %% ../../nbs/explore/published.ipynb #95f614dc
 @patch
 def draw(self:_PublishedView, runs, smooth, epoch):
-    "Both pictures, and the control beside the claim"
+    "Draw both pictures; returns the sentence"
     for run,line in self.lines.items():
         log = self.logs[self.logs.run==run].dropna(subset='accuracy')
         line.set(visible=run in runs)
         line.set_data(log.epoch+1, _smooth(log.accuracy, smooth))
     for i,(run,mark) in enumerate(self.marks.items()):
-        a = self.summary[epoch][run]
-        half = 1.96*(a*(1-a)/3333)**0.5
-        mark.lines[0].set(data=([a],[i]), alpha=1. if run in runs else 0.25)
-        mark.lines[1][0].set_data([a-half], [i]); mark.lines[1][1].set_data([a+half], [i])
-        mark.lines[2][0].set_segments([[(a-half,i),(a+half,i)]])
-        for o in (*mark.lines[1], *mark.lines[2]): o.set_alpha(1. if run in runs else 0.25)
+        accuracy = self.summary[epoch][run]
+        half = 1.96*(accuracy*(1-accuracy)/3333)**0.5
+        point,(left,right),(bar,) = mark.lines
+        point.set_data([accuracy], [i])
+        left.set_data([accuracy-half], [i])
+        right.set_data([accuracy+half], [i])
+        bar.set_segments([[(accuracy-half,i),(accuracy+half,i)]])
+        for artist in (point, left, right, bar): artist.set_alpha(1. if run in runs else 0.25)
     return self._say(epoch)
 
 # %% ../../nbs/explore/published.ipynb #7f7b81a5
 @patch
 def _say(self:_PublishedView, epoch):
-    "Control against claim"
+    "The result as a sentence"
     control,claim = [self.summary[epoch][o] for o in (_CONTROL,_CLAIM)]
     name = {k: v for v,k in _EPOCH}[epoch]
     ahead = 'the control' if control>claim else 'the claim'
-    return (f"By the {name} the control (beta = 0) has {control:.2%}, the claim (beta = 0.0004) {claim:.2%}: {ahead} is {100*abs(control-claim):.2f} points ahead, "
-            f"{round(3333*abs(control-claim))} of 3,333 pictures. One seed each; chance alone moves such a number by a point.")
+    gap = abs(control-claim)
+    return (f"By the {name} the control (beta = 0) has {control:.2%}, the claim (beta = 0.0004) {claim:.2%}: "
+            f"{ahead} is {100*gap:.2f} points ahead, {round(3333*gap)} of 3,333 pictures. "
+            "Each run has one seed; chance alone changes such an accuracy by about a point.")
 
 # %% ../../nbs/explore/published.ipynb #4cd2409f
 def explore_published()->Panel: # Controls `runs`, `smooth`, `epoch`
-    "The published runs, the control next to the claim."
+    "Compare the published runs at any epoch, with any smoothing."
     view = _PublishedView()
     runs = [(_named(o), o) for o in view.summary.index]
     controls = dict(runs=choice('runs', runs, widgets.SelectMultiple, value=(_CONTROL,_CLAIM), rows=5),
-                    smooth=slider('mean of epochs', list(range(1,16)), 1), epoch=choice('accuracy', _EPOCH, value='last'))
+                    smooth=slider('mean of epochs', list(range(1,16)), 1),
+                    epoch=choice('accuracy', _EPOCH, value='last'))
     return Panel('published', 'Is the claim ahead of its own control?', controls, [view.curves, view.bars], view.draw)

@@ -1,4 +1,4 @@
-"""What a network sees in a picture that somebody brings: the label, where it looked, and what it still knows of its source
+"""Classify an uploaded picture: its label, the part of it that counted, and what the network still knows of its source
 
 Docs: https://fgvc-fisher.github.io/fgvc_fisher/explore/recognise.html.md"""
 
@@ -8,7 +8,7 @@ Docs: https://fgvc-fisher.github.io/fgvc_fisher/explore/recognise.html.md"""
 __all__ = ['read_upload', 'map_layer', 'grad_cam', 'read_kin', 'Recognised', 'Recogniser', 'heat_picture']
 
 # %% ../../nbs/explore/recognise.ipynb #31942ab0
-import codecs, warnings
+import warnings
 from collections.abc import Sequence
 from contextlib import contextmanager
 from io import BytesIO
@@ -35,127 +35,103 @@ from ..data.tables import LEVELS
 
 # %% ../../nbs/explore/recognise.ipynb #5681842b
 def _shown(name):
-    "A foreign name as it may stand in a sentence; the ending stays"
+    "A file's name for a message: printable, at most 40 characters, with its ending"
     name = ''.join(o for o in name if o.isprintable()).strip()
     return (name if len(name)<=40 else f'{name[:24]}…{name[-15:]}') or 'This file'
 
-# %% ../../nbs/explore/recognise.ipynb #259a822d
-def _brands(head): # The kinds that the box `ftyp` lists
-    return {head[i:i+4] for i in range(8, min(int.from_bytes(head[:4], 'big'), len(head)), 4)} if head[4:8]==b'ftyp' else set()
-def _is_text(head):
-    try: text = codecs.getincrementaldecoder('utf-8-sig')().decode(head)       # the last letter may be cut in half
-    except UnicodeDecodeError: return False
-    return ''.join(text.split()).isprintable()
-
-# %% ../../nbs/explore/recognise.ipynb #5553433c
-_SAVE = 'save it as JPEG or PNG, and upload that'
-_DAMAGED = 'is damaged or incomplete: copy or download it once more, or save it as a new JPEG or PNG'
-_PICTURES = (b'\xff\xd8\xff', b'\x89PNG', b'GIF8', b'BM', b'II*\0', b'MM\0*')
-_PACKED = (b'PK\3\4', b'PK\5\6', b'\xd0\xcf\x11\xe0', b'Rar!', b'7z\xbc\xaf', b'\x1f\x8b')
-_HEIC = {b'heic', b'heix', b'heim', b'heis', b'hevc', b'hevx', b'mif1', b'msf1'}
-
-# %% ../../nbs/explore/recognise.ipynb #7b2da145
-def _why_not(content):
-    "What a file is that cannot be opened, and what to do about it"
-    head = content[:1024]
-    brands,text = _brands(head),head.lower()
-    if (head.startswith(_PICTURES) or head[:4]+head[8:12]==b'RIFFWEBP') and not _is_text(head): return _DAMAGED
-    if brands&{b'avif', b'avis'}: return f'is a picture in the format AVIF, which cannot be opened here: {_SAVE}'
-    if brands&_HEIC: return f'is a picture in the format HEIC, which cannot be opened here: {_SAVE}'
-    if brands: return 'is a video: save one of its pictures as JPEG or PNG, and upload that'
-    if b'%pdf-' in text: return 'is a PDF document: save the picture in it as JPEG or PNG, and upload that'
-    if head.startswith(_PACKED): return 'is an archive or an Office document: take the picture out of it, and upload that'
-    if b'<svg' in text: return f'is a drawing in the format SVG: {_SAVE}'
-    if b'<html' in text or b'<!doctype html' in text: return 'is a web page: save the picture that it shows, and upload that'
-    if _is_text(head): return 'is text and no picture: choose a JPEG or PNG'
-    return f'is in no format that can be opened here: {_SAVE}'
-
 # %% ../../nbs/explore/recognise.ipynb #afba3549
 def _eight_bits(img):
-    "Grey of more than eight bits, scaled"
+    "Grey of more than 8 bits, scaled to 8: from 16 bits where the values fit, else from their own range"
     grey = np.nan_to_num(np.asarray(img, dtype=np.float32))
-    low,high = (0, 65535) if img.mode!='F' and 0<=grey.min()<=grey.max()<=65535 else (grey.min(), grey.max())
+    low,high = grey.min(),grey.max()
+    if img.mode!='F' and 0<=low<=high<=65535: low,high = 0,65535
     return Image.fromarray(((grey-low)*(255/max(high-low, 1e-9))).round().astype(np.uint8))
 
 # %% ../../nbs/explore/recognise.ipynb #e20ae708
 def _on_white(img):
-    "An opaque picture, and whether anything of it was transparent"
+    "The picture on a white background, and whether any of it was transparent"
     img = img.convert('RGBA')
     if img.getextrema()[3][0]==255: return img, False
     return Image.alpha_composite(Image.new('RGBA', img.size, 'white'), img), True
 
 # %% ../../nbs/explore/recognise.ipynb #0169b9a4
 def _upright(img):
-    "Turned as the telephone noted it"
+    "The picture rotated as its EXIF orientation says"
     try: return ImageOps.exif_transpose(img)
-    except Exception: return img                        # a broken note is no reason to refuse a picture that is whole
+    except Exception: return img                        # broken EXIF data are no reason to refuse a picture
 
 # %% ../../nbs/explore/recognise.ipynb #3030c354
 def _as_rgb(img):
-    "A file that Pillow has opened as `PILImage`, upright and opaque, and a note on what was done to it"
-    several,notes = img.format!='MPO' and getattr(img, 'is_animated', False),[]       # an MPO is a telephone's JPEG
+    "An image of Pillow as an upright, opaque `PILImage`, and a note on what was changed"
+    animated = img.format!='MPO' and getattr(img, 'is_animated', False)       # an MPO is a JPEG of some telephones
+    notes = []
     img.load()
     img = _upright(img)
     if img.mode[0] in 'IF': img = _eight_bits(img)
     if img.has_transparency_data:
-        img,seen_through = _on_white(img)
-        if seen_through: notes.append('Its transparent parts were laid on white.')
-    if several: notes.append('Of its several frames, only the first was taken.')
+        img,transparent = _on_white(img)
+        if transparent: notes.append('Transparent parts were replaced by white.')
+    if animated: notes.append('Only the first of several frames was used.')
     return PILImage.create(img.convert('RGB')),' '.join(notes)
 
 # %% ../../nbs/explore/recognise.ipynb #82722e2c
 _LOCK = Lock()
 @contextmanager
 def _quiet():
-    "No warnings inside"
+    "A context without warnings"
     with _LOCK, warnings.catch_warnings():
         warnings.simplefilter('ignore')
         yield
 
 # %% ../../nbs/explore/recognise.ipynb #f4920502
-_FORMATS = ('JPEG', 'PNG', 'WEBP', 'GIF', 'BMP', 'TIFF', 'AVIF', 'HEIF')    # the last two where Pillow has them
-_MOST,_LEAST = 50_000_000,16                                               # pixels; pixels a side
+_FORMATS = ('JPEG', 'PNG', 'WEBP', 'GIF', 'BMP', 'TIFF', 'AVIF', 'HEIF')    # the last two if Pillow supports them
+_MAX_PIXELS = 50_000_000
+_MIN_SIDE = 16                                                             # pixels
+_UNREADABLE = 'cannot be read as a picture: save the picture as JPEG or PNG, and upload that'
 def _opened(content, shown):
-    "The file as Pillow opens it, nothing decoded; `ValueError` that says why not"
-    large = f"{shown} has more than {_MOST//10**6} million pixels: make it smaller, 2000 pixels wide for example, and upload that"
+    "Open the file without decoding it. Raises `ValueError`"
+    large = f"{shown} has more than {_MAX_PIXELS//10**6} million pixels: reduce it, to 2000 pixels in width for example"
     Image.init()
     try: img = Image.open(BytesIO(content), formats=[o for o in _FORMATS if o in Image.OPEN])
     except Image.DecompressionBombError: raise ValueError(large) from None
-    except Exception as e: raise ValueError(f'{shown} {_why_not(content)}') from e
-    if img.width*img.height>_MOST: raise ValueError(large)
-    if min(img.size)<_LEAST: raise ValueError(f"{shown} has only {img.width} x {img.height} pixels: choose one with at least {_LEAST} on each side")
+    except Exception as e: raise ValueError(f'{shown} {_UNREADABLE}') from e
+    if img.width*img.height>_MAX_PIXELS: raise ValueError(large)
+    if min(img.size)<_MIN_SIDE:
+        size = f'{img.width} x {img.height}'
+        raise ValueError(f"{shown} has only {size} pixels: choose a picture with at least {_MIN_SIDE} on each side")
     return img
 
 # %% ../../nbs/explore/recognise.ipynb #2c2b2d7d
 def read_upload(
-    content:bytes, # The file; a `memoryview` will do
-    name:str, # Its name; may hold anything
-)->tuple: # `picture`, a `PILImage` in RGB as one would see it; `note`, '' or sentences on what was done to it
-    "The picture in a file that somebody uploads. Raises `ValueError`, one sentence for whoever uploaded it, unescaped."
-    content,shown = bytes(content),_shown(name)
-    if not content: raise ValueError(f"{shown} is empty: choose another file, or copy it once more")
+    content:bytes, # The file, `bytes` or a `memoryview`
+    name:str, # Name of the file, for messages; any text
+)->tuple: # `picture`, an upright `PILImage` in RGB; `note`, '' or sentences on what was changed
+    """Read an uploaded picture. Raises `ValueError` for a file that cannot be read or has too many or too few pixels:
+    one sentence for the user, not escaped for HTML."""
+    shown = _shown(name)
     with _quiet():
-        img = _opened(content, shown)
+        img = _opened(bytes(content), shown)
         try: return _as_rgb(img)
-        except Exception as e: raise ValueError(f"{shown} {_DAMAGED}") from e
+        except Exception as e: raise ValueError(f"{shown} {_UNREADABLE}") from e
 
 # %% ../../nbs/explore/recognise.ipynb #3775af57
 def _middle(img, longest=8):
-    "A picture at most `longest` times as long as wide"
+    "The middle of a picture, at most `longest` times as long as wide"
     w,h = [min(o, longest*min(img.size)) for o in img.size]
     left,top = (img.width-w)//2,(img.height-h)//2
     return img if (w,h)==img.size else img.crop((left, top, left+w, top+h))
 
 # %% ../../nbs/explore/recognise.ipynb #b99b7767
 def _batch(dls, picture):
-    "A batch of one picture as the tuned model expects it, and its pixels, (H, W, 3) bytes"
+    "A batch of one picture as the tuned model expects it, and its pixels, (H, W, 3), uint8"
     valid = dls.valid
-    valid.before_iter()                                  # its transforms may differ from training's
+    valid.before_iter()                                  # sets the transforms of validation
     item = valid.after_item(test_set(valid.dataset, [PILImage.create(_middle(picture).convert('RGB'))])[0])
     x = valid.after_batch(to_device(valid.do_batch([item]), valid.device))[0]
     norm = next(o for o in valid.after_batch.fs if isinstance(o, Normalize))
     x,mean,std = [o.as_subclass(Tensor) for o in (x, norm.mean.to(x.device), norm.std.to(x.device))]
-    return x,((x*std+mean)*255).round().clamp(0, 255)[0].permute(1,2,0).byte().cpu().numpy()
+    pixels = ((x*std+mean)*255).round().clamp(0, 255)[0]
+    return x, pixels.permute(1,2,0).byte().cpu().numpy()
 
 # %% ../../nbs/explore/recognise.ipynb #7530acc6
 def _as_source_expects(seen, source):
@@ -167,8 +143,9 @@ def _as_source_expects(seen, source):
 # %% ../../nbs/explore/recognise.ipynb #cf371ec6
 @contextmanager
 def _watched(model):
-    "Inside, `seen` gets every tensor that a layer makes: `(name, layer, shape)`, in order"
-    seen,hooks = [],[]
+    "A context in which `seen` collects `(name, layer, shape)` of every tensor that a layer returns, in order"
+    seen = []
+    hooks = []
     def watch(name, layer):
         def note(_, args, out):
             if isinstance(out, Tensor): seen.append((name, layer, tuple(out.shape)))
@@ -177,12 +154,13 @@ def _watched(model):
         for name,layer in model.named_modules(): watch(name, layer)
         yield seen
     finally:
-        for o in hooks: o.remove()
+        for hook in hooks: hook.remove()
 
 # %% ../../nbs/explore/recognise.ipynb #bad1b98a
 def _last_map(seen, height, width):
-    "The last of the watched layers that makes maps of a picture of `height` x `width` pixels, or None"
+    "The last layer in `seen` that returns maps of a picture of `height` x `width` pixels, or None"
     def is_map(s): return len(s)==4 and min(s[2:])>1 and abs(s[2]*width-s[3]*height)<=max(height, width)
+    # blocks that end in a single place
     closed = [f'{n}.' for n,l,s in seen if len(s)==4 and max(s[2:])==1 and not isinstance(l, nn.Sequential)]
     found = [i for i,(n,l,s) in enumerate(seen) if is_map(s) and not n.startswith(tuple(closed))]
     if not found or any(len(s)==3 for _,_,s in seen[found[-1]:]): return None
@@ -190,23 +168,23 @@ def _last_map(seen, height, width):
 
 # %% ../../nbs/explore/recognise.ipynb #3854b5fb
 def map_layer(
-    model:nn.Module, # A classifier; afterwards as it was
-    x:Tensor, # (B, 3, H, W), as it expects them
-)->nn.Module|None: # None for vision transformers and others that have no such layer
-    "The layer for Grad-CAM: the last one that makes maps."
+    model:nn.Module, # A classifier; it is restored afterwards
+    x:Tensor, # (B, 3, H, W), as the model expects them
+)->nn.Module|None: # None for vision transformers and others without such a layer
+    "The layer for Grad-CAM: the last one that returns feature maps."
     with model_restored(model), torch.no_grad(), _watched(model) as seen: model(x)
     return _last_map(seen, *x.shape[2:])
 
 # %% ../../nbs/explore/recognise.ipynb #78d5bdc1
 def grad_cam(
-    model:nn.Module, # A classifier; afterwards as it was
-    x:Tensor, # (B, 3, H, W), as it expects them
+    model:nn.Module, # A classifier; it is restored afterwards
+    x:Tensor, # (B, 3, H, W), as the model expects them
     layer:nn.Module, # From `map_layer`
-    target:int, # The output to ask about
-)->Tensor: # (B, H, W) from 0 to 1, each picture's greatest is 1; zeros where nothing speaks for the class
-    "What part of each picture speaks for a class, by captum's `LayerGradCam`."
+    target:int, # Index of the class
+)->Tensor: # (B, H, W) from 0 to 1, scaled to a maximum of 1 per picture; all zeros if there is no evidence
+    "Where the evidence for a class is in each picture, by captum's `LayerGradCam`."
     with model_restored(model):
-        model.requires_grad_(False)                     # the gradient ends at the layer
+        model.requires_grad_(False)                     # only the gradient of the layer's output is needed
         maps = LayerGradCam(model, layer).attribute(x, target, relu_attributions=True).detach()
     heat = LayerAttribution.interpolate(maps, tuple(x.shape[2:]), 'bilinear')[:,0]
     top = heat.amax((1,2), keepdim=True)
@@ -214,89 +192,97 @@ def grad_cam(
 
 # %% ../../nbs/explore/recognise.ipynb #ce9129e8
 def _names(source, names):
-    "The names of the source's classes. Raises `ValueError` for another number of them"
+    "The names of the source's classes. Raises `ValueError` for a wrong number of names"
     n = len(source.get_submodule(head_name(source)).weight)
     if names is None:
+        if n!=1000: return [f'class {i}' for i in range(n)]
         info = ImageNetInfo('imagenet-1k')
-        return [info.index_to_description(i).split(',')[0] for i in range(n)] if n==1000 else [f'class {i}' for i in range(n)]
-    if len(names)!=n: raise ValueError(f"names: the source model has {n} classes and there are {len(names)} names: give a name to each")
+        return [info.index_to_description(i).split(',')[0] for i in range(n)]
+    if len(names)!=n:
+        raise ValueError(f"names: the source has {n} classes and there are {len(names)} names: give one per class")
     return [str(o) for o in names]
 
 # %% ../../nbs/explore/recognise.ipynb #e1426211
 def read_kin(
     path:str|Path, # An FGVC-Aircraft tree
-)->pd.DataFrame: # A row a variant: `variant`, `family`, `manufacturer`
-    "The family and the manufacturer of every variant. Errors: see `read_aircraft`."
+)->pd.DataFrame: # A row per variant: `variant`, `family`, `manufacturer`
+    "The family and the manufacturer of every variant. Raises the errors of `read_aircraft`."
     levels = [read_aircraft(path, o).set_index('image').label.rename(o) for o in LEVELS]
     first = [o[~o.index.duplicated()] for o in levels]                 # a picture may be in several splits
     return pd.concat(first, axis=1).astype(str).drop_duplicates('variant').reset_index(drop=True)
 
 # %% ../../nbs/explore/recognise.ipynb #c9b79018
 def _kin(learn, kin):
-    "A row a label with `label`, `family`, `manufacturer`; without rows where nothing is known"
+    "A row per label with `label`, `family`, `manufacturer`; no rows if they are not known"
     columns = ['variant','family','manufacturer']
     if kin is None:
         try: kin = read_kin(learn.dls.path)
         except FileNotFoundError: kin = pd.DataFrame(columns=columns)
         if set(kin.variant)!=set(map(str, learn.dls.vocab)): kin = kin[:0]
-    if missing := set(columns)-set(kin.columns): raise ValueError(f"kin has no column {', '.join(sorted(missing))}: give {', '.join(columns)}")
+    missing = sorted(set(columns)-set(kin.columns))
+    if missing: raise ValueError(f"kin has no column {', '.join(missing)}: it needs {', '.join(columns)}")
     return kin[columns].drop_duplicates('variant').rename(columns=dict(variant='label'))
 
 # %% ../../nbs/explore/recognise.ipynb #d3b06039
 class Recognised(NamedTuple):
-    "What a network sees in a picture"
-    seen:np.ndarray # (H, W, 3) bytes: what came to the network, resized and cut to the middle
-    variants:pd.DataFrame # At most five rows, the most probable first: `label`, `probability`, and where known `family`, `manufacturer`
-    heat:np.ndarray # (H, W) from 0 to 1: what speaks for the first label; all zeros where nothing does, or the network has no `map_layer`
-    source:pd.DataFrame|None # At most six rows: `name`, `before` and `after`, its probabilities; None without a source model
+    """The answer of a `Recogniser`. `variants` has at most five rows, the most probable first: `label`, `probability`,
+    and `family`, `manufacturer` if known. `source` has at most six: `name`, and its probabilities `before` and
+    `after`."""
+    seen:np.ndarray # (H, W, 3), uint8: the network's input, resized and cropped
+    variants:pd.DataFrame # The most probable labels
+    heat:np.ndarray # (H, W) from 0 to 1: the evidence for the first label; zeros if there is none, or no `map_layer`
+    source:pd.DataFrame|None # The most probable classes of the source; None without a source model
 
 # %% ../../nbs/explore/recognise.ipynb #feb8479c
 class Recogniser:
-    """Call it with a picture; in any thread, but not in the middle of a training step of the same model. The labels are those of the model
-    as it is at the call, `after` that of the model as it is here."""
+    """Classify a picture. Can be called in any thread, but not during a training step of the same model. `variants` and
+    `heat` are those of the learner's current model, `after` that of its model when the `Recogniser` was made."""
     def __init__(self,
         learn:Learner, # From `aircraft_learner` or `published_learner`; outputs without a label are ignored
-        source:nn.Module|None=None, # The source model with its head; stays as it is. None: nothing is said about it
-        names:Sequence|None=None, # Of its classes, in their order; None: ImageNet's where there are 1000, else 'class 0' and so on
-        kin:pd.DataFrame|None=None, # From `read_kin`; None: that of the learner's tree, if its labels are variants
+        source:nn.Module|None=None, # The source model with its head, not changed; default: no source model
+        names:Sequence|None=None, # Of its classes, in order; default: ImageNet's if there are 1000, else 'class 0', ...
+        kin:pd.DataFrame|None=None, # From `read_kin`; default: of the learner's tree, if its labels are variants
     ):
-        self.learn,self.source,self.lock = learn,source,Lock()
-        self.labels,self.kin = [str(o) for o in learn.dls.vocab],_kin(learn, kin)
+        self.learn = learn
+        self.source = source
+        self.lock = Lock()
+        self.labels = [str(o) for o in learn.dls.vocab]
+        self.kin = _kin(learn, kin)
         self.names = None if source is None else _names(source, names)
         self.tuned = None if source is None else with_source_head(learn.model, source)
 
+    def _variants(self, p):
+        "The table of the most probable labels"
+        best = np.argsort(-p, kind='stable')[:5]
+        table = pd.DataFrame(dict(label=[self.labels[i] for i in best], probability=p[best]))
+        return table.merge(self.kin, on='label', how='left') if len(self.kin) else table
+
+    def _source(self, x, seen):
+        "The table of the source's classes: the five most probable before, and the most probable after"
+        if self.source is None: return None
+        before = _probabilities(self.source, _as_source_expects(seen, self.source))
+        after = _probabilities(self.tuned, x)
+        rows = np.argsort(-before, kind='stable')[:5]
+        if after.argmax() not in rows: rows = np.append(rows, after.argmax())
+        return pd.DataFrame(dict(name=[self.names[i] for i in rows], before=before[rows], after=after[rows]))
+
 # %% ../../nbs/explore/recognise.ipynb #0165727c
-def _on(model, x): # On the device of a model
+def _on(model, x):
+    "A tensor on the device of a model"
     return x.to(next(model.parameters()).device)
-def _ask(model, x):
-    "Probabilities (C,)"
+def _probabilities(model, x):
+    "Probabilities (C,) of the first picture"
     with model_restored(model), torch.no_grad(): return model(_on(model, x))[0].softmax(-1).cpu().numpy()
-
-# %% ../../nbs/explore/recognise.ipynb #4496d299
-@patch
-def _variants(self:Recogniser, p):
-    "The table of the most probable labels"
-    best = np.argsort(-p, kind='stable')[:5]
-    table = pd.DataFrame(dict(label=[self.labels[i] for i in best], probability=p[best]))
-    return table.merge(self.kin, on='label', how='left') if len(self.kin) else table
-
-# %% ../../nbs/explore/recognise.ipynb #15ef16d7
-@patch
-def _source(self:Recogniser, x, seen):
-    "The table of what the source model said and what is left of it"
-    if self.source is None: return None
-    before,after = _ask(self.source, _as_source_expects(seen, self.source)),_ask(self.tuned, x)
-    rows = np.argsort(-before, kind='stable')[:5]
-    if after.argmax() not in rows: rows = np.append(rows, after.argmax())
-    return pd.DataFrame(dict(name=[self.names[i] for i in rows], before=before[rows], after=after[rows]))
 
 # %% ../../nbs/explore/recognise.ipynb #f49f3e30
 @patch
 def _recognise(self:Recogniser, x):
     "Probabilities (C,) of the labels, and the heat (H, W) of the first"
     model = self.learn.model
-    x,n = _on(model, x),len(self.labels)
-    with model_restored(model), torch.no_grad(), _watched(model) as layers: p = model(x)[0,:n].softmax(-1).cpu().numpy()
+    x = _on(model, x)
+    n = len(self.labels)
+    with model_restored(model), torch.no_grad(), _watched(model) as layers:
+        p = model(x)[0,:n].softmax(-1).cpu().numpy()
     layer = _last_map(layers, *x.shape[2:])
     if layer is None: return p, np.zeros(x.shape[2:], np.float32)
     return p, grad_cam(model, x, layer, int(p.argmax()))[0].cpu().numpy()
@@ -304,9 +290,9 @@ def _recognise(self:Recogniser, x):
 # %% ../../nbs/explore/recognise.ipynb #f5c6752c
 @patch
 def __call__(self:Recogniser,
-    picture:Image.Image, # Of any size and mode, such as from `read_upload`
-)->Recognised:
-    "What the network sees in a picture. The models are afterwards as they were."
+    picture:Image.Image, # Of any size and mode, for example from `read_upload`
+)->Recognised: # See there
+    "Classify a picture. The models are restored afterwards."
     with self.lock:
         x,seen = _batch(self.learn.dls, picture)
         p,heat = self._recognise(x)
@@ -316,9 +302,10 @@ def __call__(self:Recogniser,
 def heat_picture(
     recognised:Recognised, # From a `Recogniser`
     colours:str='inferno', # A colour map of matplotlib, from dark to light
-)->np.ndarray: # (H, W, 3) bytes; `seen` itself where the heat is all zeros
-    "The heat laid over the picture."
-    seen,heat = recognised.seen,recognised.heat[...,None]
+)->np.ndarray: # (H, W, 3), uint8; a copy of `seen` if the heat is all zeros
+    "Overlay the picture with the heat."
+    seen = recognised.seen
+    heat = recognised.heat[...,None]
     if not heat.any(): return seen.copy()
     dimmed = seen*(0.3+0.7*heat)
     coloured = 255*mpl.colormaps[colours](recognised.heat)[...,:3]

@@ -28,48 +28,63 @@ from .panels import DASHES, PERCENT, svg_dashes
 # %% ../../nbs/explore/training.ipynb #82fdf5c8
 _ARMS = {'plain': {}, 'L2': dict(alpha=5e-4), 'L2-SP': dict(l2sp=1e-2), 'L2-SP-Fisher': dict(beta=10., alpha=0.),
          'as published': dict(alpha=0., beta=4e-4, l2sp=4e-3)} # the usual strengths
+# the marks of the arms as text, for the legend
 _MARKS = dict(o='●', s='■', D='◆', v='▼', P='✚', p='⬟', X='✖', **{'^': '▲', '<': '◀', '*': '★'})
 def _run_of(task, epochs, arm, alpha, beta, l2sp, lr, seed):
-    "The run that the controls describe, and its name"
+    "The run that the controls describe"
     strengths = {k: v for k,v in dict(alpha=alpha, beta=beta, l2sp=l2sp).items() if k in _ARMS[arm]}
-    said = [f'{k} = {v:g}' for k,v in strengths.items() if v] + ([f'lr = {lr:g}'] if lr!=task.get('lr', Run.lr) else [])
+    name = [arm, *[f'{k} = {v:g}' for k,v in strengths.items() if v]]
+    if lr!=task.get('lr', Run.lr): name.append(f'lr = {lr:g}')
     step = 'published' if arm=='as published' else task.get('step', 'prox')
-    return Run(**task | strengths | dict(arm=', '.join([arm, *said]), epochs=epochs, lr=lr, seed=seed, step=step))
+    return Run(**task | strengths | dict(arm=', '.join(name), epochs=epochs, lr=lr, seed=seed, step=step))
 
 # %% ../../nbs/explore/training.ipynb #c4bcb0e6
 class _TrainingView:
-    "Draws the runs of a `Training`, and those of the folder"
+    "Draws the runs of a `Training`, and earlier runs of the same task in its folder"
     def __init__(self, training, task):
-        self.training,self.task,self.runs,self.looks,self.note = training,task,{},{},''
-        for o in training.known().values():
-            if all(getattr(o, f)==v for f,v in asdict(Run(**task)).items() if f in task): self.add(o)
+        self.training = training
+        self.task = task
+        self.runs = {}
+        self.looks = {}
+        self.note = ''
+        of_task = asdict(Run(**task))
+        for run in training.known().values():
+            if all(getattr(run, f)==of_task[f] for f in task): self.add(run)
         self.loss,self.accuracy,self.retention = self.pictures = [Picture(3.2, 2.9) for _ in range(3)]
         self.legend = widgets.HTML()
 
-# %% ../../nbs/explore/training.ipynb #96b3cf09
-@patch
-def add(self:_TrainingView, run):
-    "Put a run on the chart, with the colour and mark of its arm and dashes of its own"
-    if run.id not in self.looks:
-        families = [dict(color=o['color'], marker=o['marker']) for o in self.looks.values()]+[style(run.arm)]
-        self.looks[run.id] = dict(**style(run.arm), ls=svg_dashes(families)[-1])
-    self.runs[run.id] = run
+    def add(self, run):
+        "Add a run to the chart, with the colour and mark of its arm, and different dashes for each run of an arm"
+        if run.id not in self.looks:
+            families = [dict(color=o['color'], marker=o['marker']) for o in self.looks.values()]
+            families.append(style(run.arm))
+            self.looks[run.id] = dict(**style(run.arm), ls=svg_dashes(families)[-1])
+        self.runs[run.id] = run
+
+    def _epochs(self, run):
+        "A run's curve; what was not measured after every epoch gets a last value from the result"
+        epochs = self.training.epochs(run.id)
+        row = self.training.result(run.id)
+        if not row or not len(epochs): return epochs
+        for name,at_end in dict(accuracy='test_last', retention_target_bn='retention_target_bn').items():
+            if name not in epochs: epochs.loc[epochs.index[-1],name] = _number(row.get(at_end))
+        return epochs
+
+    def _cut_off(self, first):
+        "Limit the loss axis to three times the lowest first loss, so that a diverged run does not flatten the others"
+        ax = self.loss.axes
+        if first and ax.get_ylim()[1]>3*min(first)>0: ax.set_ylim(0, 3*min(first))
 
 # %% ../../nbs/explore/training.ipynb #cf79bcc8
 def _number(v): return math.nan if v is None else float(v)
-@patch
-def _epochs(self:_TrainingView, run):
-    "A run's curve; what was not measured by epoch is known at the end only"
-    epochs,row = self.training.epochs(run.id),self.training.result(run.id)
-    for name,at_end in dict(accuracy='test_last', retention_target_bn='retention_target_bn').items():
-        if row and len(epochs) and name not in epochs: epochs.loc[epochs.index[-1],name] = _number(row.get(at_end))
-    return epochs
 
 # %% ../../nbs/explore/training.ipynb #7d60a35d
 @patch
 def _draw_run(self:_TrainingView, run):
-    "One run in all pictures; its curve"
-    epochs,batches,look = self._epochs(run),self.training.batches(run.id),self.looks[run.id]
+    "Draw a run in all pictures; returns its curve"
+    epochs = self._epochs(run)
+    batches = self.training.batches(run.id)
+    look = self.looks[run.id]
     thin = dict(color=look['color'], ls=look['ls'], lw=0.8, alpha=0.7)
     if batches: self.loss.axes.plot(*zip(*batches), **thin)
     elif len(epochs): self.loss.axes.plot(epochs.epoch+1, epochs.train_loss, **thin)
@@ -81,61 +96,69 @@ def _draw_run(self:_TrainingView, run):
 @patch
 def _axes(self:_TrainingView, epochs):
     "Empty axes with their labels"
-    for picture,title,label in ((self.loss,'Loss: marks validation, thin training','cross-entropy in nats'), (self.accuracy,'Learnt: accuracy on the target',''),
-                                (self.retention,'Still known: accuracy on the source','')):
+    labels = (('Loss (thin: training)', 'cross-entropy in nats'), ('Accuracy on the target', ''),
+              ('Retention: accuracy on the source', ''))
+    for picture,(title,label) in zip((self.loss, self.accuracy, self.retention), labels):
         ax = picture.axes
         ax.clear()
         ax.set_title(title, fontsize=10)
         ax.set(xlabel='epoch', ylabel=label, xlim=(0,epochs+0.3))
         ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        if picture is not self.loss: ax.set_ylim(0, 1); ax.yaxis.set_major_formatter(PERCENT)
+        if picture is not self.loss:
+            ax.set_ylim(0, 1)
+            ax.yaxis.set_major_formatter(PERCENT)
 
 # %% ../../nbs/explore/training.ipynb #a115795a
 def _key(look):
     "A piece of a run's line with its mark, in SVG"
-    return (f'<svg width="46" height="14" aria-hidden="true"><line x1="0" x2="46" y1="7" y2="7" stroke="{look["color"]}" stroke-width="2" '
-            f'stroke-dasharray="{DASHES[look["ls"]]}"/><text x="23" y="12" text-anchor="middle" fill="{look["color"]}">{_MARKS[look["marker"]]}</text></svg>')
+    color = look['color']
+    line = f'x1="0" x2="46" y1="7" y2="7" stroke="{color}" stroke-width="2" stroke-dasharray="{DASHES[look["ls"]]}"'
+    mark = f'<text x="23" y="12" text-anchor="middle" fill="{color}">{_MARKS[look["marker"]]}</text>'
+    return f'<svg width="46" height="14" aria-hidden="true"><line {line}/>{mark}</svg>'
 @patch
 def _entry(self:_TrainingView, run, epochs):
-    "A line of the legend, in HTML"
+    "A row of the legend, in HTML"
     last = epochs.iloc[-1] if len(epochs) else {}
     measured = [_number(last.get(o)) for o in ('accuracy','retention_target_bn')]
     diverged = ', diverged' if self.training.result(run.id) and len(epochs)<run.epochs else ''
-    cells = [f'{run.arm}, seed {run.seed}', f'{len(epochs)} of {run.epochs}{diverged}', *['–' if math.isnan(o) else f'{o:.1%}' for o in measured]]
-    return f'<tr><td>{_key(self.looks[run.id])}</td>' + ''.join(f'<td style="padding:0 .8em 0 .3em">{html.escape(o)}</td>' for o in cells) + '</tr>'
+    cells = [f'{run.arm}, seed {run.seed}', f'{len(epochs)} of {run.epochs}{diverged}']
+    cells += ['–' if math.isnan(o) else f'{o:.1%}' for o in measured]
+    columns = ''.join(f'<td style="padding:0 .8em 0 .3em">{html.escape(o)}</td>' for o in cells)
+    return f'<tr><td>{_key(self.looks[run.id])}</td>{columns}</tr>'
 
 # %% ../../nbs/explore/training.ipynb #c7fe131f
 def _finding(drawn):
-    "Which run learnt most, and which knows most of the source; of whole runs, if there are two"
+    "The complete runs with the highest accuracy and retention, if there are at least two"
     ends = {f'{run.arm}, seed {run.seed}': epochs.iloc[-1] for run,epochs in drawn if len(epochs)==run.epochs}
-    names = {'Most learnt': 'accuracy', 'Most still known': 'retention_target_bn'}
-    found = {said: {k: o[name] for k,o in ends.items() if not math.isnan(_number(o.get(name)))} for said,name in names.items()}
-    return ' '.join(f'{said}: {max(o, key=o.get)} ({max(o.values()):.1%}).' for said,o in found.items() if len(o)>1)
-
-# %% ../../nbs/explore/training.ipynb #97f636f0
-@patch
-def _cut_off(self:_TrainingView, first):
-    "A training that diverges must not flatten the others' curves: no loss is shown above three times the least first one"
-    ax = self.loss.axes
-    if first and ax.get_ylim()[1]>3*min(first)>0: ax.set_ylim(0, 3*min(first))
+    sentences = []
+    for label,column in {'Highest accuracy': 'accuracy', 'Highest retention': 'retention_target_bn'}.items():
+        values = {name: row[column] for name,row in ends.items() if not math.isnan(_number(row.get(column)))}
+        if len(values)<2: continue
+        best = max(values, key=values.get)
+        sentences.append(f'{label}: {best} ({values[best]:.1%}).')
+    return ' '.join(sentences)
 
 # %% ../../nbs/explore/training.ipynb #26933f31
 @patch
 def draw(self:_TrainingView, **values):
-    "All runs on the chart, and how it goes"
-    runs = list(self.runs.values())                        # a button may change them meanwhile
+    "Draw all runs; returns the sentence"
+    runs = list(self.runs.values())                        # a button may change them in another thread
     self._axes(max([o.epochs for o in runs], default=1))
     drawn = [(o,self._draw_run(o)) for o in runs]
     self._cut_off([o.train_loss.iloc[0] for _,o in drawn if len(o)])
     lines = [self._entry(*o) for o in drawn]
-    head = ''.join(f'<th style="text-align:left;padding:0 .8em 0 .3em">{o}</th>' for o in ('', 'run', 'epochs', 'target', 'still known'))
-    self.legend.value = f'<table style="line-height:1.5">{"<tr>"+head+"</tr>" if lines else ""}{"".join(lines)}</table>'
-    return ' '.join(o for o in (self.note, self.training.stage[:1].upper()+self.training.stage[1:]+'.', _finding(drawn), *self.training.problems) if o)
+    titles = '', 'run', 'epochs', 'accuracy', 'retention'
+    head = ''.join(f'<th style="text-align:left;padding:0 .8em 0 .3em">{o}</th>' for o in titles)
+    rows = [f'<tr>{head}</tr>', *lines] if lines else []
+    self.legend.value = f'<table style="line-height:1.5">{"".join(rows)}</table>'
+    stage = self.training.stage
+    sentences = self.note, f'{stage[:1].upper()}{stage[1:]}.', _finding(drawn), *self.training.problems
+    return ' '.join(o for o in sentences if o)
 
 # %% ../../nbs/explore/training.ipynb #55f366ae
 @patch
 def train(self:_TrainingView, epochs, **values):
-    "Begin with the run that the controls describe, and put it on the chart"
+    "Start the run that the controls describe, and add it to the chart"
     self.note = ''
     try:
         run = _run_of(self.task, epochs, **values)
@@ -144,65 +167,73 @@ def train(self:_TrainingView, epochs, **values):
     else: self.add(run)
 @patch
 def remove(self:_TrainingView, ids):
-    "Take runs off the chart; their folders stay"
-    for o in ids:
-        if self.training.run is None or self.training.run.id!=o: self.runs.pop(o, None)
+    "Remove runs from the chart, except the one in training; their folders stay"
+    for run_id in ids:
+        if self.training.run is None or self.training.run.id!=run_id: self.runs.pop(run_id, None)
 
 # %% ../../nbs/explore/training.ipynb #7f655706
-def _round(low, high): return [float(f'{m}e{k}') for k in range(low, high) for m in (1,2,3,4,5,7)] + [10.**high]
+def _round(low, high):
+    "Round numbers from 10**low to 10**high"
+    return [float(f'{m}e{k}') for k in range(low, high) for m in (1,2,3,4,5,7)] + [10.**high]
 def _training_controls(task):
-    "A control for each thing to choose, by name"
+    "The controls by name"
     def strength(name, low, high): return slider(name, [0., *_round(low, high)], 0.)
     rate = task.get('lr', Run.lr)
     seed = widgets.BoundedIntText(value=42, min=0, max=10**6, description='seed', **control_layout({}))
-    return dict(arm=choice('arm', list(_ARMS)), seed=seed, alpha=strength('alpha', -6, -1), beta=strength('beta', -5, 4), l2sp=strength('l2sp', -4, 1),
+    return dict(arm=choice('arm', list(_ARMS)), seed=seed, alpha=strength('alpha', -6, -1),
+                beta=strength('beta', -5, 4), l2sp=strength('l2sp', -4, 1),
                 lr=slider('learning rate', sorted({*_round(-4, 0), rate}), rate))
-def _buttons(**labels): return {k: widgets.Button(description=v, tooltip=v, layout=widgets.Layout(width='auto')) for k,v in labels.items()}
+def _button(label): return widgets.Button(description=label, tooltip=label, layout=widgets.Layout(width='auto'))
 
 # %% ../../nbs/explore/training.ipynb #fc1baf3c
 _newest = {} # folder -> the `Training` of the newest panel on it
 class TrainingPanel(Panel):
-    "The panel of `explore_training`: `train()`, `stop()` and `remove()` are its buttons, `training` is what it follows."
+    "The panel of `explore_training`: `train()`, `stop()` and `remove()` are its buttons, `training` its `Training`."
     def __init__(self,
         task:dict, # Fields of a `Run` that say what is tuned on what
         out:str|Path, # Folder of the experiment
         epochs:int, # Passes over the training split
     ):
         out = Path(out).absolute()
-        Run(**task)                                        # says what is wrong with it before a process begins
-        if before := _newest.pop(out, None): before.close()
-        self.task,self.epochs,self.training = task,epochs,Training(out, self._news)
+        Run(**task)                                        # raises for invalid fields before a process is started
+        if previous := _newest.pop(out, None): previous.close()
+        self.task = task
+        self.epochs = epochs
+        self.training = Training(out, self._news)
         _newest[out] = self.training
-        self.view,controls = _TrainingView(self.training, task),_training_controls(task)
-        self.buttons = _buttons(train='Train', stop='Stop', remove='Remove from the chart')
+        self.view = _TrainingView(self.training, task)
+        controls = _training_controls(task)
+        labels = dict(train='Train', stop='Stop', remove='Remove from the chart')
+        self.buttons = {method: _button(label) for method,label in labels.items()}
+        for method,button in self.buttons.items(): button.on_click(lambda _, method=method: getattr(self, method)())
         self.chosen = widgets.SelectMultiple(description='on the chart', rows=4, **control_layout({}))
-        for k,o in self.buttons.items(): o.on_click(lambda _, k=k: getattr(self, k)())
-        controls['arm'].observe(lambda change: self._usual(change['new']), 'value')
+        controls['arm'].observe(lambda change: self._set_strengths(change['new']), 'value')
         removal = widgets.HBox([self.chosen, self.buttons['remove']], layout=widgets.Layout(flex_flow='row wrap'))
         extra = [widgets.HBox([self.buttons['train'], self.buttons['stop']]), self.view.legend, removal]
-        super().__init__('training', 'What does each arm learn, and what does it forget?', controls, self.view.pictures, self._drawn, extra=extra)
+        title = 'What does each arm learn, and what does it forget?'
+        super().__init__('training', title, controls, self.view.pictures, self._drawn, extra=extra)
 
-# %% ../../nbs/explore/training.ipynb #f8d073bb
-@patch
-def _usual(self:TrainingPanel, arm):
-    "Set the strengths to what is usual in an arm"
-    for k in ('alpha','beta','l2sp'): self.controls[k].value = _ARMS[arm].get(k, 0.)
+    def _set_strengths(self, arm):
+        "Set the strengths to an arm's usual values"
+        for k in ('alpha','beta','l2sp'): self.controls[k].value = _ARMS[arm].get(k, 0.)
+
+    def _news(self):
+        "Redraw after news from the training, at most four times a second"
+        if hasattr(self, 'latest'): self.refresh()
+        time.sleep(0.25)
 
 # %% ../../nbs/explore/training.ipynb #e2ab4771
 @patch
-def _news(self:TrainingPanel):
-    "Something is new in the training: not more than four times a second"
-    if hasattr(self, 'latest'): self.refresh()
-    time.sleep(0.25)
-@patch
 def _drawn(self:TrainingPanel, **values):
-    "Draw, and switch on what can be used"
-    text,going = self.view.draw(**values),self.training.run is not None
+    "Draw, and enable the controls that can be used"
+    text = self.view.draw(**values)
+    in_training = self.training.run is not None
     for k in ('alpha','beta','l2sp'): self.controls[k].disabled = k not in _ARMS[values['arm']]
-    self.buttons['train'].disabled,self.buttons['stop'].disabled = going,not going
-    options = [(f'{o.arm}, seed {o.seed}', k) for k,o in list(self.view.runs.items())]
+    self.buttons['train'].disabled = in_training
+    self.buttons['stop'].disabled = not in_training
+    options = [(f'{run.arm}, seed {run.seed}', id) for id,run in list(self.view.runs.items())]
     if list(self.chosen.options)!=options:
-        self.chosen.value = ()                         # else a browser would look for a choice among fewer options
+        self.chosen.value = ()                         # a browser could not find it among fewer options
         self.chosen.options = options
     self.buttons['remove'].disabled = not options
     return text
@@ -210,25 +241,26 @@ def _drawn(self:TrainingPanel, **values):
 # %% ../../nbs/explore/training.ipynb #0c0c1255
 @patch
 def train(self:TrainingPanel):
-    "Train what the controls say."
+    "Start the run that the controls describe."
     self.view.train(self.epochs, **self.values)
     self.refresh()
 @patch
 def stop(self:TrainingPanel):
-    "Stop within a batch."
+    "Stop the training within a batch."
     self.training.stop()
     self.refresh()
 @patch
 def remove(self:TrainingPanel):
-    "Take the runs chosen in the list off the chart."
+    "Remove the runs that are selected in the list from the chart."
     self.view.remove(self.chosen.value)
     self.refresh()
 
 # %% ../../nbs/explore/training.ipynb #9270fc18
 def explore_training(
-    task:dict|None=None, # Fields of a `Run`: `data`, `arch`, `weights`, `source`, ...; None: drawn aircraft and a small network, made now if need be
-    out:str|Path='explored', # Folder of the experiment, where results and the drawn pictures are kept
+    task:dict|None=None, # Fields of a `Run`: `data`, `arch`, `source`, ...; default: drawn aircraft and a small network
+    out:str|Path='explored', # Folder of the experiment, for the results and the drawn pictures
     epochs:int=6, # Passes over the training split
 )->TrainingPanel: # Controls `arm`, `seed`, `alpha`, `beta`, `l2sp`, `lr`
-    "Train with any strengths and watch. `close()` of its `training` ends the process that waits; so does the end of the notebook."
+    """Train with any strengths and watch the curves. A process waits in the background for the next run; it ends when
+    the notebook ends, or by `close()` of the panel's `training`."""
     return TrainingPanel(draw_task(out) if task is None else task, out, epochs)
