@@ -237,7 +237,7 @@ def test_a_helper_is_killed(net, tars, tmp_path, capfd):
     shards = drawn(tars, 4)
     slow = odd(shards, tmp_path, {0: dict(until=str(tmp_path/'read1')), 1: dict(kills=True)})
     assert close(run(net, slow, tmp_path/'a', jobs=2), run(net, shards, tmp_path/'alone'))
-    assert times_read(tmp_path, 4)==[1,2,1,1] and 'helper' in capfd.readouterr().out
+    assert times_read(tmp_path, 4)==[1,2,1,1] and 'worker' in capfd.readouterr().out
 
 # Ray
 
