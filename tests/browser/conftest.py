@@ -1,7 +1,6 @@
-"What the browser tests share: a headless Chromium, Voila and JupyterLab servers, and pages that fail a test on an error in the console"
+"Shared by the browser tests: headless Chromium, Voila and JupyterLab servers, pages that fail a test on console errors"
 import os, re, runpy, socket, subprocess, sys, time
-from contextlib import ExitStack, contextmanager
-from functools import cache
+from contextlib import contextmanager
 from pathlib import Path
 import pytest
 from .drive import METER, SHOTS, trouble
@@ -18,10 +17,12 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(scope='session')
 def browser():
     "Headless Chromium; root may not use its sandbox"
-    from playwright.sync_api import sync_playwright
-    path = runpy.run_path(str(SHOTS.parent/'tools/browser.py'))['find']() or pytest.fail("no Chromium or Chrome here: `make test-browser` gets one")
+    try: from playwright.sync_api import sync_playwright
+    except ImportError: pytest.fail("playwright is not installed: `make browser` installs it, and a Chromium")
+    found = runpy.run_path(str(SHOTS.parent/'tools/browser.py'))['find']()
+    if not found: pytest.fail("no Chromium or Chrome here: `make browser` installs one, or set CHROMIUM to one")
     with sync_playwright() as p:
-        b = p.chromium.launch(executable_path=path, args=['--no-sandbox', '--disable-dev-shm-usage'])
+        b = p.chromium.launch(executable_path=found, args=['--no-sandbox', '--disable-dev-shm-usage'])
         yield b
         b.close()
 
@@ -29,8 +30,8 @@ def browser():
 def kernel_env(tmp_path_factory):
     "Servers and kernels that read no settings of whoever runs the tests"
     tmp = tmp_path_factory.mktemp('jupyter')
-    names = dict(JUPYTER_CONFIG_DIR='config', JUPYTER_DATA_DIR='data', JUPYTER_RUNTIME_DIR='runtime', IPYTHONDIR='ipython',
-                 JUPYTERLAB_SETTINGS_DIR='settings', JUPYTERLAB_WORKSPACES_DIR='workspaces')
+    names = dict(JUPYTER_CONFIG_DIR='config', JUPYTER_DATA_DIR='data', JUPYTER_RUNTIME_DIR='runtime',
+                 IPYTHONDIR='ipython', JUPYTERLAB_SETTINGS_DIR='settings', JUPYTERLAB_WORKSPACES_DIR='workspaces')
     news = tmp/'settings/@jupyterlab/apputils-extension/notification.jupyterlab-settings'
     news.parent.mkdir(parents=True)
     news.write_text('{"checkForUpdates": false, "doNotDisturbMode": true, "fetchNews": "false"}')
@@ -44,11 +45,13 @@ def serve(name, args, cwd, env, seconds=60):
         port = s.getsockname()[1]
     log = SHOTS/f'{name}-{port}.log'
     SHOTS.mkdir(exist_ok=True)
-    with log.open('w') as f: p = subprocess.Popen([sys.executable, '-m', name, f'--port={port}', *args], stdout=f, stderr=f, cwd=cwd, env=env)
+    command = [sys.executable, '-m', name, f'--port={port}', *args]
+    with log.open('w') as f: p = subprocess.Popen(command, stdout=f, stderr=f, cwd=cwd, env=env)
     try:
         until = time.monotonic()+seconds
         while not answers(port):
-            if p.poll() is not None or time.monotonic()>until: pytest.fail(f"{name} did not start; {log} says:\n{log.read_text()}")
+            if p.poll() is not None or time.monotonic()>until:
+                pytest.fail(f"{name} did not start; {log} says:\n{log.read_text()}")
             time.sleep(0.1)
         yield f'http://127.0.0.1:{port}'
     finally:
@@ -60,26 +63,46 @@ def answers(port):
     with socket.socket() as s: return s.connect_ex(('127.0.0.1', port))==0
 
 @pytest.fixture(scope='session')
-def voila(kernel_env):
-    "`voila(notebook)` is the address of a Voila server for that notebook; it runs until the session ends"
-    with ExitStack() as stack:
-        @cache
-        def start(notebook):
-            args = [notebook.name, '--no-browser', '--Voila.ip=127.0.0.1', '--show_tracebacks=True',
-                    '--MappingKernelManager.cull_idle_timeout=15', '--MappingKernelManager.cull_interval=5']   # kernels of pages that are gone
-            return stack.enter_context(serve('voila', args, notebook.parent, kernel_env))
-        yield start
+def voila(kernel_env, tmp_path_factory):
+    "`voila(notebook)` is the address of a notebook below pytest's temporary folder; one Voila serves all of them"
+    root = tmp_path_factory.getbasetemp()
+    cull = ['--MappingKernelManager.cull_idle_timeout=15', '--MappingKernelManager.cull_interval=5'] # kernels of closed pages
+    args = ['--no-browser', '--Voila.ip=127.0.0.1', '--show_tracebacks=True', *cull]
+    with serve('voila', args, root, kernel_env) as url:
+        yield lambda notebook: f'{url}/voila/render/{notebook.relative_to(root)}'
 
 @pytest.fixture(scope='session')
-def lab(kernel_env):
-    "`lab(folder)` is the address of a JupyterLab in that folder; it runs until the session ends"
-    with ExitStack() as stack:
-        @cache
-        def start(folder):
-            args = ['--no-browser', '--ip=127.0.0.1', '--allow-root', '--IdentityProvider.token=', '--LabApp.expose_app_in_browser=True',
-                    f'--ServerApp.root_dir={folder}']
-            return stack.enter_context(serve('jupyterlab', args, folder, kernel_env))
-        yield start
+def lab(kernel_env, tmp_path_factory):
+    "`lab(notebook)` is a notebook's address in JupyterLab, below pytest's temporary folder; one JupyterLab has all"
+    root = tmp_path_factory.getbasetemp()
+    args = ['--no-browser', '--ip=127.0.0.1', '--allow-root', '--IdentityProvider.token=',
+            '--LabApp.expose_app_in_browser=True', f'--ServerApp.root_dir={root}']
+    with serve('jupyterlab', args, root, kernel_env) as url:
+        yield lambda notebook: f'{url}/lab/tree/{notebook.relative_to(root)}'
+
+@contextmanager
+def new_page(browser, errors):
+    "A page that reaches this machine only; `errors` gets what the console, scripts, callbacks and threads report"
+    with browser.new_context(viewport=dict(width=1200, height=900)) as context:
+        context.add_init_script(METER)
+        # Voila asks a CDN for icons that it also brings itself
+        context.route(lambda url: not HERE.match(url), lambda o: o.fulfill(status=200, body=''))
+        page = context.new_page()
+        page.set_default_timeout(30_000)
+        def on_console(o):
+            url = o.location['url']
+            if o.type=='error' and not HARMLESS.search(url): errors.append(f'{o.text} ({url})')
+        page.on('console', on_console)
+        page.on('pageerror', lambda o: errors.append(f"{o.name}: {o.message}\n{o.stack}"))
+        page.on('websocket', lambda ws: ws.on('framereceived', lambda o: errors.extend(failures(o))))
+        yield page
+        page.evaluate('() => window.jupyterapp?.serviceManager.sessions.shutdownAll()')
+
+def none_of(errors, page):
+    "Fail if a page has reported errors or shows some, each of them once"
+    found = errors+trouble(page)
+    errors.clear()
+    if found: pytest.fail('\n'.join(found), pytrace=False)
 
 @pytest.fixture
 def errors():
@@ -88,19 +111,10 @@ def errors():
 
 @pytest.fixture
 def page(browser, errors):
-    "A page that reaches this machine only; the test fails if the console, a script, a cell, a callback or a thread reports an error"
-    with browser.new_context(viewport=dict(width=1200, height=900)) as context:
-        context.add_init_script(METER)
-        context.route(lambda url: not HERE.match(url), lambda o: o.fulfill(status=200, body=''))   # Voila asks a CDN for icons it also brings itself
-        page = context.new_page()
-        page.set_default_timeout(30_000)
-        page.on('console', lambda o: o.type=='error' and not HARMLESS.search(o.location['url']) and errors.append(f"{o.text} ({o.location['url']})"))
-        page.on('pageerror', lambda o: errors.append(f"{o.name}: {o.message}\n{o.stack}"))
-        page.on('websocket', lambda ws: ws.on('framereceived', lambda o: errors.extend(failures(o))))
+    "A page of its own, without errors"
+    with new_page(browser, errors) as page:
         yield page
-        errors += trouble(page)
-        page.evaluate('() => window.jupyterapp?.serviceManager.sessions.shutdownAll()')
-    if errors: pytest.fail('\n'.join(errors), pytrace=False)
+        none_of(errors, page)
 
 def failures(frame):
     "The traceback in a message from the kernel: an error in a callback or a thread shows nowhere on a page"

@@ -24,7 +24,7 @@ TROUBLE = ':is([data-mime-type$="jupyter.error"], [data-mime-type$="jupyter.stde
 
 # What is on the screen, not the file: two PNGs with the same pixels are the same picture
 PIXELS = '''async img => {
-    for (let tries = 50; ; tries--)   // decoding fails while a newer picture takes the place of this one: then that one is meant
+    for (let tries = 50; ; tries--)   // decoding fails while a newer picture replaces this one: then try the newer one
         try { await img.decode(); break } catch (e) { if (!tries) throw e; await new Promise(f => setTimeout(f, 50)) }
     const c = document.createElement('canvas')
     c.width = img.naturalWidth; c.height = img.naturalHeight
@@ -46,7 +46,8 @@ TOO_WIDE = '''() => {
     for (const e of document.querySelectorAll('.jupyter-widgets, .widget-inline-hbox, .jp-OutputArea-output')) {
         const r = e.getBoundingClientRect(), style = getComputedStyle(e)
         if (!r.width || !r.height || style.visibility=='hidden' || !e.checkVisibility()) continue
-        if (!scrolled(e) && (r.right > w+1 || r.left < -1)) found.push(name(e)+' from '+Math.round(r.left)+' to '+Math.round(r.right)+' px')
+        if (!scrolled(e) && (r.right > w+1 || r.left < -1))
+            found.push(name(e)+' from '+Math.round(r.left)+' to '+Math.round(r.right)+' px')
         if (['auto', 'scroll'].includes(style.overflowX) && e.scrollWidth > e.clientWidth+1)
             found.push(name(e)+' holds '+e.scrollWidth+' px in '+e.clientWidth)
     }
@@ -79,9 +80,9 @@ def trouble(page):
     "The tracebacks on the page"
     return page.locator(TROUBLE).all_inner_texts()
 
-def open_notebook(page, url, name):
-    "Open the notebook `name` in JupyterLab; `url` is what the fixture `lab` gave"
-    page.goto(f'{url}/lab/tree/{name}?reset', timeout=120_000)
+def open_notebook(page, url):
+    "Open a notebook in JupyterLab; `url` is what the fixture `lab` gave"
+    page.goto(f'{url}?reset', timeout=120_000)
     page.wait_for_function('() => window.jupyterapp?.shell.currentWidget?.context?.isReady', timeout=60_000)
     return page
 
@@ -95,7 +96,8 @@ def run_cells(page):
 
 def control(page, label):
     "The widget with the description `label`"   # a SelectionSlider lacks the class jupyter-widgets, so by its label
-    return page.locator('.widget-label:visible', has_text=re.compile(rf'^\s*{re.escape(label)}\s*$')).first.locator('..')
+    text = re.compile(rf'^\s*{re.escape(label)}\s*$')
+    return page.locator('.widget-label:visible', has_text=text).first.locator('..')
 
 def slide(page, label, keys=1, pause=0.):
     "Move a slider by `keys` arrow keys, `pause` seconds apart, to the left if negative"
@@ -141,7 +143,7 @@ def new_picture(page, i=0, seconds=30):
     steady(page, lambda: picture(page, i), ok=lambda o: o!=old, seconds=seconds)
 
 def since_move(page, i=0):
-    "Milliseconds from the last move to the first and to the last picture loaded after it, and how many there were; `None` if none"
+    "Milliseconds from the last move to the first and the last picture loaded after it, and their number, or `None`"
     return image(page, i).evaluate('''img => {
         const t0 = meter.moves.at(-1), t = meter.loads.filter(o => o[0]==img && o[1]>t0).map(o => o[1]-t0)
         return t.length ? {first: t[0], last: t.at(-1), n: t.length} : null
@@ -158,7 +160,7 @@ def latency(page, label, n=30, i=0, quiet=0.3):
     return res
 
 def burst(page, label, n=40, i=0, quiet=1.5, pause=0.):
-    "`n` quick moves: seconds the moves took, milliseconds from the last one until the picture stayed, and how many pictures there were in all"
+    "`n` quick moves: seconds they took, milliseconds from the last one to the last picture, and the number of pictures"
     settled(page, i)
     page.evaluate('() => {meter.moves.length = 0; meter.loads.length = 0}')
     slide(page, label, n, pause)
@@ -177,7 +179,7 @@ def shot_of(page, panel, name):
     page.locator(f'.fgvc-{panel}').screenshot(path=SHOTS/f'{name}.png')
 
 def too_wide(page, width):
-    "What does not fit a screen of `width` pixels: the page, widgets beyond its edges, boxes that scroll sideways; empty if all does"
+    "What does not fit a screen of `width` pixels: the page, widgets beyond its edges, boxes that scroll sideways"
     page.set_viewport_size(dict(width=width, height=page.viewport_size['height']))
     page.wait_for_timeout(500)
     return page.evaluate(TOO_WIDE)

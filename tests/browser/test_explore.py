@@ -1,4 +1,4 @@
-"The five panels under a hand: every slider moved, every button pressed, files uploaded, at two widths, under Voila and in JupyterLab"
+"The five panels in a browser: all sliders, buttons and uploads, at two widths, under Voila and in JupyterLab"
 import re
 from pathlib import Path
 import nbformat, pytest
@@ -7,20 +7,27 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from fgvc_fisher.explore.compromise import read_compromise
 from fgvc_fisher.experiment import Run, draw_task
 
-from .drive import control, drag, fits, image, new_picture, open_notebook, open_panel, picture, readout, run_cells, settled, shot_of, slide, steady, upload
+from .conftest import new_page, none_of
+from .drive import (
+    control, drag, fits, new_picture, open_notebook, open_panel, readout, run_cells, settled, shot_of, slide, steady,
+    upload
+)
 
+pytestmark = pytest.mark.xdist_group('panels in a browser')
 KERNEL = dict(kernelspec=dict(name='python3', display_name='Python 3', language='python'))
 PANELS = ['penalty', 'fisher', 'published', 'training', 'classifier']
 CELLS = dict(
-    penalty='explore_penalty(read_compromise(run, home, 24, 24, progress=False).measure_grid([0.,1e-2], [0.,0.1,10.], progress=False))',
+    penalty='explore_penalty(read_compromise(run, home, 24, 24, progress=False)'
+            '.measure_grid([0.,1e-2], [0.,0.1,10.], progress=False))',
     fisher='explore_fisher(DiagFisher.load(next((home/"sources").glob("*.safetensors"))))',
-    published='explore_published()', training='explore_training(task, home, epochs=300)', classifier='try_run(home/"runs"/run.id)')
+    published='explore_published()', training='explore_training(task, home, epochs=300)',
+    classifier='try_run(home/"runs"/run.id)')
 
 @pytest.fixture(scope='session')
 def home(tmp_path_factory):
     "Drawn pictures, and a run that is done"
     home = tmp_path_factory.mktemp('explored')
-    run = Run(arm='plain', epochs=2, **draw_task(home, n_variants=4, n_per_split=8, n_source=6, size=32, num_workers=0))
+    run = Run(arm='plain', epochs=2, **draw_task(home, n_variants=4, n_per_split=8, n_source=4, size=32, num_workers=0))
     read_compromise(run, home, 24, 24, progress=False)
     return home
 
@@ -33,18 +40,31 @@ from fgvc_fisher.experiment import Run, draw_task
 from fgvc_fisher.explore import *
 from fgvc_fisher.fisher import DiagFisher
 home = Path({str(home)!r})
-task = draw_task(home, n_variants=4, n_per_split=8, n_source=6, size=32, num_workers=0)
+task = draw_task(home, n_variants=4, n_per_split=8, n_source=4, size=32, num_workers=0)
 run = Run(arm='plain', epochs=2, **task)'''
     cells = [new_markdown_cell('# Five panels'), new_code_cell(setup)] + [new_code_cell(CELLS[o]) for o in PANELS]
     (home/'notebook').mkdir()
     nbformat.write(new_notebook(cells=cells, metadata=KERNEL), home/'notebook/panels.ipynb')
     return home/'notebook/panels.ipynb'
 
-@pytest.fixture
-def panel(notebook, voila, page): return opened(open_panel(page, voila(notebook)))
+@pytest.fixture(scope='module')
+def shared(notebook, voila, browser):
+    "The page that several tests use, one after another, and the errors it reports"
+    errors = []
+    with new_page(browser, errors) as page: yield opened(open_panel(page, voila(notebook))), errors
 
 @pytest.fixture
-def in_lab(notebook, lab, page): return opened(run_cells(open_notebook(page, lab(notebook.parent), notebook.name)))
+def heard(shared): return shared[1]
+
+@pytest.fixture
+def panel(shared, heard):
+    page = shared[0]
+    page.set_viewport_size(dict(width=1200, height=900))
+    yield page
+    none_of(heard, page)
+
+@pytest.fixture
+def in_lab(notebook, lab, page): return opened(run_cells(open_notebook(page, lab(notebook))))
 
 def opened(page):
     "All panels are there, each with its picture"
@@ -52,20 +72,23 @@ def opened(page):
     return page
 
 def first(page, name): # Number of a panel's first picture on the page
-    return page.evaluate('''name => [...document.querySelectorAll('img.widget-image')].findIndex(o => o.closest('.fgvc-'+name))''', name)
+    images = "[...document.querySelectorAll('img.widget-image')]"
+    return page.evaluate(f"name => {images}.findIndex(o => o.closest('.fgvc-'+name))", name)
 def sentence(page, name): return page.locator(f'.fgvc-{name} [role=status]').text_content()
-def says(page, name, text, seconds=60): return steady(page, lambda: sentence(page, name), 0.3, ok=lambda o: re.search(text, o), seconds=seconds)
+def says(page, name, text, seconds=60):
+    return steady(page, lambda: sentence(page, name), 0.3, ok=lambda o: re.search(text, o), seconds=seconds)
 def select(page, label, option): control(page, label).locator('select').select_option(label=option)
 def press(page, name): page.get_by_role('button', name=name, exact=True).click()
 
 def move_sliders(page):
-    i = first(page, 'penalty')+1                       # distances always change; the chart beside them may not, with 24 pictures to get right
+    i = first(page, 'penalty')+1          # distances always change; accuracies on 24 pictures may not
     with new_picture(page, i): slide(page, 'beta, to the source', 4)
     with new_picture(page, i): drag(page, 'alpha, to zero', 0.9)
-    said = says(page, 'penalty', r'^alpha = 0\.\d+, .*: \d')                     # rests: measured, not 'about'
+    said = says(page, 'penalty', r'^(?!.*about).*alpha = 0\.\d+')                 # at rest: measured, not estimated
     assert readout(page, 'alpha, to zero') in said and readout(page, 'beta, to the source') in said
-    slide(page, 'beta, to the source', -40)                                       # a hand in a hurry: the last value is the one that stays
-    steady(page, lambda: sentence(page, 'penalty'), 0.3, ok=lambda o: f"beta = {readout(page, 'beta, to the source')}: " in o)
+    slide(page, 'beta, to the source', -40)                                       # quick moves: the last value counts
+    def shows_last_value(text): return f"beta = {readout(page, 'beta, to the source')}: " in text
+    steady(page, lambda: sentence(page, 'penalty'), 0.3, ok=shows_last_value)
     i = first(page, 'published')
     with new_picture(page, i): slide(page, 'mean of epochs', 5)
     with new_picture(page, i+1): select(page, 'accuracy', 'best epoch')
@@ -86,36 +109,34 @@ def train_stop_and_remove(page):
     steady(page, lambda: readout(page, 'beta'), ok=lambda o: o=='10')
     with new_picture(page, i+1):
         press(page, 'Train')
-        says(page, 'training', r'Epoch ([2-9]|\d\d)', seconds=90)
-    with new_picture(page, first(page, 'penalty')+1): drag(page, 'beta, to the source', 0.95)   # the other panels answer meanwhile
-    assert sentence(page, 'training').startswith('Epoch')
+        says(page, 'training', r'\b([2-9]|\d\d+)\D+300', seconds=90)
+    with new_picture(page, first(page, 'penalty')+1): drag(page, 'beta, to the source', 0.95)   # during the training
+    assert page.get_by_role('button', name='Stop').is_enabled()
     press(page, 'Stop')
-    says(page, 'training', 'topped after')
+    steady(page, page.get_by_role('button', name='Stop').is_disabled, ok=bool)
     rows = page.locator('.fgvc-training table tr', has_text='seed')
     there = rows.count()
     assert rows.filter(has_text='L2-SP-Fisher, beta = 10, seed 42').count()==1
     control(page, 'on the chart').locator('select').select_option(label='L2-SP-Fisher, beta = 10, seed 42')
     press(page, 'Remove from the chart')
     steady(page, rows.count, ok=lambda o: o==there-1)
-    assert page.get_by_role('button', name='Stop').is_disabled() and page.get_by_role('button', name='Train').is_enabled()
+    assert page.get_by_role('button', name='Stop').is_disabled()
+    assert page.get_by_role('button', name='Train').is_enabled()
+
+SURE = r'\d+ ?%' # the classifier gives a probability for a picture that it can read
 
 def upload_some(page, folder):
     i = first(page, 'classifier')
     with new_picture(page, i): upload(page, 'Upload a photograph', photograph(folder/'noise.jpg'))
-    says(page, 'classifier', '^The fine-tuned model says')
+    says(page, 'classifier', SURE)
     (folder/'letter.pdf').write_bytes(b'%PDF-1.4 nothing')
     upload(page, 'Upload a photograph', folder/'letter.pdf')
-    says(page, 'classifier', 'PDF')
+    says(page, 'classifier', r'letter\.pdf')
     with new_picture(page, i): upload(page, 'Upload a photograph', photograph(folder/'large.png', (1950,1400)))
     assert 6e6<(folder/'large.png').stat().st_size<10e6
-    says(page, 'classifier', '^The fine-tuned model says')
+    says(page, 'classifier', SURE)
     options = control(page, 'or an example').locator('option').all_inner_texts()
     with new_picture(page, i): select(page, 'or an example', options[-1])
-
-def test_in_lab(in_lab, tmp_path):
-    move_sliders(in_lab)
-    upload_some(in_lab, tmp_path)
-    train_stop_and_remove(in_lab)
 
 def test_sliders_and_training(panel):
     move_sliders(panel)
@@ -128,17 +149,19 @@ def test_every_choice(panel):
     with new_picture(panel, i): press(panel, 'linear')
     with new_picture(panel, i): press(panel, 'share of the total')
     i = first(panel, 'published')
-    with new_picture(panel, i): control(panel, 'runs').locator('select').select_option(label=['original', 'control: beta = 0'])
+    with new_picture(panel, i):
+        control(panel, 'runs').locator('select').select_option(label=['original', 'control: beta = 0'])
     with new_picture(panel, i): control(panel, 'runs').locator('select').select_option(label=[])
     by_keyboard(panel)
 
 def by_keyboard(page):
     "From one control to the next with Tab, and a slider moved with an arrow"
     control(page, 'alpha, to zero').locator('.noUi-handle').focus()
+    alpha,beta = readout(page, 'alpha, to zero'),float(readout(page, 'beta, to the source'))
     for _ in range(2): page.keyboard.press('Tab')                                 # past its number, which can be edited
     with new_picture(page, first(page, 'penalty')+1):
-        for _ in range(8): page.keyboard.press('ArrowRight')
-    assert readout(page, 'alpha, to zero')=='0' and float(readout(page, 'beta, to the source'))>0.5
+        for _ in range(8): page.keyboard.press('ArrowLeft')
+    assert readout(page, 'alpha, to zero')==alpha and float(readout(page, 'beta, to the source'))<beta
 
 def test_layout(panel):
     for width in (1200, 420):
@@ -153,15 +176,15 @@ def photograph(path, size=(300,200), **kw):
     Image.effect_noise(size, 80).convert('RGB').save(path, **kw)
     return path
 
-def test_uploads(panel, tmp_path, errors):
+def test_uploads(panel, tmp_path, heard):
     "The last of them is too large: Jupyter's servers drop messages above 10 MB and connect anew, and the panel goes on"
     upload_some(panel, tmp_path)
-    assert not errors
+    assert not heard
     upload(panel, 'Upload a photograph', photograph(tmp_path/'huge.png', (2600,1900)))
     panel.wait_for_timeout(3000)
     options = control(panel, 'or an example').locator('option').all_inner_texts()
     with new_picture(panel, first(panel, 'classifier')): select(panel, 'or an example', options[1])
-    errors.clear()
+    heard.clear()
 
 def test_the_page_of_its_own(voila, page, home, tmp_path):
     "`nbs/app.ipynb`, with the classifier of a run"
@@ -171,9 +194,14 @@ def test_the_page_of_its_own(voila, page, home, tmp_path):
     nb.cells.insert(1, new_code_cell(f'import os; os.environ["FGVC_FISHER_RUN"] = {str(run)!r}'))
     nbformat.write(nb, app)
     open_panel(page, voila(app))
-    says(page, 'classifier', '^The fine-tuned model says')
+    says(page, 'classifier', SURE)
     assert fits(page, 420)
     shot_of(page, 'classifier', 'app-420')
     assert fits(page, 1200)
     with new_picture(page): upload(page, 'Upload a photograph', photograph(tmp_path/'noise.png'))
     shot_of(page, 'classifier', 'app-1200')
+
+def test_in_lab(in_lab, tmp_path):
+    move_sliders(in_lab)
+    upload_some(in_lab, tmp_path)
+    train_stop_and_remove(in_lab)

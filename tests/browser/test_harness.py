@@ -1,8 +1,11 @@
 "The harness itself: a notebook that is no panel of ours, under Voila and in JupyterLab"
 import nbformat, pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
-from .drive import (burst, drag, fits, image, latency, new_picture, open_notebook, open_panel, picture, readout, run_cells, settled, shot, slide,
-                    steady, upload)
+from .conftest import new_page, none_of
+from .drive import (
+    burst, drag, fits, image, latency, new_picture, open_notebook, open_panel, picture, readout, run_cells, settled, shot,
+    slide, steady, upload
+)
 
 PANEL = '''
 import io, threading
@@ -52,6 +55,7 @@ show(1.)
 display(w.VBox([w.HBox([waves, tone, again, up], layout=w.Layout(flex_flow='row wrap')), image, note]))
 '''
 KERNEL = dict(kernelspec=dict(name='python3', display_name='Python 3', language='python'))
+pytestmark = pytest.mark.xdist_group('harness of the browser')
 
 @pytest.fixture(scope='session')
 def notebook(tmp_path_factory):
@@ -59,8 +63,17 @@ def notebook(tmp_path_factory):
     nbformat.write(new_notebook(cells=[new_markdown_cell('# Waves'), new_code_cell(PANEL)], metadata=KERNEL), path)
     return path
 
+@pytest.fixture(scope='module')
+def shared(notebook, voila, browser):
+    "The page that several tests take one after the other, and what it complains about"
+    errors = []
+    with new_page(browser, errors) as page: yield open_panel(page, voila(notebook)), errors
+
 @pytest.fixture
-def panel(notebook, voila, page): return open_panel(page, voila(notebook))
+def panel(shared):
+    page,errors = shared
+    yield page
+    none_of(errors, page)
 
 def test_every_move_changes_the_picture(panel):
     first = picture(panel)
@@ -88,17 +101,17 @@ def test_an_upload_arrives(panel, tmp_path):
     upload(panel, 'a file', tmp_path/'five.txt')
     panel.get_by_text('five.txt has 5 bytes').wait_for()
 
-def test_the_layout_is_looked_at(notebook, voila, page):
-    open_panel(page, voila(notebook))
-    assert fits(page, 1200) and fits(page, 420)
-    shot(page, 'harness-420')
-    image(page).evaluate("img => {img.style.maxWidth = 'none'; img.style.width = '700px'}")
-    assert fits(page, 1200)
-    with pytest.raises(AssertionError, match='700'): fits(page, 420)
+def test_the_layout_is_looked_at(panel):
+    assert fits(panel, 1200) and fits(panel, 420)
+    shot(panel, 'harness-420')
+    image(panel).evaluate("img => {img.style.maxWidth = 'none'; img.style.width = '700px'}")
+    assert fits(panel, 1200)
+    with pytest.raises(AssertionError, match='700'): fits(panel, 420)
 
 def test_complaints_are_heard(page, errors):
     page.goto('about:blank')
-    page.evaluate("() => {console.warn('no'); console.error('in the console'); setTimeout(() => {throw new Error('in a script')})}")
+    page.evaluate("() => {console.warn('no'); console.error('in the console');"
+                  " setTimeout(() => {throw new Error('in a script')})}")
     page.wait_for_timeout(200)
     assert len(errors)==2 and 'in the console' in errors[0] and 'in a script' in errors[1]
     errors.clear()
@@ -108,7 +121,8 @@ def test_a_failing_cell_is_named(lab, voila, page, tmp_path, errors):
     with pytest.raises(AssertionError, match='ZeroDivisionError'): open_panel(page, voila(tmp_path/'fails.ipynb'))
     page.goto('about:blank')
     assert not errors
-    with pytest.raises(AssertionError, match='ZeroDivisionError'): run_cells(open_notebook(page, lab(tmp_path), 'fails.ipynb'))
+    with pytest.raises(AssertionError, match='ZeroDivisionError'):
+        run_cells(open_notebook(page, lab(tmp_path/'fails.ipynb')))
     page.goto('about:blank')
     errors.clear()
 
@@ -129,5 +143,5 @@ def test_a_failing_callback_is_heard(label, voila, page, tmp_path_factory, error
     assert not errors
     slide(page, label)
     steady(page, lambda: len(errors), ok=bool)
-    assert 'Traceback' in errors[0] or 'KeyError' in errors[0]     # a thread's last line may come in a message of its own
+    assert 'Traceback' in errors[0] or 'KeyError' in errors[0]     # a thread's last line may be a separate message
     errors.clear()
