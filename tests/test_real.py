@@ -115,8 +115,8 @@ def test_the_published_arm_beside_its_control(photos, tmp_path):
     "The paper's recipe and penalty on photographs: after an epoch the arm is close to its control, and not the same"
     arms = [dict(arm='plain'), dict(arm='as published', step='published', alpha=5e-4, beta=4e-4, l2sp=0.004)]
     runs = grid(arms, [1], data=photos/'data/airliners17', source=photos/'data/imagenet_sample',
-                arch='conftest:mobilenet', weights=str(photos/'weights/mobilenetv1_075_imagenet.safetensors'), recipe='published',
-                transforms='published', size=64, epochs=1, num_workers=0)
+                arch='conftest:mobilenet', weights=str(photos/'weights/mobilenetv1_075_imagenet.safetensors'),
+                recipe='published', transforms='published', size=64, epochs=1, num_workers=0)
     plain,published = sweep(runs, tmp_path, quiet=True).to_dict('records')
     curves = read_curves(tmp_path).set_index('arm')
     assert plain['before']==published['before']>0.1 and curves.penalty['as published']>0.001

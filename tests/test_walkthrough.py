@@ -1,4 +1,4 @@
-"The modes of the walkthrough that need the archive, downloads and a T4: on a small synthetic data set, with random weights"
+"The modes of the walkthrough that need the archive, downloads and a T4: on drawn pictures, with random weights"
 import json, math, re
 from pathlib import Path
 import matplotlib, pytest, torch

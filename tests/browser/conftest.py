@@ -66,7 +66,8 @@ def answers(port):
 def voila(kernel_env, tmp_path_factory):
     "`voila(notebook)` is the address of a notebook below pytest's temporary folder; one Voila serves all of them"
     root = tmp_path_factory.getbasetemp()
-    cull = ['--MappingKernelManager.cull_idle_timeout=15', '--MappingKernelManager.cull_interval=5'] # kernels of closed pages
+    # kernels of closed pages end soon
+    cull = ['--MappingKernelManager.cull_idle_timeout=15', '--MappingKernelManager.cull_interval=5']
     args = ['--no-browser', '--Voila.ip=127.0.0.1', '--show_tracebacks=True', *cull]
     with serve('voila', args, root, kernel_env) as url:
         yield lambda notebook: f'{url}/voila/render/{notebook.relative_to(root)}'

@@ -3,7 +3,8 @@ import nbformat, pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from .conftest import new_page, none_of
 from .drive import (
-    burst, drag, fits, image, latency, new_picture, open_notebook, open_panel, picture, readout, run_cells, settled, shot,
+    burst, drag, fits, image, latency, new_picture, open_notebook, open_panel, picture, readout, run_cells, settled,
+    shot,
     slide, steady, upload
 )
 
