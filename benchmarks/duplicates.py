@@ -1,9 +1,10 @@
-"""Photographs that are in a tree twice, by the distance of their perceptual hashes.
+"""Count photographs that a data set contains twice, by the distance of their perceptual hashes.
 
     python benchmarks/duplicates.py PATH
 
-PATH holds `data/warbirds30` and `data/airliners17`, FGVC-Aircraft trees. `table.csv` counts what `check_aircraft` calls duplicates; `distances.csv` counts
-the pairs at every distance up to 60 of 256 bits, plain and mirrored, so that one can see where duplicates end.
+PATH contains `data/warbirds30` and `data/airliners17`, FGVC-Aircraft trees. `table.csv` counts what `check_aircraft`
+calls duplicates; `distances.csv` counts the pairs at every distance up to 60 of 256 bits, plain and mirrored, which
+shows up to which distance pairs are duplicates.
 """
 import os, time
 from pathlib import Path

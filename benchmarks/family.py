@@ -1,9 +1,9 @@
-"""Other ways to fine-tune and remember, on the task of `warbirds.py`: only the last layer, a linear probe first, distillation.
+"""Other ways to retain the source task, on the task of `warbirds.py`: last layer, linear probe first, distillation.
 
     python benchmarks/family.py PATH
 
-PATH as for `warbirds.py`, and the same recipe. The table and the picture have that script's arms too. These methods are here to compare
-with; they are no part of the package.
+PATH and the training settings are as for `warbirds.py`, and the table and the picture include that script's arms. These
+methods serve only as a comparison; the package does not contain them.
 """
 import copy
 from functools import partial
@@ -19,12 +19,12 @@ from fgvc_fisher.learner import aircraft_learner, head_name
 from warbirds import report, rows, run_arms
 
 def start(run, source):
-    "A Learner in which BatchNorm's parameters freeze with their group"
+    "A Learner that freezes BatchNorm's parameters together with their group"
     set_seed(run.seed, reproducible=True)
     return aircraft_learner(aircraft_dls(run.data, run.level, size=run.size, bs=run.bs), source, train_bn=False)
 
 def probe(run, learn, epochs):
-    "Train the last layer alone; BatchNorm's statistics stay, too"
+    "Train only the last layer, with BatchNorm's statistics frozen"
     learn.freeze()
     learn.fit_one_cycle(epochs, run.lr, cbs=[L2SPFisherCallback(freeze_bn=True), TerminateOnNaNCallback()])
     return learn
@@ -32,16 +32,17 @@ def probe(run, learn, epochs):
 def last_layer(run, source, fisher): return probe(run, start(run, source), run.epochs)
 
 def probe_first(run, source, fisher):
-    "An epoch for the last layer alone, then everything (LP-FT, Kumar et al. 2022)"
+    "Train the last layer for an epoch, then all layers (LP-FT, Kumar et al. 2022)"
     learn = probe(run, start(run, source), 1)
     learn.unfreeze()
     learn.fit_one_cycle(run.epochs, run.lr, cbs=TerminateOnNaNCallback())
     return learn
 
 class LwF(Callback):
-    """Learning without Forgetting (Li and Hoiem 2016): on the target's pictures, the source's outputs shall stay as they were.
-    The source's head is held fixed here, since retention puts that very head back. By default the source normalises by the batch, as the tuned model does;
-    with its own statistics (`own_bn`) the two differ by 12 nats before the first step."""
+    """Learning without Forgetting (Li and Hoiem 2016): keep the source's outputs on the target's pictures.
+    The source's head is fixed, because retention is measured with that head. By default the source normalises by
+    the batch, as the tuned model does; with its own statistics (`own_bn`) the two differ by 12 nats before the first
+    step."""
     run_valid = False
     def __init__(self, source, weight, own_bn=False, temperature=2.):
         self.source = copy.deepcopy(source).requires_grad_(False).train(not own_bn)

@@ -1,13 +1,14 @@
-"""The empirical diagonal Fisher of four networks: by this package, by one image at a time, and by what else there is.
+"""The empirical diagonal Fisher of four networks: this package, one image at a time, and other packages.
 
     python benchmarks/fisher.py
 
-A row a network and method: images a second and peak memory, also as a share of a plain forward and backward pass of the same batch,
-the relative error against one image at a time and how many parameters are missing, or why the method fails. Each method has a
-process of its own. Its memory is what its first estimate takes beyond model, batch and imports (`first_s` seconds, with all that a
-package prepares or checks once); then it is timed in turns with the plain pass, and the ratio is the median over the turns. The other
-packages, in their newest versions, are installed into `benchmarks/.peers` if they are not there; PyTorch is that of the running
-environment. Random weights and pictures; Linux only.
+One row per network and method: images per second and peak memory, both also relative to a plain forward and backward
+pass of the same batch; the relative error against one image at a time and the number of missing parameters; or the
+reason why the method fails. Each method runs in a separate process. Its memory is what the first estimate needs beyond
+model, batch and imports; `first_s` is the time of this estimate, with everything that a package prepares or checks
+once. Afterwards the method and the plain pass are timed in turns, and the ratio is the median over the turns. The
+newest versions of the other packages are installed into `benchmarks/.peers` unless they are there; they use the
+PyTorch of the running environment. Weights and pictures are random. Linux only.
 """
 import ctypes, gc, json, os, platform, resource, subprocess, sys, sysconfig, tempfile, time
 from contextlib import nullcontext
@@ -22,7 +23,8 @@ from safetensors.torch import load_file, save_file
 from timm.models.efficientnet import _gen_mobilenet_v1
 from torch.utils.data import ConcatDataset, DataLoader, TensorDataset
 
-NETWORKS = dict(inception_v4=(299,8), mobilenetv1_075=(224,32), resnet50=(224,16), vit_tiny_patch16_224=(224,32)) # pixels, batch
+# pixels, batch
+NETWORKS = dict(inception_v4=(299,8), mobilenetv1_075=(224,32), resnet50=(224,16), vit_tiny_patch16_224=(224,32))
 PEERS,METHODS = Path(__file__).resolve().parent/'.peers',{}
 
 mobilenet = partial(_gen_mobilenet_v1, 'mobilenetv1_100', 0.75, pretrained=False, pad_type='same', bn_eps=1e-3)
@@ -30,7 +32,7 @@ mobilenet = partial(_gen_mobilenet_v1, 'mobilenetv1_100', 0.75, pretrained=False
 def build(network): return mobilenet() if network=='mobilenetv1_075' else timm.create_model(network, pretrained=False)
 
 def method(package, module=None):
-    "Register a method of `package`. From a model and batches it makes a function that returns the Fisher, name -> tensor"
+    "Register a method of `package`: from a model and batches it makes a function that returns the Fisher by name"
     return lambda f: METHODS.setdefault(f.__name__, (f, package, module))[0]
 
 def mean_of(squares, batches):
@@ -42,9 +44,11 @@ def mean_of(squares, batches):
 
 def parts(batches, n): return [o for x,y in batches for o in zip(x.split(n), y.split(n))]
 
-def as_loader(batches): return DataLoader(ConcatDataset([TensorDataset(*b) for b in batches]), batch_size=len(batches[0][0]))
+def as_loader(batches):
+    images = ConcatDataset([TensorDataset(*b) for b in batches])
+    return DataLoader(images, batch_size=len(batches[0][0]))
 
-# The methods; a docstring is a name in the table
+# The methods; the docstring is the method's name in the table
 
 @method('torch')
 def plain(model, batches):
@@ -66,7 +70,7 @@ def single(model, batches):
 def fgvc_fisher(model, batches):
     "fgvc_fisher"
     from fgvc_fisher.fisher.estimate import Estimate, LabelPlan
-    estimate = Estimate(model, LabelPlan('empirical'), {})      # `estimate_fisher` uses it; the first call verifies the rules
+    estimate = Estimate(model, LabelPlan('empirical'), {})   # as in `estimate_fisher`; the first call checks the rules
     def run():
         for x,y in batches: estimate.add(x, y)
         return dict(estimate.fisher())
@@ -76,7 +80,9 @@ def fgvc_fisher(model, batches):
 def vmap(model, batches):
     "torch.func vmap"
     params,buffers = [{k: v.detach() for k,v in o} for o in (model.named_parameters(), model.named_buffers())]
-    def loss(params, x, y): return F.cross_entropy(torch.func.functional_call(model, (params, buffers), (x[None],)), y[None])
+    def loss(params, x, y):
+        out = torch.func.functional_call(model, (params, buffers), (x[None],))
+        return F.cross_entropy(out, y[None])
     per_image = torch.func.vmap(torch.func.grad(loss), (None, 0, 0))
     def squares(x, y): return {k: v.square().sum(0) for k,v in per_image(params, x, y).items()}
     def run():
@@ -97,7 +103,7 @@ def backpack(model, batches):
     from backpack.extensions import SumGradSquared
     loss,why = extend(torch.nn.CrossEntropyLoss(reduction='sum')),''
     try: net = extend(model, use_converter=True)
-    # a converter that fails late has undone in-place activations already, without which `extend` would fail too
+    # even a converter that fails late has already replaced in-place activations, with which `extend` would fail, too
     except Exception as e: net,why = extend(model),f'its converter failed: {type(e).__name__}'
     def squares(x, y):
         net.zero_grad()
@@ -148,7 +154,7 @@ def laplace(model, batches):
 # A measurement, in a process of its own
 
 def clear_peak(device):
-    "Forget the peak memory so far; `ru_maxrss` never forgets, and starts with the parent's"
+    "Reset the peak memory; `ru_maxrss` cannot be reset, and starts with the parent's peak"
     gc.collect()
     if device=='cuda': torch.cuda.reset_peak_memory_stats()
     else:
@@ -161,7 +167,7 @@ def memory(device, peak=False):
     return int(Path('/proc/self/status').read_text().split('VmHWM:' if peak else 'VmRSS:')[1].split()[0])/1024
 
 def prepare(folder, network, size, bs, device, **_):
-    "Save weights, with BatchNorm statistics that keep gradients within bounds, and a batch"
+    "Save a batch and weights, with BatchNorm statistics that bound the gradients"
     torch.manual_seed(0)
     model = build(network).to(device).train()
     for m in model.modules():
@@ -171,30 +177,33 @@ def prepare(folder, network, size, bs, device, **_):
     torch.save((model.state_dict(), torch.randn(bs, 3, size, size), torch.randint(1000, (bs,))), folder/'network.pt')
 
 def compare(fisher, wanted):
-    "The relative error of a Fisher, and how many of the parameters it lacks"
-    off = sum((fisher[k].detach().cpu().float().view_as(v)-v if k in fisher else v).double().square().sum() for k,v in wanted.items())
-    whole = sum(v.double().square().sum() for v in wanted.values())
-    return dict(error=(off/whole).sqrt().item(), missing=len(wanted.keys()-fisher.keys()))
+    "The relative error of a Fisher, and the number of missing parameters"
+    def difference(k, v): return fisher[k].detach().cpu().float().view_as(v)-v if k in fisher else v
+    off = sum(difference(k, v).double().square().sum() for k,v in wanted.items())
+    total = sum(v.double().square().sum() for v in wanted.values())
+    return dict(error=(off/total).sqrt().item(), missing=len(wanted.keys()-fisher.keys()))
 
 def measure(folder, network, device, name, amp, n_batches, seconds, limit, **_):
     "Yield memory, error and speed as soon as they are known"
-    if device=='cpu':   # whoever asks for more memory than there is shall get an error, and this process goes first
+    if device=='cpu':   # too large an allocation raises an error; if memory runs out, this process is killed first
         free = int(Path('/proc/meminfo').read_text().split('MemAvailable:')[1].split()[0])*1024
         resource.setrlimit(resource.RLIMIT_DATA, (int(.9*free),)*2)
         Path('/proc/self/oom_score_adj').write_text('1000')
     make,_,module = METHODS[name]
     if module: import_module(module)
     state,x,y = torch.load(folder/'network.pt', weights_only=True)
-    like,reference = dict(device=device, memory_format=torch.channels_last if amp else None),folder/'reference.safetensors'
-    x,y,models = x.to(**like),y.to(device),[build(network).eval() for _ in range(2)]
+    reference = folder/'reference.safetensors'
+    layout = dict(device=device, memory_format=torch.channels_last if amp else None)
+    x,y = x.to(**layout),y.to(device)
+    models = [build(network).eval() for _ in range(2)]
     for m in models: m.load_state_dict(state)
-    model,other = [m.to(**like) for m in models]
+    model,other = [m.to(**layout) for m in models]
     def call(f):
         start = time.perf_counter()
         with torch.autocast(device, torch.bfloat16) if amp else nullcontext(): out = f()
         if device=='cuda': torch.cuda.synchronize()
         return time.perf_counter()-start,out
-    call(plain(other, [(x[:1],y[:1])]))                     # the kernels' code is loaded before memory is measured
+    call(plain(other, [(x[:1],y[:1])]))                     # loads the kernels before memory is measured
     other.zero_grad()
     torch.backends.cudnn.allow_tf32 = False                 # compared in float32, timed as PyTorch is by default
     clear_peak(device)
@@ -216,7 +225,7 @@ def measure(folder, network, device, name, amp, n_batches, seconds, limit, **_):
         if time.perf_counter()+sum(turns[-1])>end: return
 
 def work(job):
-    "What a process that the script starts does"
+    "The job of a child process"
     folder = job['folder'] = Path(job['folder'])
     if job['name']=='prepare': return prepare(**job)
     try:
@@ -228,18 +237,20 @@ def work(job):
 # The table
 
 def start(job, path, limit):
-    "What a process for `job` finds out, with the folders `path` before its other packages"
+    "Run `job` in a process that imports from the folders `path` first; what it measured, or a note why it failed"
     env = dict(os.environ, PYTHONPATH=os.pathsep.join([*path, os.environ.get('PYTHONPATH', '')]).strip(os.pathsep))
+    command = [sys.executable, __file__, '--job', json.dumps(job)]
     file,why = Path(job['folder'])/'found.json',''
     file.unlink(missing_ok=True)
     try:
-        p = subprocess.run([sys.executable, __file__, '--job', json.dumps(job)], env=env, timeout=limit, capture_output=True, text=True)
-        if p.returncode: why = 'killed (out of memory?)' if p.returncode==-9 else f'ended with {p.returncode}: {p.stderr.strip()[-80:]}'
+        p = subprocess.run(command, env=env, timeout=limit, capture_output=True, text=True)
+        if p.returncode==-9: why = 'killed (out of memory?)'
+        elif p.returncode: why = f'ended with {p.returncode}: {p.stderr.strip()[-80:]}'
     except subprocess.TimeoutExpired: why = f'longer than {limit} s'
     return (json.loads(file.read_text()) if file.exists() else {}) | (dict(note=why) if why else {})
 
 def peers():
-    "The folder with the other packages, installed if they are not there"
+    "The folder with the other packages, which are installed on the first call"
     if not (PEERS/'installed').exists():
         print(f'Installing the other packages into {PEERS}', flush=True)
         subprocess.run([sys.executable, '-m', 'venv', '--clear', PEERS], check=True)
@@ -254,8 +265,10 @@ def peers():
     return [str(site)]
 
 def machine(device):
-    cpu = [o.split(':')[1].strip() for o in Path('/proc/cpuinfo').read_text().splitlines() if o.startswith('model name')]
-    name = torch.cuda.get_device_name() if device=='cuda' else f'{(cpu or [platform.machine()])[0]}, {torch.get_num_threads()} threads'
+    cpuinfo = Path('/proc/cpuinfo').read_text().splitlines()
+    models = [o.split(':')[1].strip() for o in cpuinfo if o.startswith('model name')]
+    cpu = models[0] if models else platform.machine()
+    name = torch.cuda.get_device_name() if device=='cuda' else f'{cpu}, {torch.get_num_threads()} threads'
     return dict(machine=name, python=platform.python_version(), torch=torch.__version__)
 
 @call_parse
@@ -264,12 +277,12 @@ def main(
     device:str='auto', # 'cpu', 'cuda', or 'auto': a GPU if there is one
     amp:bool=False, # Also the plain pass and this package in bfloat16, channels last?
     bs:float=1, # Multiplies the batch sizes
-    only:str=','.join(NETWORKS), # The networks; any other one of timm's is taken at 160 pixels, batch 4
+    only:str=','.join(NETWORKS), # The networks; other timm networks get 160 pixels, batch 4
     methods:str=','.join(METHODS), # The methods; `single` always runs, the others are compared with it
     seconds:float=10, # Time for timing a method
     limit:int=600, # Seconds after which a method is stopped
-    n_batches:int=0, # Batches an estimate; 0: one on a CPU, eight on a GPU
-    job:str='', # What the script gives to a process that it starts
+    n_batches:int=0, # Batches per estimate; 0: one on a CPU, eight on a GPU
+    job:str='', # For the script itself: the job of a child process
 ):
     if job: return work(json.loads(job))
     if device=='auto': device = 'cuda' if torch.cuda.is_available() else 'cpu'
@@ -293,7 +306,8 @@ def main(
                 peer = next(metadata.distributions(name=package, path=[*path, *sys.path]), None)
                 about = dict(version=peer and peer.version) | machine(device)
                 rows.append(what | dict(method=make.__doc__+(', bf16' if low else '')) | found | about)
-                columns = [*what, 'method','images_s','of_plain','first_s','mib','mib_of_plain','error','missing','turns','note', *about]
+                columns = [*what, 'method', 'images_s', 'of_plain', 'first_s', 'mib', 'mib_of_plain', 'error',
+                           'missing', 'turns', 'note', *about]
                 table = pd.DataFrame(rows, columns=columns)
                 table.to_csv(file, index=False, float_format='%.4g')
                 print(f'{network}, {rows[-1]["method"]}', flush=True)

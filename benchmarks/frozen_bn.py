@@ -1,9 +1,9 @@
-"""What the source's BatchNorm statistics are worth: fine-tuned with them kept, beside the usual way.
+"""Fine-tuning with the source's BatchNorm statistics frozen, compared with the usual way.
 
     python benchmarks/frozen_bn.py PATH
 
-PATH as for `warbirds.py`, and its recipe. At that recipe's learning rate of 0.02 training with kept statistics goes to pieces, as one arm
-shows; the others compare at 0.002.
+PATH and the training settings are as for `warbirds.py`. At its learning rate of 0.02 training with frozen statistics
+fails, as one arm shows; the other arms use 0.002.
 """
 from pathlib import Path
 from fastcore.script import call_parse

@@ -1,9 +1,9 @@
-"""One batch of real photographs through every stage of Inception-v4: Fisher, a training step with the callback, validation.
+"""One batch of real photographs through every stage of Inception-v4: Fisher, a training step, validation.
 
     python benchmarks/inception_v4.py PATH
 
-PATH holds `data/airliners17`, an FGVC-Aircraft tree. The weights are random: this shows that the road carries the network at its
-full size, and what a batch costs, not how well it classifies.
+PATH contains `data/airliners17`, an FGVC-Aircraft tree. The weights are random: the script shows that every stage works
+with the network at its full size, and how long a batch takes, not how well the network classifies.
 """
 import platform, time
 from pathlib import Path
@@ -28,7 +28,7 @@ def one_batch(photos, size, bs):
     stage('build')
     fisher = estimate_fisher(source.to(dls.device), [batch], progress=False)
     stage('fisher')
-    learn.dls.train.n = bs                                   # one batch an epoch
+    learn.dls.train.n = bs                                   # one batch per epoch
     learn.dls.valid.n = bs
     cb = L2SPFisherCallback(alpha=5e-4, beta=10., fisher=fisher)
     # a tiny rate: untrained, the early layers' gradients are in the thousands

@@ -1,10 +1,11 @@
-"""Merge one fine-tuned MobileNet-v1 with its source: by their Fishers, and straight. Both frontiers from a single training.
+"""Merge one fine-tuned MobileNet-v1 with its source, weighted by their Fishers and linearly.
 
     python benchmarks/merging.py PATH
 
-PATH as for `warbirds.py`, and the training is that script's plain one, seed 42. Every point: accuracy on the target's validation pictures and
-retention on ImageNet pictures. In between BatchNorm's running statistics belong to neither model: they are estimated again on the
-pictures that the target's Fisher comes from; for retention also with the source's put back.
+PATH is as for `warbirds.py`, and the training is that script's plain arm with seed 42. Both frontiers come from this
+one training. Every point has the accuracy on the target's validation pictures and the retention on ImageNet pictures.
+A merged model needs BatchNorm statistics of its own: they are estimated on the pictures of the target's Fisher.
+Retention is also measured with the source's statistics.
 """
 from pathlib import Path
 import matplotlib.pyplot as plt, pandas as pd
@@ -42,7 +43,7 @@ def plot(table, others, before):
 def main(
     photos:str, # Folder with data/ and weights/
     out:str='results/merging', # Folder for the table and the picture
-    arms:str='results/warbirds30/runs.csv', # Arms that were fine-tuned one by one, to draw beside
+    arms:str='results/warbirds30/runs.csv', # Arms that were fine-tuned one by one, for the picture
     size:int=128, # Side of the pictures in pixels
     n_images:int=1000, # Pictures of the training split for the target's Fisher and for BatchNorm's statistics
 ):

@@ -1,10 +1,12 @@
-"""Pictures a second of one process and of two, training with the penalty and estimating a Fisher; and on paper, of many GPUs.
+"""How training with the penalty and estimating the Fisher scale to two processes, and by calculation to many GPUs.
 
-    python benchmarks/scale.py --photos PHOTOS  # PHOTOS holds data/warbirds30 and weights/mobilenetv1_075_imagenet.safetensors
-    python benchmarks/scale.py                  # on paper alone
+    python benchmarks/scale.py --photos PHOTOS  # measure and calculate
+    python benchmarks/scale.py                  # only calculate
 
-Each process has one thread, and `torchrun` starts them. What they read is decoded beforehand, so that the network is measured and not the disk. One process and two take turns,
-round after round, since a shared machine is now fast, now slow; the efficiency is the median over rounds of rate(2) / (2 rate(1)).
+PHOTOS contains `data/warbirds30` and `weights/mobilenetv1_075_imagenet.safetensors`. `torchrun` starts the processes,
+with one thread each. They read decoded pictures, so that the network is measured and not the disk. One process and two
+take turns, round after round, because the speed of a shared machine varies; the efficiency is the median over rounds of
+rate(2) / (2 rate(1)), with rates in pictures per second.
 """
 import json, os, platform, subprocess, sys, tempfile, time
 from pathlib import Path
@@ -20,13 +22,16 @@ from fgvc_fisher.distributed.ranks import shutdown_processes, processes
 from fgvc_fisher.learner import distributed_training
 from warbirds import mobilenet
 
-# Training: share of its peak that a GPU reaches with Inception-v4. T4: the published validation batches, 24.5 GFLOP * 32 in 0.13 s of 65 TFLOPS. H200: assumed, none was at hand
+# `share`: the part of its peak that a GPU reaches when it trains Inception-v4
+# T4: from the published validation batches, 24.5 GFLOP * 32 in 0.13 s of 65 TFLOPS. H200: an assumption, not measured
 GPUS = {'T4': dict(tflops=65, share=0.093), 'H200': dict(tflops=989, share=0.2)}
-LINKS = {'PCIe 3': 12e9, 'NVLink': 450e9, '10 Gbit/s': 1.25e9, '100 Gbit/s': 12.5e9, '400 Gbit/s': 50e9} # bytes a second, one way, of the slowest part of a ring
-SETUPS = [('T4',2,'PCIe 3'), ('T4',8,'10 Gbit/s'), ('T4',8,'100 Gbit/s'), ('H200',2,'NVLink'), ('H200',8,'NVLink'), ('H200',64,'100 Gbit/s'), ('H200',64,'400 Gbit/s')]
+# bytes per second, in one direction, of the slowest link of a ring
+LINKS = {'PCIe 3': 12e9, 'NVLink': 450e9, '10 Gbit/s': 1.25e9, '100 Gbit/s': 12.5e9, '400 Gbit/s': 50e9}
+SETUPS = [('T4',2,'PCIe 3'), ('T4',8,'10 Gbit/s'), ('T4',8,'100 Gbit/s'),
+          ('H200',2,'NVLink'), ('H200',8,'NVLink'), ('H200',64,'100 Gbit/s'), ('H200',64,'400 Gbit/s')]
 
 def decoded(photos, n, size):
-    "Pictures and labels of the training split, as a network sees them"
+    "The first `n` pictures and labels, as the network sees them"
     dl = aircraft_dls(Path(photos)/'data/warbirds30', size=size, bs=32, num_workers=0).valid
     batches = []
     for b in dl:
@@ -35,12 +40,12 @@ def decoded(photos, n, size):
     return [torch.cat(o)[:n].as_subclass(torch.Tensor) for o in zip(*batches)]
 
 def work(file):
-    "What a process does: time training steps and a Fisher, in batches of 32 over all processes"
+    "The work of one process: time training and a Fisher's estimation, in batches of 32 over all processes"
     torch.set_num_threads(1)
     n,i = processes()
-    told = torch.load(file)
-    x,y = told['x'],told['y']
-    source = source_model(mobilenet, told['weights'])
+    job = torch.load(file)
+    x,y = job['x'],job['y']
+    source = source_model(mobilenet, job['weights'])
     mine = list(zip(x, y))
     dls = DataLoaders(*(TfmdDL(mine, bs=32//n, shuffle=o, drop_last=True, num_workers=0) for o in (True, False)))
     fisher = estimate_fisher(source, [x[:32]], progress=False)                       # also warms up
@@ -65,29 +70,33 @@ def work(file):
 def measured(file, n):
     "Rates of n processes"
     starter = [str(Path(sys.executable).parent/'torchrun'), '--nproc-per-node', str(n), '--no-python']
-    done = subprocess.run([*starter, sys.executable, '-c', f'import scale; scale.work({file!r})'], capture_output=True, text=True,
-                          env=os.environ|dict(OMP_NUM_THREADS='1', PYTHONPATH=os.pathsep.join(map(str, [Path(__file__).parent, *sys.path]))))
+    command = [*starter, sys.executable, '-c', f'import scale; scale.work({file!r})']
+    path = os.pathsep.join(map(str, [Path(__file__).parent, *sys.path]))
+    env = os.environ | dict(OMP_NUM_THREADS='1', PYTHONPATH=path)
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
     if done.returncode: sys.exit(done.stderr[-3000:])
     return json.loads([o for o in done.stdout.splitlines() if o.startswith('{')][-1])
 
 def on_paper():
-    "Inception-v4 at 299 pixels, 32 pictures a GPU: a step, what it sends, and the efficiency if nothing of that is hidden behind the backward pass"
+    """Calculated for Inception-v4 at 299 pixels, 32 pictures per GPU: the time of a step, the time to send its
+    gradients, and the efficiency if communication and backward pass do not overlap"""
     model = timm.create_model('inception_v4')
-    cost,size = picture_cost(model, 299)['training'],4*sum(p.numel() for p in model.parameters())
+    cost = picture_cost(model, 299)['training']
+    size = 4*sum(p.numel() for p in model.parameters())
     rows = []
     for gpu,n,link in SETUPS:
         step = 32*cost/(GPUS[gpu]['tflops']*1e12*GPUS[gpu]['share'])
-        sent = 2*(n-1)/n*size                                          # a ring: each sends every gradient twice, but for its own part
+        sent = 2*(n-1)/n*size          # in a ring each GPU sends every gradient twice, except the n-th part
         rows.append(dict(gpu=gpu, gpus=n, link=link, step_ms=1e3*step, mb_sent=sent/1e6, send_ms=1e3*sent/LINKS[link]))
     t = pd.DataFrame(rows)
     return t.assign(pictures_s=32e3*t.gpus/(t.step_ms+t.send_ms), efficiency=t.step_ms/(t.step_ms+t.send_ms))
 
 @call_parse
 def main(
-    photos:str='', # Folder with data/ and weights/; without it only what is on paper
+    photos:str='', # Folder with data/ and weights/; default: only calculate
     out:str='results/scale', # Folder for the tables
-    rounds:int=5, # Turns of one process and two
-    pictures:int=256, # Decoded beforehand
+    rounds:int=5, # Rounds of one process and two
+    pictures:int=256, # Pictures, decoded beforehand
     size:int=128, # Their side in pixels
 ):
     out = Path(out)
@@ -99,7 +108,8 @@ def main(
         file,(x,y) = f'{folder}/pictures.pt',decoded(photos, pictures, size)
         torch.save(dict(x=x, y=y, weights=str(Path(photos)/'weights/mobilenetv1_075_imagenet.safetensors')), file)
         rows = [dict(round=k, processes=n, **measured(file, n)) for k in range(rounds) for n in (1, 2)]
-    machine = f'{os.cpu_count()} cores, {platform.machine()}; Python {platform.python_version()}, torch {torch.__version__}'
+    machine = (f'{os.cpu_count()} cores, {platform.machine()}; '
+               f'Python {platform.python_version()}, torch {torch.__version__}')
     t = pd.DataFrame(rows).assign(size=size, machine=machine)
     t.to_csv(out/'cpu.csv', index=False, float_format='%.4g')
     one,two = [t[t.processes==n].set_index('round')[['training','fisher']] for n in (1, 2)]

@@ -2,10 +2,10 @@
 
     python benchmarks/shards.py PHOTOS
 
-PHOTOS holds `data/imagenet_sample` (pictures with a `labels.csv`) and
+PHOTOS contains `data/imagenet_sample` (pictures with a `labels.csv`) and
 `weights/mobilenetv1_075_imagenet.safetensors`. The pictures are written as WebDataset shards into a temporary
-folder. `agreement.csv`: the sum over shards, whoever did them, against one estimate over all pictures, both in
-float32, and each against one in float64 (empirical kind: no drawn labels to differ by). `time.csv`: the seconds of
+folder. `agreement.csv`: the sum over shards with each engine against one estimate over all pictures, both in
+float32, and each against one in float64 (the empirical kind, which draws no labels). `time.csv`: the seconds of
 a whole call, the start of its processes included. `adding.csv`: the seconds it takes to add as many shards to a
 running sum in a file, without the estimates.
 """

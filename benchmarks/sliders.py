@@ -1,11 +1,13 @@
-"""How fast the panels follow a hand: milliseconds from a move in a real browser to the new picture on its screen.
+"""How fast the panels respond: milliseconds from a move of a slider in a real browser to the new picture on the screen.
 
-    make test-browser    # once, for what it installs
+    make test-browser    # once; it installs what the script needs
     python benchmarks/sliders.py
 
-Voila, its kernel and a headless Chromium on one machine. The drawn task of `make demo`, a ResNet of 0.5 M parameters at 64 pixels. A *move* is one arrow key, timed until the picture
-of the new value has been decoded: the last of a panel that the move changes. *At rest*: from the last move to the measured value, which replaces the estimate. *Forty moves*: as fast as the keys
-go, from the last of them until the picture stays.
+Voila, its kernel and a headless Chromium run on one machine, with the drawn task of `make demo` and a ResNet with 0.5 M
+parameters at 64 pixels. `a move` is one arrow key, timed until the browser has decoded the new picture, or the last one
+if the move changes several pictures of a panel. `at rest` is the time from the last move to the measured value, which
+replaces the estimate. `forty moves` are arrow keys in the fastest succession, timed from the last of them until the
+picture no longer changes.
 """
 import os, statistics, sys
 from pathlib import Path
@@ -16,8 +18,9 @@ from playwright.sync_api import sync_playwright
 from fgvc_fisher.explore.compromise import read_compromise
 from fgvc_fisher.experiment import Run, draw_task
 from fgvc_fisher.experiment.run import machine_name
-HERE = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(HERE), str(HERE/'tools')]
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT/'tools')]
 from browser import find
 from tests.browser.conftest import serve
 from tests.browser.drive import METER, burst, control, open_panel, settled, since_move, slide, steady
@@ -30,16 +33,18 @@ from fgvc_fisher.experiment import Run, draw_task
 from fgvc_fisher.explore import explore_fisher, explore_penalty, explore_published
 from fgvc_fisher.fisher import DiagFisher
 home = Path({home!r})
-between = read_compromise(Run(arm='plain', epochs=6, **draw_task(home)), home, progress=False).measure_grid([0., 1e-3], [0., 1e-3, 1e-2, 0.1, 1., 10., 100., 1e3], progress=False)
-explore_penalty(between)
+compromise = read_compromise(Run(arm='plain', epochs=6, **draw_task(home)), home, progress=False)
+alphas,betas = [0., 1e-3],[0., 1e-3, 1e-2, 0.1, 1., 10., 100., 1e3]
+explore_penalty(compromise.measure_grid(alphas, betas, progress=False))
 ---
 explore_fisher(DiagFisher.load(next((home/'sources').glob('*.safetensors'))))
 ---
 explore_published()
 '''
 
-# When the sentence says a measured value: then the picture is on its way, too
-MEASURED = """() => document.querySelector('.fgvc-penalty [role=status]').textContent.includes('about') ? null : performance.now()-meter.moves.at(-1)"""
+# An estimate says 'about'. When the sentence gives the measured value, the browser receives the picture, too
+ESTIMATED = "() => document.querySelector('.fgvc-penalty [role=status]').textContent.includes('about')"
+MEASURED = f'() => ({ESTIMATED})() ? null : performance.now()-meter.moves.at(-1)'
 
 def moves(page, label, i, n, move):
     "Milliseconds from each of `n` single moves to the new picture, and to the measured value"
@@ -48,7 +53,7 @@ def moves(page, label, i, n, move):
         settled(page, i, 1.)
         move(page, label, k)
         if label=='beta, to the source':
-            page.wait_for_function("() => document.querySelector('.fgvc-penalty [role=status]').textContent.includes('about')", polling='raf')
+            page.wait_for_function(ESTIMATED, polling='raf')
             measured.append(page.wait_for_function(MEASURED, polling='raf').json_value())
         steady(page, lambda: since_move(page, i), 0.1, ok=bool)
         first.append(since_move(page, i)['first'])
@@ -69,16 +74,24 @@ def main(
     read_compromise(Run(arm='plain', epochs=6, **draw_task(home)), home, progress=False)
     notebook = home/'sliders.ipynb'
     kernel = dict(kernelspec=dict(name='python3', display_name='Python 3', language='python'))
-    nbformat.write(new_notebook(cells=[new_code_cell(o.strip()) for o in PANELS.format(home=str(home)).split('---')], metadata=kernel), notebook)
+    cells = [new_code_cell(o.strip()) for o in PANELS.format(home=str(home)).split('---')]
+    nbformat.write(new_notebook(cells=cells, metadata=kernel), notebook)
     rows = []
-    def note(panel, what, values): rows.append(dict(panel=panel, what=what, median=statistics.median(values), least=min(values), greatest=max(values), n=len(values)))
-    with serve('voila', [notebook.name, '--no-browser', '--Voila.ip=127.0.0.1'], home, os.environ | dict(MPLBACKEND='agg')) as url, sync_playwright() as p:
-        page = p.chromium.launch(executable_path=find(), args=['--no-sandbox','--disable-dev-shm-usage']).new_page(viewport=dict(width=1200, height=900))
+    def note(panel, what, values):
+        rows.append(dict(panel=panel, what=what, median=statistics.median(values), least=min(values),
+                         greatest=max(values), n=len(values)))
+    args = [notebook.name, '--no-browser', '--Voila.ip=127.0.0.1']
+    env = os.environ | dict(MPLBACKEND='agg')
+    with serve('voila', args, home, env) as url, sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=find(), args=['--no-sandbox','--disable-dev-shm-usage'])
+        page = browser.new_page(viewport=dict(width=1200, height=900))
         page.add_init_script(METER)
         page.set_default_timeout(120_000)
         open_panel(page, url)
         for o in ('penalty','fisher','published'): page.locator(f'.fgvc-{o} img').first.wait_for()
-        for panel,label,i,move in (('penalty','beta, to the source',1,by_slider), ('fisher','parameter',3,by_list), ('published','mean of epochs',4,by_slider)):
+        for panel,label,i,move in (('penalty', 'beta, to the source', 1, by_slider),
+                                   ('fisher', 'parameter', 3, by_list),
+                                   ('published', 'mean of epochs', 4, by_slider)):
             first,measured = moves(page, label, i, n, move)
             note(panel, 'a move', first)
             if measured: note(panel, 'at rest', measured)

@@ -1,9 +1,10 @@
-"""How far a real network goes from its source at every beta: the proximal step beside the explicit one.
+"""How far training moves a real network from its source at every beta, with the proximal and with the explicit step.
 
     python benchmarks/stability.py PATH
 
-PATH as for `warbirds.py`: MobileNet-v1 0.75, its Fisher from ImageNet pictures, batches of aircraft, SGD with Nesterov momentum at a constant rate
-of 0.02. Every training starts from the source and sees the same batches; it ends where its loss is no number any more.
+PATH is as for `warbirds.py`: MobileNet-v1 0.75, its Fisher from ImageNet pictures, batches of aircraft, SGD with
+Nesterov momentum at a constant rate of 0.02. Every training starts from the source and sees the same batches; it ends
+when its loss is NaN or infinite.
 """
 import copy, math
 from pathlib import Path
@@ -19,7 +20,7 @@ from warbirds import machine, task
 BETAS = [0., 0.01, 0.1, 0.3, 1., 10., 1e3, 1e6, 1e9, 1e12]
 
 def train(model, source, fisher, batches, beta, step, lr):
-    "Yield loss and distance to the source after each step, as long as the loss is a number"
+    "Yield loss and distance to the source after each step, while the loss is finite"
     model = copy.deepcopy(model).train()
     theta0 = dict(source.named_parameters())
     penalty = QuadraticPenalty(model, theta0, fisher, beta=beta, new=find_new(model, theta0))

@@ -2,9 +2,9 @@
 
     python benchmarks/warbirds.py PATH
 
-PATH holds `data/warbirds30` (an FGVC-Aircraft tree), `data/imagenet_sample` (pictures with a `labels.csv`) and
-`weights/mobilenetv1_075_imagenet.safetensors`. Half of the ImageNet pictures estimate the Fisher, the other half measure
-retention. Each finished run is a row of `runs.csv`; started again, the script does what is not there yet.
+PATH contains `data/warbirds30` (an FGVC-Aircraft tree), `data/imagenet_sample` (pictures with a `labels.csv`) and
+`weights/mobilenetv1_075_imagenet.safetensors`. Half of the ImageNet pictures estimate the Fisher, the other half
+measure retention. Each finished run is a row of `runs.csv`; a second call does only the runs that are missing.
 """
 import platform
 from functools import partial
@@ -49,7 +49,8 @@ def task(photos, size):
     return photos/'data/warbirds30',source,*[source_dl(o, source, size) for o in parts]
 
 def run_arms(arms, photos, out, size, epochs, seeds):
-    "Run what is not in `out/runs.csv` yet, row by row. `arms`: name -> keywords of `Run`, and `tune` for another way to train; returns the Fisher"
+    """Do the runs that are not in `out/runs.csv` yet, and return the Fisher.
+    `arms`: name -> keywords of `Run`, and `tune` for another way to train"""
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     tree,source,for_fisher,for_retention = task(photos, size)
@@ -73,7 +74,7 @@ def main(
     out:str='results/warbirds30', # Folder for the rows, the table and the pictures
     epochs:int=4, # Passes over the training split
     size:int=128, # Side of the pictures in pixels
-    seeds:int=2, # Runs an arm
+    seeds:int=2, # Runs per arm
     first:int=42, # The first seed; the others follow
 ):
     fisher = run_arms(ARMS, photos, out, size, epochs, range(first, first+seeds))
