@@ -3,7 +3,7 @@
 A forked process is as good as a fresh one for being killed, for sharing a folder and for being one of several ranks.
 A test of what only a fresh interpreter shows (what a command imports, how a script ends) starts one by `subprocess`.
 """
-import multiprocessing, os, runpy, shutil, socket, sys, time, weakref
+import multiprocessing, os, runpy, signal, shutil, socket, sys, time, weakref
 from contextlib import suppress
 from pathlib import Path
 from tempfile import mkdtemp
@@ -18,6 +18,7 @@ PRELOAD = ['pytest', 'accelerate', 'fastai.vision.all', 'timm', 'fgvc_fisher.cli
 def _begin(target, args, env, cwd, threads, printed):
     "What a new process does first: the environment, the folder and the output that it was given"
     import torch
+    signal.signal(signal.SIGINT, signal.default_int_handler)    # a shell's background jobs ignore it
     os.environ.clear()
     os.environ.update(env)
     os.chdir(cwd)
