@@ -227,6 +227,12 @@ def test_no_widget_is_saved(notebook):
     for cell in nb['cells']:
         for o in cell.get('outputs', []): assert 'application/vnd.jupyter.widget-view+json' not in o.get('data', {})
 
+@pytest.mark.parametrize('notebook', NOTEBOOKS, ids=lambda o: f'{o.parent.name}/{o.stem}')
+def test_no_warning_is_saved(notebook):
+    "Warnings and bars of one machine teach nobody, and name its folders"
+    for cell in json.loads(notebook.read_text())['cells']:
+        assert not [o for o in cell.get('outputs', []) if o.get('name')=='stderr'], ''.join(cell['source'])
+
 @pytest.mark.parametrize('panel', ['penalty', 'fisher', 'published', 'training', 'classifier'])
 def test_panels_are_kept_as_pictures(panel):
     nb = json.loads((Path(__file__).parent.parent/f'nbs/explore/{panel}.ipynb').read_text())
