@@ -213,14 +213,20 @@ def test_train_to_the_end(training, tmp_path):
     assert not training.view.runs and training.chosen.options==()
     assert (tmp_path/'runs'/rows.id[0]/'result.json').exists()
 
+def says(panel, text, seconds=60):
+    "Wait for a sentence. A panel that follows a training is idle only where drawing is quicker than the news"
+    end = time.monotonic()+seconds
+    while text not in panel.text:
+        assert time.monotonic()<end, panel.text
+        time.sleep(0.02)
+
 def test_stop_and_go_on(training, tmp_path):
     training.epochs = 1000
     training.train()
     run = training.training.run
     while not training.training.batches(run.id): time.sleep(0.02)
-    training.wait()
     training.train()                                   # a second press of the button
-    assert f'{run.arm}, seed {run.seed}' in training.wait()
+    says(training, f'{run.arm}, seed {run.seed}')
     training.stop()
     assert training.training.run is None and '1000' in training.wait()
     assert not list(tmp_path.glob('runs/*/result.json'))
