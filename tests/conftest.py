@@ -7,6 +7,13 @@ from safetensors.torch import save_file
 from torch.amp import GradScaler, autocast
 from ray_cluster import ray_cluster  # noqa: F401, a fixture
 
+# Files whose tests need a shell, signals, /proc or forks: left out on Windows and macOS, where processes are spawned
+POSIX = ['archive', 'cluster', 'commands', 'evidence', 'explore', 'hub', 'live', 'loops', 'pictures', 'processes',
+         'runs', 'sharded', 'shards', 'walkthrough']
+def pytest_collection_modifyitems(items):
+    for o in items:
+        if o.path.stem in [f'test_{name}' for name in POSIX]: o.add_marker('posix')
+
 # A folder with data/ and weights/; CI sets it, elsewhere the tests that need photographs are skipped.
 PHOTOS = os.environ.get('FGVC_FISHER_PHOTOS', '')
 
