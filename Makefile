@@ -21,7 +21,7 @@ demo/report.html: $(READY)
 
 test: notebooks pytest    ## Every notebook from top to bottom, then the tests that are neither slow nor need a browser: minutes
 
-test-all: notebooks browser $(IPYWIDGETS7)    ## Everything: also the slow tests, the panels in a browser and with Colab's ipywidgets, and whether all is in sync
+test-all: lint notebooks browser $(IPYWIDGETS7)    ## Everything: also the slow tests, the panels in a browser and with Colab's ipywidgets, and whether all is in sync
 	$(PYTEST) -m '' --cov=fgvc_fisher --cov-report=term:skip-covered
 	$(MAKE) test-ipywidgets7 in-sync
 
@@ -47,10 +47,7 @@ lint: $(READY)    ## Line length, names, bare excepts: modules, notebooks, tests
 sync: $(READY)    ## After a change of a notebook: export, clean, README.md
 	$(BIN)/nbdev-export && $(BIN)/nbdev-clean && $(BIN)/python tools/readme.py
 
-in-lint: $(READY)    ## Line length, names, bare excepts: modules, notebooks, tests, benchmarks
-	$(BIN)/ruff check .
-
-sync: $(READY)    ## Fail if `make sync` has anything to do
+in-sync: $(READY)    ## Fail if `make sync` has anything to do
 	@state() { git status --porcelain; git diff; }; before="$$(state)"; $(MAKE) sync; \
 	if [ "$$before" != "$$(state)" ]; then git status --short; git --no-pager diff --stat; \
 		echo 'Notebooks, modules and README.md were not in sync: commit what `make sync` has changed.'; exit 1; fi
