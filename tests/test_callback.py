@@ -4,7 +4,7 @@ import pytest, torch
 from fastai.basics import load_learner
 from fastai.callback.tracker import SaveModelCallback
 from fastai.torch_core import set_seed
-from fgvc_fisher.callback import BETA, L2SPFisherCallback
+from fgvc_fisher.callback import STRENGTH, L2SPFisherCallback
 from fgvc_fisher.data import aircraft_dls
 from fgvc_fisher.fisher import estimate_fisher
 from fgvc_fisher.learner import aircraft_learner, source_dl, source_model
@@ -57,12 +57,12 @@ def test_columns_come_and_go(drawn, parts):
     fit(learn)
     assert learn.recorder.metric_names==['epoch','train_loss','valid_loss','accuracy','time']
 
-def test_without_a_beta_it_is_the_default(drawn, parts):
+def test_without_a_strength_it_is_the_default(drawn, parts):
     source,dl,fisher = parts
     def tuned(**kw): return dict(fit(learner(drawn, source), L2SPFisherCallback(**kw)).model.named_parameters())
-    a,b,none = tuned(fisher=fisher),tuned(fisher=fisher, beta=BETA),tuned()
+    a,b,none = tuned(fisher=fisher),tuned(fisher=fisher, strength=STRENGTH),tuned()
     assert all(torch.equal(a[k], b[k]) for k in a) and not all(torch.equal(a[k], none[k]) for k in a)
-    with pytest.raises(ValueError, match='beta'): L2SPFisherCallback(fisher=fisher, normalize=True)
+    with pytest.raises(ValueError, match='both'): L2SPFisherCallback(fisher=fisher, beta=1., strength=1.)
 
 def test_retention_is_measured_with_the_sources_head(drawn, drawn_source, tiny_weights):
     "As many outputs before and after, so that the tuned head would fit, too"

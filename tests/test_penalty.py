@@ -78,7 +78,7 @@ def test_the_papers_choice_for_inception_v4():
     assert penalty.decayed | penalty.anchored == set(weights) and not penalty.decayed & penalty.anchored
     assert penalty.anchored == {n for n in weights if n[9:].split('.')[0] in '0 1 2 3 4 5 6 7'.split()}
 
-def test_normalized_beta_does_not_depend_on_the_fishers_scale(tuned):
+def test_a_strength_does_not_depend_on_the_fishers_scale(tuned):
     model,theta0,fisher,new = tuned
     def moved(factor, **kw):
         other = copy.deepcopy(model)
@@ -86,8 +86,9 @@ def test_normalized_beta_does_not_depend_on_the_fishers_scale(tuned):
         return torch.cat([p.detach().flatten() for p in other.parameters()])
     mean = torch.cat([f.flatten() for n,f in fisher.items() if n not in new]).mean().item()
     wanted = moved(1., beta=2./mean)
-    for factor in (1e-9, 1., 1e6): assert torch.allclose(moved(factor, beta=2., normalize=True), wanted, rtol=1e-12)
-    with pytest.raises(ValueError, match='normalize'): moved(0., beta=2., normalize=True)
+    for factor in (1e-9, 1., 1e6): assert torch.allclose(moved(factor, strength=2.), wanted, rtol=1e-12)
+    with pytest.raises(ValueError, match='strength=2.0.*zero'): moved(0., strength=2.)
+    with pytest.raises(ValueError, match='both'): moved(1., beta=1., strength=2.)
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16])
 def test_kept_in_fewer_bits(tuned, dtype):

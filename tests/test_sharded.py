@@ -18,6 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 COEFS = dict(alpha=0.02, beta=3., l2sp=0.1)
+SCALED = COEFS | dict(beta=0., strength=3.)
 NEW = ['7']
 LR = {'sgd': 0.05, 'adamw': 0.01}
 
@@ -45,7 +46,7 @@ def described(penalty):
     with torch.no_grad(): value = penalty.value()
     grads = torch.autograd.grad(penalty.value(), [*penalty.params.values()])
     return dict(value=value, distance=penalty.distance(), table=penalty.table(), max_fisher=penalty.max_fisher,
-                fisher_scale=penalty.fisher_scale, stiffest=penalty.stiffest(0.1),
+                mean_fisher=penalty.mean_fisher, stiffest=penalty.stiffest(0.1),
                 grads=dict(zip(penalty.params, map(full, grads))))
 
 def train(net, penalty, opt, step, batches, share=slice(None)):
@@ -73,12 +74,12 @@ def fit(case, shard=lambda model: model, share=slice(None)):
 
 def case(opt, step, bare=False, **kw): return dict(opt=opt, step=step, bare=bare, kw=kw)
 CASES = {f'{o} {s} {name}': case(o, s, **kw) for o in LR for s in ('prox','grad') for name,kw in
-         {'all': COEFS, 'normalized': COEFS | dict(normalize=True), 'fisher': dict(beta=3.)}.items()} | {
+         {'all': COEFS, 'strength': SCALED, 'fisher': dict(beta=3.)}.items()} | {
     'float32': case('sgd', 'prox', dtype=torch.float32, **COEFS),
     'bfloat16': case('sgd', 'grad', dtype=torch.bfloat16, **COEFS),
     'cpu': case('sgd', 'prox', device='cpu', **COEFS),
-    'weights': case('adamw', 'prox', beta_on='weights', normalize=True, **COEFS),
-    'in the loss': case('sgd', 'loss', normalize=True, **COEFS),
+    'weights': case('adamw', 'prox', beta_on='weights', **SCALED),
+    'in the loss': case('sgd', 'loss', **SCALED),
     'bare': case('adamw', 'prox', bare=True, alpha=0.02, l2sp=0.1)}
 
 # In each of the two processes
@@ -178,7 +179,7 @@ def one_of_two(folder):
     rank = dist.get_rank()
     share = slice(4*rank, 4*rank+4)
     meshes = {f'hybrid {s}': init_device_mesh('cpu', s, mesh_dim_names=('copies','parts')) for s in ((2,1), (1,2))}
-    some = CASES['sgd prox normalized']
+    some = CASES['sgd prox strength']
     results = {k: fit(c, sharded, share) for k,c in CASES.items()}
     results |= {k: fit(some, partial(sharded, mesh=m), share) for k,m in meshes.items()}
     results |= {f'ddp {k}': data_parallel(CASES[k], share) for k in ('sgd prox all', 'adamw grad all')}
@@ -203,14 +204,14 @@ def close(a, b, rtol=1e-12): assert (a-b).abs().max() <= rtol*b.abs().max()
 def same(a, b):
     "Do two processes agree to the last bit?"
     assert torch.equal(a['value'], b['value'])
-    assert all(a[k]==b[k] for k in ('distance','max_fisher','fisher_scale','stiffest'))
+    assert all(a[k]==b[k] for k in ('distance','max_fisher','mean_fisher','stiffest'))
     pd.testing.assert_frame_equal(a['table'], b['table'], check_exact=True)
     for n,g in a['grads'].items(): assert torch.equal(g, b['grads'][n]), n
 
 def right(got, wanted):
     "Does it agree with the penalty on the whole model?"
     close(got['value'], wanted['value'])
-    for k in ('distance','fisher_scale'): assert got[k]==pytest.approx(wanted[k], rel=1e-12)
+    for k in ('distance','mean_fisher'): assert got[k]==pytest.approx(wanted[k], rel=1e-12)
     assert got['max_fisher']==wanted['max_fisher']
     stiffness,name = wanted['stiffest']
     assert got['stiffest']==(pytest.approx(stiffness, rel=1e-12), name)
@@ -219,7 +220,7 @@ def right(got, wanted):
 
 @pytest.mark.parametrize('name', [*CASES, 'hybrid (2, 1)', 'hybrid (1, 2)'])
 def test_it_is_the_penalty_on_the_whole_model(both, name):
-    wanted = fit(CASES.get(name, CASES['sgd prox normalized']))
+    wanted = fit(CASES.get(name, CASES['sgd prox strength']))
     for got in both:
         for n,p in got[name]['params'].items(): close(p, wanted['params'][n])
         for k in ('before','after'): right(got[name][k], wanted[k])
@@ -228,7 +229,7 @@ def test_it_is_the_penalty_on_the_whole_model(both, name):
 @pytest.mark.parametrize('name', [*CASES, 'hybrid (2, 1)', 'hybrid (1, 2)'])
 def test_each_process_stores_its_shard(both, name):
     model = problem()[0]
-    dtype = CASES.get(name, CASES['sgd prox normalized'])['kw'].get('dtype') or torch.float64
+    dtype = CASES.get(name, CASES['sgd prox strength'])['kw'].get('dtype') or torch.float64
     n = sum(p.numel() for k,p in model.named_parameters() if k[0] not in NEW)*(1 if name=='bare' else 2)
     numel = [o[name]['numel'] for o in both]
     if name=='hybrid (2, 1)': assert numel==[n,n]

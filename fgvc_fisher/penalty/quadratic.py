@@ -100,14 +100,19 @@ def _choose(model, new, term, on):
 # %% ../../nbs/penalty/quadratic.ipynb #95a59227
 def check_coefficients(
     fisher:Mapping|None=None, # The Fisher that beta needs
-    **coefs, # alpha, beta and l2sp
+    **coefs, # alpha, beta, l2sp and strength
 ):
-    "Raises `ValueError` for a coefficient that is negative or not finite, and for beta without a Fisher."
+    """Raises `ValueError` for a coefficient that is negative or not finite, for beta and strength together, and for
+    one of them without a Fisher."""
     for k,v in coefs.items():
         if not (isinstance(v, Real) and math.isfinite(v) and v>=0):
             raise ValueError(f"{k}={v}: a coefficient of the penalty must be a finite number, 0 or larger")
-    if coefs['beta']>0 and fisher is None:
-        raise ValueError(f"beta={coefs['beta']} needs a Fisher: pass fisher=estimate_fisher(source_model, source_dl)")
+    given = [k for k in ('beta','strength') if coefs[k]>0]
+    if len(given)==2:
+        raise ValueError(f"beta={coefs['beta']} and strength={coefs['strength']} both set the Fisher term: give one")
+    if given and fisher is None:
+        raise ValueError(f"{given[0]}={coefs[given[0]]} needs a Fisher: "
+                         "pass fisher=estimate_fisher(source_model, source_dl)")
 
 # %% ../../nbs/penalty/quadratic.ipynb #132551b8
 def _check_new(model, new):
@@ -154,12 +159,9 @@ def _max_fisher(fisher, params):
 
 # %% ../../nbs/penalty/quadratic.ipynb #44ce1e9f
 def _mean_fisher(fisher, params):
-    "The mean over all values of a Fisher; `ValueError` if it is zero"
+    "The mean over all values of a Fisher"
     sums = reduce_over_shards({k: v.sum(dtype=torch.float64) for k,v in fisher.items()}, params)
-    total = sum(v.item() for v in sums.values())
-    if not total:
-        raise ValueError("normalize=True: the Fisher of all parameters under beta is zero, and so is its mean")
-    return total/sum(params[k].numel() for k in fisher)
+    return sum(v.item() for v in sums.values())/max(sum(params[k].numel() for k in fisher), 1)
 
 # %% ../../nbs/penalty/quadratic.ipynb #087ed016
 class QuadraticPenalty:
@@ -174,16 +176,17 @@ class QuadraticPenalty:
         new=(), # Names of new parameters or of new modules, which have no anchor and no Fisher
         alpha_on='all', # Parameters under alpha: a key of `CHOICES`, or a function `(name, parameter) -> bool`
         beta_on='all', # Shared parameters under beta and l2sp: likewise
-        normalize:bool=False, # Divide F by its mean over the parameters under beta?
+        strength:float=0., # The Fisher term's coefficient without F's scale: beta = strength / mean(F)
         dtype:torch.dtype|None=None, # Of the stored values; None: the parameters'. bfloat16 rounds them by up to 0.4 %
         device=None, # Where they are stored; None: with the parameters; 'cpu' saves GPU memory, costs a transfer a step
     ):
-        check_coefficients(fisher, alpha=alpha, beta=beta, l2sp=l2sp)
+        check_coefficients(fisher, alpha=alpha, beta=beta, l2sp=l2sp, strength=strength)
         if dtype is not None and not dtype.is_floating_point:
             raise ValueError(f"dtype={dtype}: anchor and Fisher need a floating-point type")
         reshard(model)
         new = _check_new(model, new)
-        self.alpha,self.beta,self.l2sp = alpha,beta,l2sp
+        self.alpha,self.l2sp = alpha,l2sp
+        self.beta = beta or strength                               # `strength` is divided by F's mean below
         self.params = dict(model.named_parameters())
         self.kinds = parameter_kinds(model)
         self.shared = [n for n in self.params if not _is_new(n, new)]
@@ -191,12 +194,16 @@ class QuadraticPenalty:
         self.anchored = _choose(model, new, 'beta', beta_on).intersection(self.shared)
         _check_terms(self, alpha_on, beta_on)
         self.anchor = _clone_shared(model, self.params if anchor is None else anchor, new, dtype, device)
-        self.fisher,self.max_fisher,self.fisher_scale = None,{},1.
+        self.fisher,self.max_fisher,self.mean_fisher = None,{},0.
         if fisher is None: return
         self.fisher = _clone_shared(model, fisher, new, dtype, device)
         self.max_fisher = _max_fisher(self.fisher, self.params)
         chosen = {n: self.fisher[n] for n in self.shared if n in self.anchored}
-        if normalize: self.fisher_scale = _mean_fisher(chosen, self.params)
+        self.mean_fisher = _mean_fisher(chosen, self.params)
+        if not strength: return
+        if not self.mean_fisher:
+            raise ValueError(f"strength={strength}: the Fisher of all parameters under it is zero, and so is its mean")
+        self.beta = strength/self.mean_fisher
 
 # %% ../../nbs/penalty/quadratic.ipynb #d52a6ff5
 def _is_anchored(penalty, name):
@@ -210,7 +217,7 @@ def _costs(penalty):
         p = local_tensor(penalty.params[name])
         cost = penalty.alpha*p.square().sum() if name in penalty.decayed else p.new_zeros(())
         if not _is_anchored(penalty, name): return cost
-        fisher = penalty.beta/penalty.fisher_scale*penalty.fisher[name].to(p) if penalty.beta else 0.
+        fisher = penalty.beta*penalty.fisher[name].to(p) if penalty.beta else 0.
         return cost + ((penalty.l2sp+fisher)*(p-penalty.anchor[name].to(p)).square()).sum()
     trainable = [n for n,p in penalty.params.items() if p.requires_grad]
     return reduce_over_shards({n: local_cost(n) for n in trainable}, penalty.params)
@@ -286,13 +293,12 @@ def add_grad_(self:QuadraticPenalty,
         away = torch._foreach_sub(ps, _like_params(self.anchor, params))
         if self.l2sp: torch._foreach_add_(grads, away, alpha=2*scale*self.l2sp)
         if self.beta:
-            factor = 2*scale*self.beta/self.fisher_scale
-            torch._foreach_addcmul_(grads, away, _like_params(self.fisher, params), value=factor)
+            torch._foreach_addcmul_(grads, away, _like_params(self.fisher, params), value=2*scale*self.beta)
 
 # %% ../../nbs/penalty/quadratic.ipynb #b9b3b600
 def _prox_weights(penalty, params, step):
     "The fraction of the way to the anchor for a step of `2 lr / (1+a)`: a tensor per parameter, or one number"
-    beta,l2sp = penalty.beta/penalty.fisher_scale,penalty.l2sp
+    beta,l2sp = penalty.beta,penalty.l2sp
     fisher_is_negligible = beta*max(penalty.max_fisher.values(), default=0.) <= 1e-20*l2sp
     if fisher_is_negligible: return step*l2sp/(1+step*l2sp)
     dtype = next(iter(params.values())).dtype
@@ -344,7 +350,7 @@ def stiffest(self:QuadraticPenalty,
 )->tuple: # Stiffness `2 lr (beta max(F) + l2sp + alpha)`; the parameter's name, or None
     "The trainable parameter for which the explicit step is least stable: it diverges if the stiffness is above 2."
     def factor(name, rate):
-        pull = self.beta/self.fisher_scale*self.max_fisher[name] if self.beta and _is_anchored(self, name) else 0.
+        pull = self.beta*self.max_fisher[name] if self.beta and _is_anchored(self, name) else 0.
         plain = self.l2sp if _is_anchored(self, name) else 0.
         return 2*rate*(plain + pull + self.alpha*(name in self.decayed))
     rates = _learning_rates(self.params, lr)
@@ -385,6 +391,9 @@ def summary(self:QuadraticPenalty)->str: # Such as 'beta F on 447 of 449 paramet
     terms = [_terms(self, n) for n in self.params]
     counts = {term: sum(term in t for t in terms) for term in ('alpha','beta F','l2sp','frozen')}
     parts = [f'{term} on {n} of {len(terms)} parameters' for term,n in counts.items() if n and term!='frozen']
+    if counts['beta F']:
+        strength = self.beta*self.mean_fisher
+        parts.append(f'beta = {self.beta:.4g}, times the mean of F, {self.mean_fisher:.4g}: strength {strength:.4g}')
     if counts['frozen']: parts.append(f"{counts['frozen']} frozen")
     if new := [n for n in self.params if n not in self.anchor]: parts.append(f"new: {shorten(', '.join(new), 200)}")
     stored = [(t, self.params[n]) for d in (self.anchor, self.fisher or {}) for n,t in d.items()]
