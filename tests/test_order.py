@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest, fgvc_fisher
 
 ROOMS = {
-    'distributed': ['ranks', 'files', 'sharded', 'workers'],
+    'distributed': ['ranks', 'files', 'sharded', 'wrappers', 'workers'],
     'data': ['archive', 'tables', 'check', 'pictures', 'transforms', 'loaders', 'synthetic'],
     'learner': [],
     'penalty': ['quadratic', 'merging'],
@@ -26,6 +26,7 @@ HEAVY = {'fastai', 'timm', 'torchvision', 'matplotlib', 'pandas', 'ray', 'ipywid
          'huggingface_hub'}
 LIGHT = {
     'distributed.ranks': HEAVY, 'distributed.files': HEAVY, 'distributed.sharded': HEAVY, 'distributed.workers': HEAVY,
+    'distributed.wrappers': HEAVY,
     'penalty.quadratic': HEAVY, 'penalty.merging': HEAVY,
     'fisher.per_image': HEAVY, 'fisher.diagonal': HEAVY, 'fisher.plots': HEAVY, 'fisher.estimate': HEAVY,
     'experiment.store': HEAVY-{'pandas'}, 'experiment.seeds': HEAVY,
