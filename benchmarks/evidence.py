@@ -52,7 +52,7 @@ def more_arms(tree, network):
     fisher = dict(beta=[o*k for o in (0.1, 1, 10, 30, 100, 1000)])
     asked = [dict(arm='exact Fisher', kind='exact', **fisher),
              dict(arm='target Fisher', fisher_from='target', n_fisher=TARGET[tree], **fisher),
-             dict(arm='normalised Fisher', normalize=True, beta=[o*k for o in (0.1, 1, 10)]),
+             *[dict(arm=f'normalised Fisher, beta = {o*k:g}', strength=o*k) for o in (0.1, 1, 10)],
              *[dict(arm=f'Fisher of {n} pictures', n_fisher=n, beta=[10*k]) for n in (10, 30, 100)],
              dict(arm='empirical Fisher', kind='empirical', beta=[10*k]),
              dict(arm='explicit step', step='grad', beta=[o*k for o in (0.1, 1, 10)]),

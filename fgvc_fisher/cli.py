@@ -16,7 +16,7 @@ from fastcore.script import call_parse, store_true
 from filelock import FileLock
 
 # %% ../nbs/cli.ipynb #24d4035e
-from .callback import BETA
+from .callback import STRENGTH
 from .data.tables import read_folder
 from .distributed.ranks import processes, shutdown_processes
 from .experiment.demo import demo
@@ -47,12 +47,13 @@ def fgvc_demo(
     print(f'\n{show_table(found).to_string()}\n\nThe report: {Path(out)/"report.html"}')
 
 # %% ../nbs/cli.ipynb #d19271ac
-def _check_finetune(data, source, beta):
+def _check_finetune(data, source, beta, strength):
     "`ValueError` for a missing option, before a network is made."
     if not data: raise ValueError("give --data PATH: FGVC-Aircraft, or a tree of that form; `fgvc-demo` draws one")
-    if beta>0 and not source:
-        raise ValueError(f"--beta {beta:g} needs a Fisher, which is estimated on source pictures: "
-                         "give --source PATH, or --beta 0")
+    if (beta>0 or strength>0) and not source:
+        given = f'--beta {beta:g}' if beta>0 else f'--strength {strength:g}'
+        raise ValueError(f"{given} needs a Fisher, which is estimated on source pictures: "
+                         "give --source PATH, or --strength 0")
 
 # %% ../nbs/cli.ipynb #e8fc7307
 @call_parse
@@ -63,7 +64,8 @@ def fgvc_finetune(
     weights:str='', # File with its pretrained weights (safetensors or PyTorch state dict); default: timm's, downloaded
     source:str='', # Pictures it was pretrained on: a folder with labels.csv (path,class_index), or ImageNet's folders
     alpha:float=0., # Strength of L2, towards zero
-    beta:float=BETA, # Strength of L2-SP-Fisher, towards the pretrained weights; needs --source
+    strength:float=STRENGTH, # Of L2-SP-Fisher, towards the pretrained weights; needs --source
+    beta:float=0., # The paper's own coefficient of L2-SP-Fisher, instead of --strength
     l2sp:float=0., # Strength of plain L2-SP, towards the pretrained weights
     epochs:int=4, # Passes over the training split
     lr:float=0.02, # Maximum learning rate
@@ -75,10 +77,11 @@ def fgvc_finetune(
     """Fine-tune a pretrained network on FGVC-Aircraft so that it forgets little, and measure accuracy and retention.
     Half of the source pictures are for the Fisher, half for the retention."""
     with _errors_as_sentences('fgvc-finetune'):
-        _check_finetune(data, source, beta)
+        if beta>0: strength = 0.
+        _check_finetune(data, source, beta, strength)
         size = size or picture_stats(source_model(arch, weights=None))['size']
         run = Run(data, 'fine-tuned', alpha, beta, l2sp, arch=arch, weights=weights or True, source=source, level=level,
-                  size=size, bs=bs, epochs=epochs, lr=lr, seed=seed)
+                  strength=strength, size=size, bs=bs, epochs=epochs, lr=lr, seed=seed)
         row = do_run(run, out, Path(out)/'sources')
     if row['last']!=row['last']: sys.exit('fgvc-finetune: the training diverged; try a smaller --lr')
     if not processes()[1]:

@@ -9,7 +9,7 @@ from fgvc_fisher.fisher import DiagFisher
 from forks import BIN, shell
 
 HELP = {'fgvc-demo': ['--out', '--seed'], 'fgvc-sweep': ['--grid', '--out', '--jobs', '--retry', '--track', 'TOML'],
-        'fgvc-finetune': ['--data', '--level', '--arch', '--weights', '--source', '--alpha', '--beta', '--epochs',
+        'fgvc-finetune': ['--data', '--level', '--arch', '--weights', '--source', '--alpha', '--strength', '--beta', '--epochs',
                           '--size', '--out', 'labels.csv', 'variant, family or manufacturer']}
 
 @pytest.mark.parametrize('command', HELP)
@@ -82,9 +82,9 @@ def test_sweep_says_what_is_wrong(args, named, tmp_path, monkeypatch):
 @pytest.mark.parametrize('args,named', [
     (['--beta', '0'], '--data'),
     (['--data', 'DRAWN'], '--source'),
-    (['--data', 'nowhere', '--beta', '0', '--arch', 'test_resnet', '--weights', 'WEIGHTS'], 'nowhere'),
-    (['--data', 'DRAWN', '--beta', '0', '--arch', 'resnet_18'], "'resnet_18'"),
-    (['--data', 'DRAWN', '--beta', '0', '--arch', 'test_vit', '--weights', 'WEIGHTS'], 'tiny.safetensors'),
+    (['--data', 'nowhere', '--strength', '0', '--arch', 'test_resnet', '--weights', 'WEIGHTS'], 'nowhere'),
+    (['--data', 'DRAWN', '--strength', '0', '--arch', 'resnet_18'], "'resnet_18'"),
+    (['--data', 'DRAWN', '--strength', '0', '--arch', 'test_vit', '--weights', 'WEIGHTS'], 'tiny.safetensors'),
     (['--data', 'DRAWN', '--arch', 'test_resnet', '--weights', 'WEIGHTS', '--source', 'DRAWN'], 'labels.csv'),
     (['--data', 'DRAWN', '--arch', 'test_resnet', '--weights', 'WEIGHTS', '--source', 'SOURCE', '--alpha', '-1'],
      'alpha=-1.0')])

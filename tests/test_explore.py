@@ -198,10 +198,10 @@ def test_train_to_the_end(training, tmp_path):
     training.train()
     assert all_done(training)
     rows = read_runs(tmp_path)
-    assert rows.arm.tolist()==['L2-SP-Fisher, beta = 10'] and rows.beta.tolist()==[10.]
+    assert rows.arm.tolist()==['L2-SP-Fisher, strength = 0.5'] and rows.strength.tolist()==[0.5]
     assert rows.retention_target_bn.notna().all()
     assert not training.buttons['train'].disabled and training.buttons['stop'].disabled
-    assert 'L2-SP-Fisher, beta = 10, seed 42' in training.view.legend.value and '2 of 2' in training.view.legend.value
+    assert 'L2-SP-Fisher, strength = 0.5, seed 42' in training.view.legend.value and '2 of 2' in training.view.legend.value
     training.train()                                   # the same again is read, not trained
     assert training.training.run is None and all_done(training) and len(training.view.runs)==1
     reopened = explore_training(training.task, tmp_path, epochs=2)
@@ -275,12 +275,12 @@ def test_what_cannot_be_a_run_is_said(task, tmp_path):
     with pytest.raises(ValueError, match='epochs'): explore_training(task | dict(epochs=-1), tmp_path/'other')
 
 def test_runs_of_an_arm_have_dashes_of_their_own(training):
-    runs = [training_panel._run_of(training.task, 2, 'L2-SP-Fisher', 0., beta, 0., 0.1, 1) for beta in (1., 10., 100.)]
+    runs = [training_panel._run_of(training.task, 2, 'L2-SP-Fisher', 0., o, 0., 0., 0.1, 1) for o in (1., 10., 100.)]
     for o in runs: training.view.add(o)
     looks = [training.view.looks[o.id] for o in runs]
     assert len({str(o['ls']) for o in looks})==3 and len({o['color'] for o in looks})==1
     training.view.remove([runs[0].id])
-    training.view.add(new := training_panel._run_of(training.task, 2, 'L2-SP-Fisher', 0., 1000., 0., 0.1, 1))
+    training.view.add(new := training_panel._run_of(training.task, 2, 'L2-SP-Fisher', 0., 1000., 0., 0., 0.1, 1))
     assert [training.view.looks[o.id] for o in runs]==looks and training.view.looks[new.id] not in looks
     assert all(panels.DASHES[o['ls']] in training_panel._key(o) for o in looks)
 
@@ -292,8 +292,8 @@ def test_a_run_that_diverged_is_a_dash(task, tmp_path):
 
 @pytest.mark.parametrize('arm', training_panel._ARMS)
 def test_every_arm_is_a_run(task, arm):
-    run = training_panel._run_of(task, 3, arm, 1e-3, 1., 1e-2, task['lr'], 7)
-    for k in ('alpha','beta','l2sp'): assert (getattr(run, k)>0)==(k in training_panel._ARMS[arm])
+    run = training_panel._run_of(task, 3, arm, 1e-3, 1., 1e-4, 1e-2, task['lr'], 7)
+    for k in ('alpha','strength','beta','l2sp'): assert (getattr(run, k)>0)==(k in training_panel._ARMS[arm])
     assert run.arm.split(',')[0]==arm and run.seed==7 and style(run.arm)==style(arm)
 
 def test_what_fails_is_said(task, tmp_path):

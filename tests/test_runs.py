@@ -89,7 +89,7 @@ def test_stopped_between_any_two_epochs_it_goes_on(run, tiny_done, sources, tmp_
     (dict(step='grad', beta=0.1), 'before_epoch', 1),
     (dict(step='published', alpha=5e-4, beta=4e-5), 'after_train', 1),
     (dict(recipe='published', transforms='published'), 'after_epoch', 0),
-    (dict(recipe='strong', normalize=True), 'after_train', 1),
+    (dict(recipe='strong', beta=0, strength=0.5), 'after_train', 1),
     (dict(freeze_bn=True), 'after_epoch', 0),
     (dict(train='trainval', valid='', test='test'), 'after_epoch', 1)])
 def test_a_run_of_any_kind_goes_on(run, sources, tmp_path, how, event, epoch):
@@ -456,12 +456,12 @@ class TestWhoseFisher:
                          (dict(tune='head first', recipe='published', transforms='published'), "tune='head first'")]:
             with pytest.raises(ValueError, match=named): replace(run, **kw)
 
-def test_a_normalised_fisher_is_another_beta(run, tmp_path):
-    "F/mean(F) at beta is F at beta/mean(F): one frontier, other names for its points"
+def test_a_strength_is_a_beta(run, tmp_path):
+    "strength is beta times the mean of F: one frontier, other names for its points"
     source = run_source(run, tmp_path, progress=False)
     shared = [n for n,p in source.model.named_parameters() if not n.startswith('fc.')]
     mean = sum(source.fisher[n].double().sum() for n in shared)/sum(source.fisher[n].numel() for n in shared)
-    a = fine_tune(replace(run, normalize=True, beta=2.), source.model, source.fisher, quiet=True).model
+    a = fine_tune(replace(run, beta=0., strength=2.), source.model, source.fisher, quiet=True).model
     b = fine_tune(replace(run, beta=2./mean.item()), source.model, source.fisher, quiet=True).model
     for p,q in zip(a.parameters(), b.parameters()): assert torch.allclose(p, q, atol=1e-5, rtol=1e-4)
 
@@ -472,3 +472,14 @@ def test_a_folder_of_a_version_with_fewer_fields_is_resumed(run, tmp_path):
     for o in ('tune','fisher_from','n_fisher'): del row[o]
     (tmp_path/'run.json').write_text(json.dumps(row))
     assert do_run(replace(run, epochs=1), tmp_path, quiet=True)['epochs']==1
+
+def test_a_folder_of_a_version_that_normalised_keeps_its_meaning(run, tmp_path):
+    "`normalize=True` with a beta was a strength"
+    run = replace(run, beta=0., strength=2., epochs=1)
+    do_run(run, tmp_path, quiet=True)
+    row = json.loads((tmp_path/'run.json').read_text())
+    row |= dict(beta=row.pop('strength'), normalize=True)
+    (tmp_path/'run.json').write_text(json.dumps(row))
+    assert do_run(run, tmp_path, quiet=True)['epochs']==1
+    with pytest.raises(ValueError, match='another run.*strength = 2.0 instead of 0.0'):
+        do_run(replace(run, strength=0., beta=2.), tmp_path, quiet=True)

@@ -47,7 +47,7 @@ def test_paper(settings):
     rows = names['rows']
     learn = names['make_learner'](names['runs'][0], names['source'].model)
     assert rows.arm.tolist()==['plain', 'as published, beta = 0.0004', 'as published, alpha = 0.0005',
-                               'L2-SP-Fisher, beta = 10']
+                               'L2-SP-Fisher, strength = 0.5']
     assert rows[['best','last','test','test_last','retention_target_bn','retention_source_bn']].notna().all(axis=None)
     assert rows.amp.all() and (rows.recipe=='published').all() and (rows.transforms=='published').all()
     assert len(list(learn.model.parameters()))==449 and len(learn.splitter(learn.model))==3
@@ -57,7 +57,7 @@ def test_strong(settings):
     small = {'size=448, bs=16, epochs=40': 'size=75, bs=16, epochs=1', 'cache=True': 'cache=False'}
     rows = walk(settings | small | {"MODE  = 'demo'": "MODE  = 'strong'"})['rows']
     assert rows['last'].isna().all() and rows.test.notna().all() and (rows.train=='trainval').all()
-    assert rows.arm.tolist()==['plain', 'L2-SP-Fisher, beta = 10']
+    assert rows.arm.tolist()==['plain', 'L2-SP-Fisher, strength = 0.5']
 
 @pytest.mark.parametrize('arch', ['conftest:narrow_inception', pytest.param('inception_v4', marks=pytest.mark.slow)])
 def test_float16_of_the_whole_network(arch, drawn, monkeypatch):

@@ -24,6 +24,8 @@ from ..data.loaders import aircraft_dls, picture_dl
 from ..data.synthetic import draw_aircraft, draw_source
 from ..data.tables import pick_split, read_pictures
 from ..learner import aircraft_learner
+from ..callback import STRENGTH
+from ..callback import STRENGTH
 from .results import curves, frontier, read_curves, show_table, table
 from .store import save_weights
 from .sweeps import grid, sweep
@@ -66,7 +68,7 @@ def draw_task(
                 bs=16, lr=0.1, num_workers=num_workers)
 
 # %% ../../nbs/experiment/demo.ipynb #c600efff
-ARMS = [dict(arm='plain'), dict(arm='L2', alpha=5e-4), dict(arm='L2-SP', l2sp=1e-2), dict(arm='L2-SP-Fisher', beta=10.)]
+ARMS = [dict(arm='plain'), dict(arm='L2', alpha=5e-4), dict(arm='L2-SP', l2sp=1e-2), dict(arm='L2-SP-Fisher', strength=STRENGTH)]
 
 # %% ../../nbs/experiment/demo.ipynb #2fca395f
 REPORT = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>

@@ -23,7 +23,7 @@ from .seeds import interval, paired, seeds_needed
 # %% ../../nbs/experiment/results.ipynb #6e446a2c
 def _sort_key(run):
     "Sort runs by the strength of the penalty, then by name and seed"
-    strengths = [run.get(o) or 0 for o in ('alpha','l2sp','beta')]
+    strengths = [run.get(o) or 0 for o in ('alpha','l2sp','beta','strength')]
     names = [str(run.get(o) or '') for o in ('step','arm')]
     return *strengths, *names, run['seed']
 def _folders(out):

@@ -85,7 +85,7 @@ _CHOICES = dict(step=('prox','grad','published'), kind=('sampled','empirical','e
                 tune=('all','head','head first'), recipe=tuple(RECIPES))
 def _check_fields(run):
     "`ValueError` for a field with an invalid value."
-    for name in ('alpha','beta','l2sp'):
+    for name in ('alpha','beta','l2sp','strength'):
         v = getattr(run, name)
         if v<0: raise ValueError(f"{name}={v}: a coefficient of the penalty cannot be negative")
     for name in ('size','bs','epochs','lr'):
@@ -102,15 +102,17 @@ def _check_together(run):
     if not (run.valid or run.test): raise ValueError("valid and test are both empty: name a split to measure on")
     if run.recipe=='strong' and run.transforms=='published':
         raise ValueError("recipe='strong' smooths labels, which transforms='published' has mixed already: use 'plain'")
-    if run.step=='published' and (run.freeze_bn or run.normalize):
-        raise ValueError("step='published' does not support freeze_bn or normalize")
+    if run.beta and run.strength:
+        raise ValueError(f"beta={run.beta} and strength={run.strength} both set the Fisher term: give one of them")
+    if run.step=='published' and (run.freeze_bn or run.strength):
+        raise ValueError("step='published' does not support freeze_bn, and takes the paper's beta, not a strength")
     if run.fisher_from=='target' and run.kind=='empirical':
         raise ValueError("kind='empirical' needs labels of the source's classes, and the target's pictures have none: "
                          "use kind='sampled' or 'exact'")
     if run.tune!='all' and 'published' in (run.recipe, run.step):
         raise ValueError(f"tune={run.tune!r}: the published recipe and step train all layers")
-    if run.tune=='head' and (run.beta or run.l2sp):
-        raise ValueError("tune='head' trains no parameter that beta or l2sp applies to: set both to 0")
+    if run.tune=='head' and (run.beta or run.l2sp or run.strength):
+        raise ValueError("tune='head' trains no parameter that beta, strength or l2sp applies to: set them to 0")
 
 # %% ../../nbs/experiment/run.ipynb #ab72966f
 @dataclass(frozen=True)
@@ -119,14 +121,14 @@ class Run:
     data:str # An FGVC-Aircraft tree
     arm:str='plain' # Its name in tables; what follows a comma is its strength
     alpha:float=0. # Coefficient of the L2 term
-    beta:float=0. # Coefficient of the Fisher term
+    beta:float=0. # Coefficient of the Fisher term as in the paper, instead of `strength`
     l2sp:float=0. # Coefficient of the plain L2-SP term
     step:str='prox' # 'prox', 'grad', or 'published': as the published code, see `AsPublished`, with l2sp=0.004
     freeze_bn:bool=False # Keep the source's BatchNorm statistics?
     kind:str='sampled' # Of Fisher: 'sampled', 'empirical' or 'exact', which covers 99 % of each picture's probability
     fisher_from:str='source' # Estimate it on 'source' pictures, or without any on 'target', the training split
     n_fisher:int=0 # Number of pictures for it, drawn by `seed`; 0: all there are
-    normalize:bool=False # Divide the Fisher by its mean?
+    strength:float=0. # beta times the Fisher's own mean, which means the same for every network
     tune:str='all' # Train 'all'; the 'head' alone; or 'head first': an epoch for the head, then all
     arch:str='inception_v4' # The network, by timm's name or as 'package.module:function'
     weights:bool|str=True # Its pretrained weights: timm's own, a file, or False for random ones
@@ -158,6 +160,10 @@ def id(self:Run)->str: # Such as 'l2-sp-fisher-beta-10-42-1f3c9a2b'
     digest = hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()
     arm = re.sub(r'[^a-z0-9.]+', '-', self.arm.lower()).strip('-')[:80]
     return f"{arm}-{self.seed}-{digest[:8]}"
+@patch(as_prop=True)
+def needs_fisher(self:Run)->bool:
+    "Whether the run's penalty has a Fisher term whose Fisher is estimated beforehand."
+    return bool(self.beta or self.strength) and self.step!='published'
 
 # %% ../../nbs/experiment/run.ipynb #b1c8fe92
 def read_target(
@@ -196,16 +202,15 @@ def _penalty(run, learn, source, fisher):
             raise ValueError("step='published' depends on the whole batch, and each of several processes sees a part "
                              "of it: start a single process")
         return AsPublished(copy.deepcopy(learn.model), run.alpha, run.beta, run.l2sp)
-    fisher = fisher if run.beta else None
-    return L2SPFisherCallback(run.alpha, run.beta, fisher, run.l2sp, run.step, new=[head_name(source)],
+    return L2SPFisherCallback(run.alpha, run.beta, fisher if run.needs_fisher else None, run.l2sp, run.step, new=[head_name(source)],
                               anchor=dict(source.named_parameters()), freeze_bn=run.freeze_bn,
-                              normalize=run.normalize and run.beta>0)
+                              strength=run.strength)
 
 # %% ../../nbs/experiment/run.ipynb #f81cd111
 def make_learner(
     run:Run, # What to do
     source:nn.Module, # The source model, with its weights; not changed
-    fisher:DiagFisher|None=None, # Of the source model; needed if `run.beta` is not 0
+    fisher:DiagFisher|None=None, # Of the source model, for a run that `needs_fisher`
     target:pd.DataFrame|None=None, # From `read_target`; default: read it
 )->Learner: # With its penalty, ready to be fitted, or to be timed by `estimate_time`
     "The `Learner` of a run."
@@ -298,7 +303,7 @@ def resume(self:KeepEpochs)->int: # The epoch to begin with; 0 without a checkpo
 def fine_tune(
     run:Run, # What to do
     source:nn.Module, # The source model, with its weights; not changed
-    fisher:DiagFisher|None=None, # Of the source model; needed if `run.beta` is not 0
+    fisher:DiagFisher|None=None, # Of the source model, for a run that `needs_fisher`
     folder:str|Path|None=None, # Where to write what it takes to resume, and to resume from; None: nothing is written
     cbs:Iterable=(), # Further callbacks
     quiet:bool=False, # Show no bars and no tables?
@@ -422,15 +427,15 @@ def run_source(
     "Make or read what a run needs of its source. `ValueError` if there are no pictures or too few for its Fisher."
     with no_random(): model = source_model(run.arch, run.weights or None)    # random weights are always the same
     model = model.to(default_device())
-    shared,needs_fisher = Path(shared),run.beta>0 and run.step!='published'
-    if needs_fisher and not run.source and run.fisher_from=='source':
-        raise ValueError(f"beta={run.beta:g} needs a Fisher, which is estimated on pictures that {run.arch} was "
+    shared = Path(shared)
+    if run.needs_fisher and not run.source and run.fisher_from=='source':
+        raise ValueError(f"arm {run.arm!r} needs a Fisher, which is estimated on pictures that {run.arch} was "
                          "pretrained on: give their folder as `source`, or use fisher_from='target'")
     for_fisher,for_retention = source_parts(read_pictures(run.source)) if run.source else (None,None)
     key = _key(run.arch, weights_sha256(model), run.source, run.size)
     batches = partial(source_dl, model=model, size=run.size, bs=run.bs, num_workers=run.num_workers)
     fisher = None
-    if needs_fisher:
+    if run.needs_fisher:
         def estimate(file):
             return _estimate(run, model, batches(_fisher_table(run, for_fisher, target)), file, progress)
         fisher = _made_once(shared/_fisher_file(run, key), estimate, DiagFisher.load)

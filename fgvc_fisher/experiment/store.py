@@ -27,6 +27,7 @@ def claim_folder(
     begun = any((folder/name).exists() for name in ('checkpoint.pt', 'curve.csv', 'result.json'))
     found = read_json(folder/'run.json') if begun and (folder/'run.json').exists() else None
     if found is None: return write_text(folder/'run.json', to_json(asdict(run)))
+    if found.pop('normalize', False): found |= dict(strength=found['beta'], beta=0.)   # its name in earlier versions
     found = {o.name: found.get(o.name, o.default) for o in fields(run)}
     if differs := [f"{k} = {found[k]!r} instead of {v!r}" for k,v in asdict(run).items() if found[k]!=v]:
         raise ValueError(f"{folder} belongs to another run, with {', '.join(differs)}: use an empty folder")

@@ -211,7 +211,7 @@ def read_compromise(
     folder = Path(out)/'runs'/run.id
     shared = Path(out)/'sources'
     do_run(run, folder, shared, quiet=not progress)
-    source = run_source(replace(run, beta=run.beta or 1., step='prox'), shared, progress)
+    source = run_source(replace(run, beta=0., strength=1., step='prox'), shared, progress)
     learn = load_run(run, folder, source.model)
     def target(split, n):
         table = _some(pick_split(read_aircraft(run.data, run.level), split), n)

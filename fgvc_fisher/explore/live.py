@@ -51,7 +51,7 @@ class _RunRetention(Retention):
     "Retention of a run, measured as in its result"
     def __init__(self, run, shared):
         super().__init__(None, None)
-        self.made_from = replace(run, beta=0.),shared         # without the Fisher
+        self.made_from = replace(run, beta=0., strength=0.),shared         # without the Fisher
     def begin(self):
         with no_random(): found = run_source(*self.made_from, progress=False)
         self.source = found.model
@@ -79,8 +79,7 @@ def _train(run, out, say):
     "Do a run, and report its progress"
     folder = out/'runs'/run.id
     folder.mkdir(parents=True, exist_ok=True)
-    needs_fisher = run.beta>0 and run.step!='published'
-    say(stage='estimating the Fisher of the source, unless it is saved' if needs_fisher else 'reading the pictures')
+    say(stage='estimating the Fisher of the source, unless it is saved' if run.needs_fisher else 'reading the pictures')
     cbs = [_Report(run, say)]
     if run.source: cbs.append(_RunRetention(run, out/'sources'))
     try:

@@ -17,6 +17,7 @@ from matplotlib.ticker import MaxNLocator
 # %% ../../nbs/explore/training.ipynb #121889ea
 from fastcore.basics import patch
 from ..experiment.demo import draw_task
+from ..callback import STRENGTH
 from ..experiment.run import Run
 from .live import Training
 from .panels import Panel, Picture, choice, slider, control_layout
@@ -26,13 +27,14 @@ from ..experiment.results import style
 from .panels import DASHES, PERCENT, svg_dashes
 
 # %% ../../nbs/explore/training.ipynb #82fdf5c8
-_ARMS = {'plain': {}, 'L2': dict(alpha=5e-4), 'L2-SP': dict(l2sp=1e-2), 'L2-SP-Fisher': dict(beta=10., alpha=0.),
+_ARMS = {'plain': {}, 'L2': dict(alpha=5e-4), 'L2-SP': dict(l2sp=1e-2), 'L2-SP-Fisher': dict(strength=STRENGTH, alpha=0.),
          'as published': dict(alpha=0., beta=4e-4, l2sp=4e-3)} # the usual strengths
+_STRENGTHS = 'alpha','strength','beta','l2sp'
 # the marks of the arms as text, for the legend
 _MARKS = dict(o='●', s='■', D='◆', v='▼', P='✚', p='⬟', X='✖', **{'^': '▲', '<': '◀', '*': '★'})
-def _run_of(task, epochs, arm, alpha, beta, l2sp, lr, seed):
+def _run_of(task, epochs, arm, alpha, strength, beta, l2sp, lr, seed):
     "The run that the controls describe"
-    strengths = {k: v for k,v in dict(alpha=alpha, beta=beta, l2sp=l2sp).items() if k in _ARMS[arm]}
+    strengths = {k: v for k,v in dict(alpha=alpha, strength=strength, beta=beta, l2sp=l2sp).items() if k in _ARMS[arm]}
     name = [arm, *[f'{k} = {v:g}' for k,v in strengths.items() if v]]
     if lr!=task.get('lr', Run.lr): name.append(f'lr = {lr:g}')
     step = 'published' if arm=='as published' else task.get('step', 'prox')
@@ -181,7 +183,8 @@ def _training_controls(task):
     rate = task.get('lr', Run.lr)
     seed = widgets.BoundedIntText(value=42, min=0, max=10**6, description='seed', **control_layout({}))
     return dict(arm=choice('arm', list(_ARMS)), seed=seed, alpha=strength('alpha', -6, -1),
-                beta=strength('beta', -5, 4), l2sp=strength('l2sp', -4, 1),
+                strength=strength('strength', -4, 2), beta=strength('beta, as published', -5, 0),
+                l2sp=strength('l2sp', -4, 1),
                 lr=slider('learning rate', sorted({*_round(-4, 0), rate}), rate))
 def _button(label): return widgets.Button(description=label, tooltip=label, layout=widgets.Layout(width='auto'))
 
@@ -215,7 +218,7 @@ class TrainingPanel(Panel):
 
     def _set_strengths(self, arm):
         "Set the strengths to an arm's usual values"
-        for k in ('alpha','beta','l2sp'): self.controls[k].value = _ARMS[arm].get(k, 0.)
+        for k in _STRENGTHS: self.controls[k].value = _ARMS[arm].get(k, 0.)
 
     def _news(self):
         "Redraw after news from the training, at most four times a second"
@@ -228,7 +231,7 @@ def _drawn(self:TrainingPanel, **values):
     "Draw, and enable the controls that can be used"
     text = self.view.draw(**values)
     in_training = self.training.run is not None
-    for k in ('alpha','beta','l2sp'): self.controls[k].disabled = k not in _ARMS[values['arm']]
+    for k in _STRENGTHS: self.controls[k].disabled = k not in _ARMS[values['arm']]
     self.buttons['train'].disabled = in_training
     self.buttons['stop'].disabled = not in_training
     options = [(f'{run.arm}, seed {run.seed}', id) for id,run in list(self.view.runs.items())]
@@ -260,7 +263,7 @@ def explore_training(
     task:dict|None=None, # Fields of a `Run`: `data`, `arch`, `source`, ...; default: drawn aircraft and a small network
     out:str|Path='explored', # Folder of the experiment, for the results and the drawn pictures
     epochs:int=6, # Passes over the training split
-)->TrainingPanel: # Controls `arm`, `seed`, `alpha`, `beta`, `l2sp`, `lr`
+)->TrainingPanel: # Controls `arm`, `seed`, `alpha`, `strength`, `beta`, `l2sp`, `lr`
     """Train with any strengths and watch the curves. A process waits in the background for the next run; it ends when
     the notebook ends, or by `close()` of the panel's `training`."""
     return TrainingPanel(draw_task(out) if task is None else task, out, epochs)

@@ -98,15 +98,15 @@ def train_stop_and_remove(page):
     i = first(page, 'training')
     assert page.get_by_role('button', name='Stop').is_disabled()
     select(page, 'arm', 'as published')
-    steady(page, lambda: readout(page, 'beta'), ok=lambda o: o=='0.0004')
-    for o in ('alpha','beta','l2sp','learning rate'):
+    steady(page, lambda: readout(page, 'beta, as published'), ok=lambda o: o=='0.0004')
+    for o in ('alpha','strength','beta, as published','l2sp','learning rate'):
         before = readout(page, o)
         slide(page, o)
         assert readout(page, o)!=before
     slide(page, 'learning rate', -1)
     control(page, 'seed').locator('input').fill('42')
     select(page, 'arm', 'L2-SP-Fisher')
-    steady(page, lambda: readout(page, 'beta'), ok=lambda o: o=='10')
+    steady(page, lambda: readout(page, 'strength'), ok=lambda o: o=='0.5')
     with new_picture(page, i+1):
         press(page, 'Train')
         says(page, 'training', r'\b([2-9]|\d\d+)\D+300', seconds=90)
@@ -116,8 +116,8 @@ def train_stop_and_remove(page):
     steady(page, page.get_by_role('button', name='Stop').is_disabled, ok=bool)
     rows = page.locator('.fgvc-training table tr', has_text='seed')
     there = rows.count()
-    assert rows.filter(has_text='L2-SP-Fisher, beta = 10, seed 42').count()==1
-    control(page, 'on the chart').locator('select').select_option(label='L2-SP-Fisher, beta = 10, seed 42')
+    assert rows.filter(has_text='L2-SP-Fisher, strength = 0.5, seed 42').count()==1
+    control(page, 'on the chart').locator('select').select_option(label='L2-SP-Fisher, strength = 0.5, seed 42')
     press(page, 'Remove from the chart')
     steady(page, rows.count, ok=lambda o: o==there-1)
     assert page.get_by_role('button', name='Stop').is_disabled()
