@@ -8,17 +8,18 @@ Docs: https://fgvc-fisher.github.io/fgvc_fisher/penalty/merging.html.md"""
 __all__ = ['merge', 'interpolate']
 
 # %% ../../nbs/penalty/merging.ipynb #e903a46c
-import copy, math
+import math
 from collections.abc import Mapping
 from textwrap import shorten
 import torch
 from torch import nn
-from .quadratic import mismatched_parameters, find_new
+from ..distributed.wrappers import copy_module, unwrap
+from .quadratic import mismatched_parameters, named_like, find_new
 
 # %% ../../nbs/penalty/merging.ipynb #a06b4cd1
 def _shared(source, tuned):
     "The names of the parameters that both models have; `ValueError` if they are not a source and its fine-tuned model"
-    new = find_new(tuned, dict(source.named_parameters()))
+    new = find_new(tuned, source)
     return [n for n,_ in tuned.named_parameters() if n not in new]
 
 # %% ../../nbs/penalty/merging.ipynb #1edce9fc
@@ -31,8 +32,8 @@ def _check_of(fisher, model, name):
 @torch.no_grad()
 def _blend(source, tuned, fraction):
     "A copy of `tuned` whose shared parameters have moved by `fraction(name, parameter)` of the way to the source's"
-    merged = copy.deepcopy(tuned)
-    theta0,params = dict(source.named_parameters()),dict(merged.named_parameters())
+    merged = copy_module(tuned)
+    theta0,params = named_like(source, tuned),dict(merged.named_parameters())
     for n in _shared(source, tuned): params[n].lerp_(theta0[n].to(params[n]), fraction(n, params[n]))
     return merged
 
@@ -46,8 +47,8 @@ def _shrink(merged, fisher_source, fisher_target, beta, alpha, shared):
 
 # %% ../../nbs/penalty/merging.ipynb #6e83588f
 def merge(
-    source:nn.Module, # The source model
-    tuned:nn.Module, # The fine-tuned model, with its own head
+    source:nn.Module, # The source model; wrappers such as `torch.compile` do not matter
+    tuned:nn.Module, # The fine-tuned model, with its own head; likewise
     fisher_source:Mapping, # Fisher of `source` on source pictures, parameter name -> tensor
     fisher_target:Mapping, # Fisher of `tuned` on target pictures
     beta:float=1., # Weight of the source: 0 gives `tuned`, a very large one the source
@@ -57,8 +58,10 @@ def merge(
     for name,weight in dict(beta=beta, alpha=alpha).items():
         if not (math.isfinite(weight) and weight>=0):
             raise ValueError(f"{name}={weight}: a weight must be a finite number, 0 or larger")
+    source,tuned = unwrap(source),unwrap(tuned)
     _check_of(fisher_source, source, 'source')
     _check_of(fisher_target, tuned, 'target')
+    fisher_source,fisher_target = named_like(fisher_source, tuned),named_like(fisher_target, tuned)
     def fraction(name, p):
         ours,theirs = fisher_target[name].to(p),beta*fisher_source[name].to(p)
         return torch.where(theirs>0, theirs/(ours+theirs), 0.)
@@ -74,4 +77,4 @@ def interpolate(
 )->nn.Module: # A new model with the head of `tuned`
     "Straight interpolation of two models, as in WiSE-FT. Raises `ValueError` for a `t` that is not from 0 to 1."
     if not 0<=t<=1: raise ValueError(f"t={t}: choose between 0, the source, and 1, the fine-tuned model")
-    return _blend(source, tuned, lambda name, p: 1-t)
+    return _blend(unwrap(source), unwrap(tuned), lambda name, p: 1-t)
