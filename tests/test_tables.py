@@ -5,9 +5,10 @@ import numpy as np, pandas as pd, pytest
 from PIL import Image
 from fgvc_fisher.data import aircraft_dls, folder_dls, table_dls
 from fgvc_fisher.data import (
-    class_weights, hold_out, pick_split, read_aircraft, read_image_folder, read_table, take_fraction
+    class_weights, hold_out, pick_split, read_aircraft, read_folder, read_image_folder, read_pictures, read_table,
+    take_fraction
 )
-from fgvc_fisher.data.tables import crop_to_boxes
+from fgvc_fisher.data.tables import crop_to_boxes, picture_suffixes, read_lines, split_name
 
 @pytest.fixture(scope='module')
 def whole_archive(tmp_path_factory):
@@ -164,7 +165,224 @@ def test_csv_without(flowers):
     with pytest.raises(FileNotFoundError, match='none.csv'): table_dls(flowers/'none.csv')
     (flowers/'a.csv').write_text('path,label,split\ntrain/rose/0.png,rose,train\ntrain/rose/9.png,rose,val\n')
     with pytest.raises(FileNotFoundError, match='a.csv.*9.png'): table_dls(flowers/'a.csv')
-    (flowers/'a.csv').write_text('path,label,split\ntrain/rose/0.png,rose,train\ntrain/rose/1.png,rose,dev\n')
-    with pytest.raises(ValueError, match="'val'.*train, dev"): table_dls(flowers/'a.csv')
+    (flowers/'a.csv').write_text('path,label,split\ntrain/rose/0.png,rose,train\ntrain/rose/1.png,rose,fold 3\n')
+    with pytest.raises(ValueError, match="'val'.*train, fold 3"): table_dls(flowers/'a.csv')
     (flowers/'a.csv').write_text('path,label,split\ntrain/rose/0.png,rose,train\ntrain/rose/0.png,rose,val\n')
     with pytest.raises(ValueError, match='train/rose/0.png'): table_dls(flowers/'a.csv')
+
+# Folders: `path` or `path xN`, the number of pictures; `read` is what each split has of each class
+
+def make(root, *files):
+    for o in files:
+        (root/o).parent.mkdir(parents=True, exist_ok=True)
+        Image.new('RGB', (4,3)).save(root/o, format='JPEG')
+    return root
+def read(root): return sorted(zip(read_image_folder(root).split, read_image_folder(root).label))
+
+SPLITS = {'train': ['train','Train','TRAIN','training','Training Set','train_data','train-images','trn','trainset'],
+          'val': ['val','Valid','validation','VALIDATION','dev','Dev','eval','Evaluation','val_set','valid images'],
+          'test': ['test','Testing','test_set','tst','TestData'], 'trainval': ['trainval','Train_Val']}
+@pytest.mark.parametrize('split,name', [(k,o) for k,names in SPLITS.items() for o in names])
+def test_a_split_folder_is_no_class(split, name, tmp_path):
+    assert read(make(tmp_path, f'{name}/a/1.jpg', f'{name}/b/1.jpg'))==[(split,'a'), (split,'b')]
+    assert split_name(f' {name} ')==split
+
+@pytest.mark.parametrize('name', ['trainer','values','tests','set','dataset','fold 3','trains','validated','', '1'])
+def test_another_name_is_a_class(name, tmp_path):
+    assert split_name(name) is None
+    if name: assert read(make(tmp_path, f'{name}/1.jpg', 'b/1.jpg'))==sorted([('train',name), ('train','b')])
+
+HIDDEN = ['.ipynb_checkpoints/1.jpg', '__MACOSX/a/1.jpg', 'a/._1.jpg', 'a/.ipynb_checkpoints/2.jpg',
+          '.DS_Store/a/1.jpg', '.git/1.jpg', '@eaDir/1.jpg', 'a/__MACOSX/._1.jpg']
+@pytest.mark.parametrize('file', HIDDEN)
+def test_hidden(file, tmp_path):
+    root = make(tmp_path/'.hidden above', 'a/1.jpg', 'b/1.jpg', file)
+    assert read(root)==[('train','a'), ('train','b')] and len(read_folder(root))==2
+    root = make(tmp_path/'splits', 'Train/a/1.jpg', 'Dev/a/1.jpg', *[f'{o}/{file}' for o in ('Train','Dev')], file)
+    assert read(root)[0]==('train','a') if file[0]=='a' else read(root)==[('train','a'), ('val','a')]
+
+LAYOUTS = {
+    'a class called train': (['bus/1.jpg','car/1.jpg','train/1.jpg'], [('train',o) for o in ('bus','car','train')]),
+    'a class called train in splits': (['train/train/1.jpg','val/train/1.jpg'], [('train','train'), ('val','train')]),
+    'train alone': (['train/a/1.jpg'], [('train','a')]), 'test alone': (['test/a/1.jpg'], [('test','a')]),
+    'deeper': (['train/a/b/c/1.jpg','val/a/1.jpg'], [('train','a'), ('val','a')]),
+    'suffix in capitals': (['a/1.JPG','a/2.JPEG','a/3.Jfif'], [('train','a')]*3)}
+@pytest.mark.parametrize('layout', LAYOUTS)
+def test_layout(layout, tmp_path):
+    files,found = LAYOUTS[layout]
+    assert read(make(tmp_path, *files))==found
+
+MIXED = {
+    'classes beside splits': (['train/a/1.jpg','val/a/1.jpg','a/1.jpg'], 'train, val.*beside'),
+    'a split and loose classes': (['train/a/1.jpg','b/1.jpg','c/1.jpg'], 'train.*b, c'),
+    'two spellings': (['train/a/1.jpg','val/a/1.jpg','valid/a/1.jpg'], "'val'.*'valid'"),
+    'dev and val': (['train/a/1.jpg','dev/a/1.jpg','val/a/1.jpg'], "'dev'.*'val'"),
+    'an unsorted test split': (['train/a/1.jpg','val/a/1.jpg','test/1.jpg'], 'test'),
+    'all unsorted': (['train/1.jpg','test/1.jpg'], 'no folder for each class'),
+    'train, unsorted': (['train/1.jpg'], 'no folder for each class'),
+    'splits below classes': (['a/train/1.jpg','a/val/1.jpg','b/train/1.jpg','b/val/1.jpg'], 'train, val'),
+    'a folder too high': (['flowers/train/a/1.jpg','flowers/Valid/a/1.jpg'], 'flowers.*Valid, train')}
+@pytest.mark.parametrize('layout', MIXED)
+def test_mixed_layout_is_refused(layout, tmp_path):
+    files,said = MIXED[layout]
+    with pytest.raises(ValueError, match=said): read(make(tmp_path, *files))
+
+@pytest.mark.parametrize('first,second', [('Train','train'), ('VAL','val')])
+def test_two_cases_of_one_split(first, second, tmp_path):
+    "On a disk that tells them apart, they are one split"
+    assert read(make(tmp_path, f'{first}/a/1.jpg', f'{second}/b/1.jpg'))==[(split_name(first),o) for o in 'ab']
+
+def test_pictures_in_no_class_are_said(tmp_path):
+    root = make(tmp_path, 'train/a/1.jpg', 'train/loose.jpg', 'preview.jpg')
+    with pytest.warns(UserWarning, match=r'\b2\b.*preview.jpg.*loose.jpg'): table = read_image_folder(root)
+    assert len(table)==1
+
+def test_every_suffix_that_pillow_reads(tmp_path):
+    for o in ('.jpg','.jpeg','.jfif','.jpe','.png','.gif','.bmp','.tif','.tiff','.webp','.ppm','.jp2','.tga','.ico'):
+        assert o in picture_suffixes()
+        make(tmp_path/'classes', f'a/1{o}')
+    assert not picture_suffixes() & {'.txt','.csv','.svg','.pdf','.mp4','.mpg','.json','.npy','.h5','.pt',''}
+    (tmp_path/'classes/a/notes.txt').write_text('x')
+    assert len(read_image_folder(tmp_path/'classes'))==14==len(read_folder(tmp_path/'classes'))
+
+def test_order_as_torchvision_reads_folders(tmp_path):
+    from torchvision.datasets import ImageFolder
+    make(tmp_path, *[f'{o}.jpg' for o in ('b/1','b/10','b/2','a/x/1','a/x-y/1','a/z','a/Y','C/1','a/x/y/0')])
+    found = ImageFolder(tmp_path)
+    assert [str(o) for o in read_image_folder(tmp_path).path]==[file for file,_ in found.samples]
+    assert [found.classes[i] for _,i in found.samples]==list(read_image_folder(tmp_path).label)
+
+def test_imagenet_folders(tmp_path):
+    root = make(tmp_path, 'Train/n01440764/1.jpg', 'Validation/n03888257/1.jpg', '__MACOSX/n01440764/._1.jpg')
+    assert [(o.label, o.split) for o in read_pictures(root).itertuples()]==[(0,'train'), (701,'val')]
+
+# Tables: what is written is what is read
+
+@pytest.fixture
+def listed(tmp_path):
+    make(tmp_path, 'a.jpg')
+    def write(text, encoding='utf-8', name='list.csv'):
+        (tmp_path/name).write_bytes(text.encode(encoding))
+        return tmp_path/name
+    return write
+def csv(labels): return 'path,label\n'+''.join(f'a.jpg,{o}\n' for o in labels)
+
+ODD = ['1.1','1.10','007','7','NA','None','null','nan','NaN','N/A','','-1','True','TRUE','1e3','1000','2020-01-01',
+       'inf','#N/A','0x1F','1_000','-','Škoda','<NA>',' a b']
+@pytest.mark.parametrize('label', [o for o in ODD if o])
+def test_label_as_written(label, listed):
+    for labels in ([label], [label,'7'], [label,'x'], ['1',label,'2.5']):
+        table = read_table(listed(csv(labels)))
+        assert list(table.label)==[o.strip() for o in labels]
+        assert set(table.label.cat.categories)=={o.strip() for o in labels}
+
+def test_labels_that_differ_are_classes(listed):
+    labels = [o for o in ODD if o.strip()]
+    assert len(read_table(listed(csv(labels))).label.cat.categories)==len(labels)
+
+@pytest.mark.parametrize('empty', ['', ' ', '""', '  ""'])
+def test_an_empty_cell_is_missing(empty, listed):
+    with pytest.raises(ValueError, match=r'list.csv.*\b1 rows.*row 2\b'): read_table(listed(csv(['x','y',empty])))
+
+@pytest.mark.parametrize('labels,classes', [
+    (['10','9','1'], ['1','9','10']), (['1.5','1','-2'], ['-2','1','1.5']), (['b','10','9'], ['10','9','b'])])
+def test_order_of_classes(labels, classes, listed):
+    "As before they were read as text: numbers by value"
+    assert list(read_table(listed(csv(labels))).label.cat.categories)==classes
+
+@pytest.mark.parametrize('labels', [[1,2], [1.5,2.5], [True,False], ['1.10','1.1'], ['NA','x'], [-1,3]])
+def test_a_dataframe_has_its_own_labels(labels, listed):
+    listed('')
+    root = listed('').parent
+    table = read_table(pd.DataFrame(dict(path='a.jpg', label=labels)), root)
+    assert list(table.label)==labels and set(table.label.cat.categories)==set(labels)
+
+@pytest.mark.parametrize('name', ['007.jpg', 'NA', '1.10', 'a b.jpg', 'ü.jpg'])
+def test_path_as_written(name, listed, tmp_path):
+    make(tmp_path, name)
+    assert read_table(listed(f'path,label\n{name},x\n')).path[0]==tmp_path/name
+
+@pytest.mark.parametrize('end', ['\n','\r\n','\r'])
+@pytest.mark.parametrize('sep', [',',';','\t',', ','; '])
+@pytest.mark.parametrize('encoding', ['utf-8','utf-8-sig','utf-16','utf-16-le+','utf-32'])
+def test_csv_of_every_origin(end, sep, encoding, listed):
+    text = end.join(sep.join(o) for o in (('path','label','n'), ('a.jpg','Škoda 1','1'), ('a.jpg','007','2')))
+    if encoding.endswith('+'): text,encoding = '\ufeff'+text,encoding[:-1]
+    table = read_table(listed(text+end, encoding))
+    assert list(table.label)==['Škoda 1','007'] and list(table.n)==[1,2]
+
+@pytest.mark.parametrize('encoding', ['latin-1','cp1252','utf-16-le','utf-16-be','utf-32-le','cp037'])
+def test_another_encoding_is_named(encoding, listed, drawn, tmp_path):
+    with pytest.raises(ValueError, match='list.csv.*UTF-8'): read_table(listed(csv(['Citroën']), encoding))
+    with pytest.raises(ValueError, match='labels.csv.*UTF-8'):
+        read_pictures(listed('path,class_index,é\na.jpg,1,é\n', encoding, 'labels.csv').parent)
+    tree = shutil.copytree(drawn, tmp_path/'tree')
+    for name in ('variants.txt','images_variant_train.txt','images_box.txt'):
+        text = (tree/f'data/{name}').read_text()
+        (tree/f'data/{name}').write_bytes((text+'é').encode(encoding))
+        with pytest.raises(ValueError, match=f'{name}.*UTF-8'): read_aircraft(tree)
+        (tree/f'data/{name}').write_text(text)
+
+@pytest.mark.parametrize('encoding', ['utf-8-sig','utf-16','utf-32'])
+@pytest.mark.parametrize('end', ['\n','\r\n'])
+def test_lists_with_a_mark(encoding, end, drawn, tmp_path):
+    tree = shutil.copytree(drawn, tmp_path/'tree')
+    before = read_aircraft(tree).drop(columns='path')
+    for o in (tree/'data').glob('*.txt'): o.write_bytes(o.read_text().replace('\n', end).encode(encoding))
+    assert read_aircraft(tree).drop(columns='path').equals(before) and 'xmin' in before
+
+def test_lines_end_at_line_ends_only(tmp_path):
+    (tmp_path/'a.txt').write_bytes('a\u2028b\x85c\x0bd\r\n\n e \rf'.encode())
+    assert read_lines(tmp_path/'a.txt')==['a\u2028b\x85c\x0bd','e','f']
+
+@pytest.mark.parametrize('box', ['1 2 3', '1 2 3 x', '', '1 2 3 4 5', '1 2 3 4.5'])
+def test_a_box_that_is_none(box, drawn, tmp_path):
+    tree = shutil.copytree(drawn, tmp_path/'tree')
+    (tree/'data/images_box.txt').write_text(f'0000001 {box}\n')
+    with pytest.raises(ValueError, match='images_box.txt.*0000001'): read_aircraft(tree)
+
+@pytest.mark.parametrize('text,said', [
+    ('', 'list.csv'), ('path,label\n', 'no pictures'), ('path,label\n,\n\n', 'no pictures'),
+    ('path,label\n"a,b\n', 'list.csv'),
+    ('path\na.jpg\n', 'label.*columns'), ('a.jpg,x\n', 'label, path'), ('path,label\na.jpg\n', 'row 0'),
+    ('path,label\na.jpg,x,y\na.jpg,x,y,z\n', 'list.csv'), ('path,label\na.jpg,x,y\n', 'list.csv'),
+    ('path|label\na.jpg|x\n', 'label, path')])
+def test_a_csv_that_is_none(text, said, listed):
+    with pytest.raises(ValueError, match=said): read_table(listed(text))
+
+def test_blank_lines_and_trailing_commas(listed):
+    assert len(read_table(listed('\npath,label\n\na.jpg,x\n,\n\n')))==1
+    assert list(read_table(listed('path,label\na.jpg,x,\na.jpg,y,\n')).label)==['x','y']
+
+@pytest.mark.parametrize('name,split', [*((o,k) for k,names in SPLITS.items() for o in names), ('fold 3 ','fold 3'),
+                                        ('NA','NA')])
+def test_split_in_a_csv(name, split, listed):
+    table = read_table(listed(f'path,label,split\na.jpg,x, {name} \n'))
+    assert list(table.split)==[split] and len(pick_split(table, name.strip()))==1
+    table = read_table(pd.DataFrame(dict(path=['a.jpg'], label='x', split=[name])), listed('').parent)
+    assert list(table.split)==[split]
+
+def test_two_names_of_one_split(listed):
+    assert len(pick_split(read_table(listed('path,label,split\na.jpg,x,Train\na.jpg,x,train \n')), 'train'))==2
+    with pytest.raises(ValueError, match="list.csv.*'val'.*'dev'"):
+        read_table(listed('path,label,split\na.jpg,x,val\na.jpg,x,dev\n'))
+
+def test_no_split_in_a_row(listed):
+    table = read_table(listed('path,label,split\na.jpg,x,\na.jpg,y,val\n'))
+    assert table.split.isna().tolist()==[True,False]
+    with pytest.raises(ValueError, match="'train'.*val"): pick_split(table, 'train')
+
+@pytest.mark.parametrize('value,number', [('0',0), ('7',7), ('007',7), ('3.0',3), ('3.',3), (' 5 ',5), ('"6"',6)])
+def test_class_index(value, number, listed):
+    table = read_pictures(listed(f'path,class_index\na.jpg,{value}\n', name='labels.csv').parent)
+    assert list(table.label)==[number]==list(table.class_index) and len(table.label.cat.categories)==number+1
+
+NO_CLASS = ['-1','1.5','x','NA','1e3','-0.5','True','1000000','99999999999999','0x1','1 2','+1','٣']
+@pytest.mark.parametrize('value', NO_CLASS)
+def test_class_index_that_is_none(value, listed):
+    with pytest.raises(ValueError, match='labels.csv.*class_index.*row 1.*'+value.replace('+', r'\+')):
+        read_pictures(listed(f'path,class_index\na.jpg,1\na.jpg,{value}\n', name='labels.csv').parent)
+
+def test_class_index_that_is_empty(listed):
+    with pytest.raises(ValueError, match='labels.csv.*row 1'):
+        read_pictures(listed('path,class_index\na.jpg,1\na.jpg,\n', name='labels.csv').parent)
