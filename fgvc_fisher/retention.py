@@ -8,29 +8,49 @@ Docs: https://fgvc-fisher.github.io/fgvc_fisher/retention.html.md"""
 __all__ = ['with_source_head', 'accuracy_on', 'retention', 'Retention', 'halves', 'source_parts']
 
 # %% ../nbs/retention.ipynb #ae53b533
-import copy
 from functools import partial
+from pathlib import Path
+from textwrap import shorten
 import pandas as pd, torch
 from torch import nn
-from fastai.torch_core import get_model, no_random
+from fastai.torch_core import no_random
 from .callback import RecorderColumns
 from .data.tables import pick_split
-from .learner import head_name
+from .distributed.wrappers import copy_module, match_names, mismatch_advice, unwrap
+from .learner import head_names
+
+# %% ../nbs/retention.ipynb #6d5ae412
+def _check_body(tuned, own, head):
+    "`ValueError` if a tuned `state_dict` lacks a part of the source's body, or has more than that before its head"
+    def difference(name):
+        if name not in tuned: return 'is missing'
+        if tuned[name].shape!=own[name].shape:
+            return f'is {tuple(tuned[name].shape)}, in the source {tuple(own[name].shape)}'
+    body = [k for k in own if not k.startswith(head) and not k.endswith('num_batches_tracked')]
+    wrong = {k: d for k in body if (d := difference(k))}
+    names = list(tuned)
+    last = max((i for i,k in enumerate(names) if k in body), default=0)
+    wrong |= {k: 'is not in the source' for k in names[:last] if k not in own and not k.startswith(head)}
+    if not wrong: return
+    listed = shorten(', '.join(f'{k} {d}' for k,d in wrong.items()), 400)
+    advice = mismatch_advice(wrong, 'only a model with all layers of the source, except for its head, has a retention')
+    raise ValueError(f"this model is not a fine-tuned version of the source: {listed}; {advice}")
 
 # %% ../nbs/retention.ipynb #b85de697
 def with_source_head(
-    model:nn.Module, # The fine-tuned model
-    source:nn.Module, # The source model
+    model:nn.Module, # The fine-tuned model; wrappers such as `torch.compile` do not matter
+    source:nn.Module, # The source model; likewise
     norm:str='target', # BatchNorm's statistics: 'target' for those of `model`, 'source' to restore the source's
 )->nn.Module: # A new model with the source's outputs, in evaluation mode
-    "The fine-tuned model with the head of its source."
-    combined = copy.deepcopy(source).eval()
-    own,tuned = combined.state_dict(),model.state_dict()
-    head = f'{head_name(source)}.'
-    from_source = {k for k in own if k.startswith(head)}
+    "The fine-tuned model with the head of its source. Raises `ValueError` if its body is not the source's."
+    model,source = unwrap(model),unwrap(source)
+    combined = copy_module(source).eval()
+    own,head = combined.state_dict(),tuple(f'{name}.' for name in head_names(source))
+    tuned = match_names(model.state_dict(), own)
+    _check_body(tuned, own, head)
+    from_source = {k for k in own if k.startswith(head) or k not in tuned}      # the latter: BatchNorm's counters
     if norm=='source': from_source |= {n for n,_ in source.named_buffers()}
-    def is_tuned(k): return k not in from_source and k in tuned and tuned[k].shape==own[k].shape
-    combined.load_state_dict({k: tuned[k] if is_tuned(k) else v for k,v in own.items()})
+    combined.load_state_dict({k: v if k in from_source else tuned[k] for k,v in own.items()})
     return combined.to(next(model.parameters()).device)
 
 # %% ../nbs/retention.ipynb #c958a3e8
@@ -39,12 +59,18 @@ def accuracy_on(
     model:nn.Module, # A classifier, on any device; put into evaluation mode
     dl, # Batches (x, y): images as the model expects them, class numbers
 )->float: # From 0 to 1
-    "The share of pictures whose most probable class is the right one."
+    """The share of pictures whose most probable class is the right one.
+    Raises `ValueError` if there are no pictures, or labels that the model has no class for."""
     device = next(model.parameters()).device
     right,n = 0,0
     for x,y in dl:
-        right += (model.eval()(x.to(device)).argmax(-1)==y.to(device)).sum().item()
+        logits = model.eval()(x.to(device))
+        if y.min()<0 or y.max()>=logits.shape[-1]:
+            raise ValueError(f"labels {int(y.min())} to {int(y.max())} do not fit a model with {logits.shape[-1]} "
+                             "classes: use the labels of the data set that it was trained on")
+        right += (logits.argmax(-1)==y.to(device)).sum().item()
         n += len(y)
+    if not n: raise ValueError("there are no pictures to measure the accuracy on: the loader is empty")
     return right/n
 
 # %% ../nbs/retention.ipynb #92cbd4af
@@ -60,19 +86,37 @@ def retention(
 
 # %% ../nbs/retention.ipynb #8d9c68ea
 class Retention(RecorderColumns):
-    "Adds the columns `retention_target_bn` and `retention_source_bn`: what the model still knows of its source."
+    """Adds the columns `retention_target_bn` and `retention_source_bn`: what the model still knows of its source.
+    Raises `ValueError` before the training if the model or the pictures do not fit the source."""
     not_pickled = ('source','pictures')
     def __init__(self,
         source:nn.Module, # The source model, which is not changed
-        pictures, # Source pictures that the Fisher was not estimated on, batches (x, y)
+        pictures, # Source pictures that the Fisher was not estimated on, batches (x, y), as from `source_dl`
     ):
+        if isinstance(pictures, (str,Path,pd.DataFrame)):
+            raise ValueError(f"pictures: a Retention needs batches, got a {type(pictures).__name__}; "
+                             "pass source_dl(pictures, source)")
+        if iter(pictures) is pictures:
+            raise ValueError(f"pictures: a {type(pictures).__name__} can be read only once, and a Retention reads it "
+                             "every epoch; pass a DataLoader or a list of batches")
         self.source,self.pictures = source,pictures
+    def begin(self): self.check(self.learn.model)
+    def check(self,
+        model:nn.Module, # The model to be fine-tuned
+    ):
+        "Measure a batch. Raises `ValueError` if that is not possible, or if the source is the model in training."
+        trained = {id(p) for p in unwrap(model).parameters()}
+        if any(id(p) in trained for p in unwrap(self.source).parameters()):
+            raise ValueError("Retention: the source shares parameters with the model in training, so it changes too; "
+                             "pass the pretrained model, or a copy made before the training")
+        with no_random():
+            first = [batch for batch,_ in zip(self.pictures, range(1))]
+            accuracy_on(with_source_head(model, self.source), first)
     def columns(self)->dict: # Column name -> function
         "Functions that measure the two retentions."
         def measure(norm):
             with no_random():
-                combined = with_source_head(get_model(self.learn.model), self.source, norm)
-                return accuracy_on(combined, self.pictures)
+                return accuracy_on(with_source_head(self.learn.model, self.source, norm), self.pictures)
         return {f'retention_{norm}_bn': partial(measure, norm) for norm in ('target','source')}
 
 # %% ../nbs/retention.ipynb #bc687c04
