@@ -15,7 +15,7 @@ from fastai.torch_core import set_seed
 from fastcore.script import call_parse
 from fgvc_fisher.callback import L2SPFisherCallback
 from fgvc_fisher.data import aircraft_dls
-from fgvc_fisher.learner import aircraft_learner, head_name
+from fgvc_fisher.learner import aircraft_learner, head_names
 from warbirds import report, rows, run_arms
 
 def start(run, source):
@@ -48,11 +48,11 @@ class LwF(Callback):
         self.source = copy.deepcopy(source).requires_grad_(False).train(not own_bn)
         self.weight,self.temperature = weight,temperature
     def before_fit(self):
-        head = self.learn.model.get_submodule(head_name(self.learn.model))
+        head = self.learn.model.get_submodule(head_names(self.learn.model)[-1])
         self.hook = head.register_forward_pre_hook(lambda module, args: setattr(self, 'features', args[0]))
     def after_loss(self):
         with torch.no_grad(): wanted = self.source(self.x)/self.temperature
-        now = self.source.get_submodule(head_name(self.source))(self.features)/self.temperature
+        now = self.source.get_submodule(head_names(self.source)[-1])(self.features)/self.temperature
         loss = F.kl_div(now.log_softmax(-1), wanted.log_softmax(-1), log_target=True, reduction='batchmean')
         loss = loss*self.temperature**2
         self.learn.loss_grad = self.loss_grad + self.weight*loss

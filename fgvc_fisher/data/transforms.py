@@ -6,7 +6,7 @@ Docs: https://fgvc-fisher.github.io/fgvc_fisher/data/transforms.html.md"""
 
 # %% auto #0
 __all__ = ['MEAN', 'STD', 'TimmTransform', 'MixedCrossEntropy', 'Label', 'Mix', 'Erase', 'Transforms', 'InPlaceNormalize',
-           'OwnNormalize', 'named_transforms']
+           'named_transforms']
 
 # %% ../../nbs/data/transforms.ipynb #f80a20ad
 import random
@@ -152,10 +152,6 @@ class InPlaceNormalize(Normalize):
     order = Normalize.order
     def encodes(self, x:TensorImage): return x.sub_(self.mean).div_(self.std)
 
-# %% ../../nbs/data/transforms.ipynb #55cd3c22
-class OwnNormalize(InPlaceNormalize):
-    "A normalisation that belongs to the transforms, so `aircraft_learner` does not replace it by the backbone's."
-
 # %% ../../nbs/data/transforms.ipynb #8eee812e
 def _copy_side(size, train): return floor(size*1.5 if train else size/0.875)
 
@@ -168,7 +164,7 @@ def _plain(size, train, n_out):
 def _published(size, train, n_out):
     augment = dict(auto_augment='rand-m9-mstd0.5-inc1', scale=(0.08, 1.), ratio=(3/4, 4/3), hflip=0.5, mean=MEAN)
     item = TimmTransform(size, train, **augment if train else {})
-    batch = [IntToFloatTensor(), OwnNormalize.from_stats(MEAN, STD)]
+    batch = [IntToFloatTensor(), InPlaceNormalize.from_stats(MEAN, STD)]
     if train: batch += [Mix(n_out), Erase()]
     return Transforms([item], batch, _copy_side(size, train))
 

@@ -27,7 +27,7 @@ from timm.scheduler import StepLRScheduler
 
 # %% ../../nbs/experiment/paper.ipynb #3785ac33
 from ..callback import RecorderColumns
-from ..learner import aircraft_learner, head_name
+from ..learner import aircraft_learner, head_names
 from ..penalty.quadratic import is_upper_block, mismatched_parameters
 
 # %% ../../nbs/experiment/paper.ipynb #c06de9d2
@@ -131,7 +131,8 @@ def _l2_names(model):
     "Parameters with the L2 term: block 8 and above and the head; in other networks than Inception-v4 only the head"
     names = [n for n,_ in model.named_parameters()]
     if 'last_linear.weight' in names: return {n for n in names if is_upper_block(n)}
-    return {n for n in names if n.startswith(head_name(model)+'.')}
+    heads = tuple(f'{o}.' for o in head_names(model))
+    return {n for n in names if n.startswith(heads)}
 
 # %% ../../nbs/experiment/paper.ipynb #36d2d234
 def as_published_penalty(

@@ -39,7 +39,7 @@ from ..data.loaders import check_splits, table_dls
 from ..data.tables import pick_split, read_aircraft, read_pictures
 from ..data.transforms import named_transforms
 from fgvc_fisher.learner import (
-    TerminateTogether, aircraft_learner, distributed_training, head_name, load_weights, normalise, source_dl,
+    TerminateTogether, aircraft_learner, distributed_training, head_names, load_weights, normalise, source_dl,
     source_model
 )
 from ..callback import L2SPFisherCallback
@@ -202,7 +202,8 @@ def _penalty(run, learn, source, fisher):
             raise ValueError("step='published' depends on the whole batch, and each of several processes sees a part "
                              "of it: start a single process")
         return AsPublished(copy.deepcopy(learn.model), run.alpha, run.beta, run.l2sp)
-    return L2SPFisherCallback(run.alpha, run.beta, fisher if run.needs_fisher else None, run.l2sp, run.step, new=[head_name(source)],
+    fisher = fisher if run.needs_fisher else None
+    return L2SPFisherCallback(run.alpha, run.beta, fisher, run.l2sp, run.step, new=head_names(source),
                               anchor=dict(source.named_parameters()), freeze_bn=run.freeze_bn,
                               strength=run.strength)
 

@@ -18,7 +18,7 @@ from fastai.torch_core import no_random
 from fastcore.basics import patch
 from ..data.loaders import locate_row, open_row
 from ..experiment.run import Run
-from ..learner import head_name, source_model
+from ..learner import n_outputs, source_model
 from .panels import Panel, Picture, choice
 from .recognise import Recogniser, heat_picture, read_upload
 from ..distributed.files import read_json
@@ -163,5 +163,5 @@ def try_run(
         raise FileNotFoundError(f"{folder}: there is no result.json; finish this run, or give the folder of another")
     run = Run(**read_json(folder/'run.json'))
     with no_random(): source = source_model(run.arch, run.weights or None)       # the same random weights as in the run
-    n_classes = len(source.get_submodule(head_name(source)).weight)
+    n_classes = n_outputs(source)
     return try_classifier(load_run(run, folder, source), source, _source_names(run, n_classes), **kwargs)

@@ -16,7 +16,7 @@ from pathlib import Path
 from threading import Lock
 from typing import NamedTuple
 import matplotlib as mpl, numpy as np, pandas as pd, torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor, nn
 
 # %% ../../nbs/explore/recognise.ipynb #8ce9b569
@@ -27,9 +27,10 @@ from fastai.torch_core import to_device
 from fastai.vision.all import PILImage
 from fastcore.basics import patch
 from timm.data import ImageNetInfo
+from ..data.pictures import to_rgb
 from ..data.tables import read_aircraft
 from ..fisher.estimate import model_restored
-from ..learner import head_name, picture_stats
+from ..learner import n_outputs, picture_stats
 from ..retention import with_source_head
 from ..data.tables import LEVELS
 
@@ -38,41 +39,6 @@ def _shown(name):
     "A file's name for a message: printable, at most 40 characters, with its ending"
     name = ''.join(o for o in name if o.isprintable()).strip()
     return (name if len(name)<=40 else f'{name[:24]}…{name[-15:]}') or 'This file'
-
-# %% ../../nbs/explore/recognise.ipynb #afba3549
-def _eight_bits(img):
-    "Grey of more than 8 bits, scaled to 8: from 16 bits where the values fit, else from their own range"
-    grey = np.nan_to_num(np.asarray(img, dtype=np.float32))
-    low,high = grey.min(),grey.max()
-    if img.mode!='F' and 0<=low<=high<=65535: low,high = 0,65535
-    return Image.fromarray(((grey-low)*(255/max(high-low, 1e-9))).round().astype(np.uint8))
-
-# %% ../../nbs/explore/recognise.ipynb #e20ae708
-def _on_white(img):
-    "The picture on a white background, and whether any of it was transparent"
-    img = img.convert('RGBA')
-    if img.getextrema()[3][0]==255: return img, False
-    return Image.alpha_composite(Image.new('RGBA', img.size, 'white'), img), True
-
-# %% ../../nbs/explore/recognise.ipynb #0169b9a4
-def _upright(img):
-    "The picture rotated as its EXIF orientation says"
-    try: return ImageOps.exif_transpose(img)
-    except Exception: return img                        # broken EXIF data are no reason to refuse a picture
-
-# %% ../../nbs/explore/recognise.ipynb #3030c354
-def _as_rgb(img):
-    "An image of Pillow as an upright, opaque `PILImage`, and a note on what was changed"
-    animated = img.format!='MPO' and getattr(img, 'is_animated', False)       # an MPO is a JPEG of some telephones
-    notes = []
-    img.load()
-    img = _upright(img)
-    if img.mode[0] in 'IF': img = _eight_bits(img)
-    if img.has_transparency_data:
-        img,transparent = _on_white(img)
-        if transparent: notes.append('Transparent parts were replaced by white.')
-    if animated: notes.append('Only the first of several frames was used.')
-    return PILImage.create(img.convert('RGB')),' '.join(notes)
 
 # %% ../../nbs/explore/recognise.ipynb #82722e2c
 _LOCK = Lock()
@@ -111,7 +77,7 @@ def read_upload(
     shown = _shown(name)
     with _quiet():
         img = _opened(bytes(content), shown)
-        try: return _as_rgb(img)
+        try: return to_rgb(img)
         except Exception as e: raise ValueError(f"{shown} {_UNREADABLE}") from e
 
 # %% ../../nbs/explore/recognise.ipynb #3775af57
@@ -193,7 +159,7 @@ def grad_cam(
 # %% ../../nbs/explore/recognise.ipynb #ce9129e8
 def _names(source, names):
     "The names of the source's classes. Raises `ValueError` for a wrong number of names"
-    n = len(source.get_submodule(head_name(source)).weight)
+    n = n_outputs(source)
     if names is None:
         if n!=1000: return [f'class {i}' for i in range(n)]
         info = ImageNetInfo('imagenet-1k')
