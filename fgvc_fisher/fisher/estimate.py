@@ -31,23 +31,45 @@ from fgvc_fisher.fisher.diagonal import (
     DiagFisher, KINDS, differing_parameters, parameter_totals, standard_error, weights_sha256
 )
 
+# %% ../../nbs/fisher/estimate.ipynb #233b47f7
+def _keep(o, found):
+    "Note in `found` what a dict, list or set holds, and those in it: id -> itself and a copy"
+    if not isinstance(o, (dict,list,set)) or id(o) in found: return
+    old = dict(o) if isinstance(o, dict) else list(o)
+    found[id(o)] = o,old
+    for value in old.values() if isinstance(o, dict) else old: _keep(value, found)
+
+# %% ../../nbs/fisher/estimate.ipynb #b8c2da02
+def _put_back(o, old):
+    "Give a dict, list or set its old contents"
+    if isinstance(o, list): o[:] = old
+    elif isinstance(o, set):
+        o.intersection_update(old)
+        o.update(old)
+    else:
+        for k in [k for k in o if k not in old]: del o[k]
+        o.update(old)
+
 # %% ../../nbs/fisher/estimate.ipynb #36bf8a8f
 @contextmanager
 def model_restored(
     model:nn.Module, # Put into evaluation mode, every parameter requiring a gradient
 ):
-    "Prepare a model for an estimate; at the end restore its training flags, `requires_grad` and buffers."
-    modes = [(m, m.training) for m in model.modules()]
+    "Prepare a model for an estimate; at the end restore its `requires_grad`, buffers and attributes, such as `training`."
     trainable = [(p, p.requires_grad) for p in model.parameters()]
-    buffers = [(b, b.clone()) for b in model.buffers()]
+    attributes = {}
+    for m in model.modules(): _keep(vars(m), attributes)
+    held = [o for _,old in attributes.values() for o in (old.values() if isinstance(old, dict) else old)]
+    tensors = [(o, o.detach().clone()) for o in held if isinstance(o, Tensor) and not isinstance(o, nn.Parameter)]
     try:
+        model.train()                               # where it forgets its tables
         model.eval()
         for p,_ in trainable: p.requires_grad_(True)
         with torch.enable_grad(): yield
     finally:
-        for m,mode in modes: m.training = mode
+        for o,old in attributes.values(): _put_back(o, old)
         for p,required in trainable: p.requires_grad_(required)
-        for b,old in buffers: b.data.copy_(old)
+        for o,old in tensors: o.data.copy_(old)
 
 # %% ../../nbs/fisher/estimate.ipynb #e11c453d
 def draw_labels(

@@ -43,6 +43,17 @@ class Call:
         self.func,self.args,self.kwargs,self.weights = func,args,kwargs,weights
     def __repr__(self): return f'{self.func.__name__} with {[tuple(o.shape) for o in self.weights]}'
 
+# %% ../../nbs/fisher/per_image.ipynb #27b106ff
+def _call(func, args, kwargs):
+    "Call a function; one image in `batch_norm` gets the gradient of its output in the usual order"
+    out = func(*args, **kwargs)
+    if func is F.batch_norm and len(out)==1 and out.requires_grad: out.register_hook(Tensor.contiguous)
+    return out
+
+class _Alone(TorchFunctionMode):
+    "The gradients of one image alone are right"
+    def __torch_function__(self, func, types, args=(), kwargs=None): return _call(func, args, kwargs or {})
+
 # %% ../../nbs/fisher/per_image.ipynb #8bbf029b
 class Tape(TorchFunctionMode):
     "Records the calls of a forward pass, and passes on the gradient that arrives at each of them."
@@ -56,7 +67,7 @@ class Tape(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        out = func(*args, **kwargs)
+        out = _call(func, args, kwargs)
         inputs = _tensors(args, kwargs)
         images = [o for o in inputs if _from_images(o)]
         weights = [o for o in inputs if o.requires_grad and not _from_images(o)]
@@ -286,6 +297,7 @@ def replay_rule(
     call:Call, # The call to run again
 )->Iterator: # Pairs of a weight and its `PerImage`
     "The gradients of any function's weights, by running it again on one image at a time."
+    args,kwargs = call.args,call.kwargs            # kept until the gradients are made: `call` forgets them before
     def one(i, weight):
         image = slice(i, i+1)
         w = weight.detach().requires_grad_()
@@ -293,10 +305,10 @@ def replay_rule(
             if not isinstance(o, Tensor): return o
             if o is weight: return w
             return _pieces(o.detach(), n, image).clone() if _from_images(o) else o.detach()
-        with torch.enable_grad(): out = call.func(*tree_map(alone, call.args), **tree_map(alone, call.kwargs))
+        with torch.enable_grad(): out = call.func(*tree_map(alone, args), **tree_map(alone, kwargs))
         return torch.autograd.grad(out, w, _pieces(grad, n, image))[0]
     def make(weight): return lambda s: torch.stack([one(i, weight) for i in range(n)[s]])
-    for weight in call.weights: yield weight, PerImage(n, make(weight), weight.numel(), grad.device)
+    for weight in dict.fromkeys(call.weights): yield weight, PerImage(n, make(weight), weight.numel(), grad.device)
 
 # %% ../../nbs/fisher/per_image.ipynb #2679fac8
 def _leaves(t):
@@ -347,6 +359,7 @@ class SquaredGradients:
                      for n,p in self.params.items()}
         self.coverage = {} # Parameter name -> the functions of its rules, or WHOLE or UNUSED
         self.verified = None # Parameter name -> in how many calls of the verified forward pass it was used
+        self.verified_n = 0 # Images in that forward pass
 
     @property
     def slow(self): return [n for n,how in self.coverage.items() if how==WHOLE]
@@ -367,7 +380,7 @@ class SquaredGradients:
 
     def _by_autograd(self, x, labels, weights, names):
         "The gradients of one image by plain autograd; None where the logits do not depend on a parameter"
-        loss = _log_likelihood(self.model(x), labels, weights)
+        with _Alone(): loss = _log_likelihood(self.model(x), labels, weights)
         # LeViT keeps a part of its graph from call to call, so the graph is retained
         params = [self.params[n] for n in names]
         return dict(zip(names, torch.autograd.grad(loss, params, retain_graph=True, allow_unused=True)))
@@ -381,7 +394,7 @@ def _first_by_rules(squares, tape, logits, labels):
             for name,each in squares._per_parameter(call, grad, tape.n):
                 gradients[name] = gradients.get(name, 0) + each.make(slice(0,1))[0]
                 funcs.setdefault(name, set()).add(call.func.__name__)
-        except (RuntimeError, ValueError, TypeError, IndexError):         # raised by a rule that does not fit its call
+        except Exception:                        # whatever a function raises where a rule does not fit its call
             failed.update(squares._names_in(call))
     _backward(tape, logits, labels, torch.ones_like(logits[:,0]), take)
     return {n: (g, ', '.join(sorted(funcs[n]))) for n,g in gradients.items() if n not in failed}
@@ -397,7 +410,7 @@ def verify(self:SquaredGradients,
     labels = logits.argmin(-1)                          # the least probable class: its gradient never vanishes
     by_rules = _first_by_rules(self, tape, logits, labels)
     reference = self._by_autograd(x[:1], labels[:1], torch.ones_like(logits[:1,0]), list(self.params))
-    longest = max(g.norm() for g in reference.values() if g is not None)
+    longest = max((g.norm() for g in reference.values() if g is not None), default=torch.zeros(()))
     tolerance = 1e-6 if longest.dtype==torch.float64 else 1e-2
     def how(name, g):
         if g is None: return UNUSED
@@ -406,7 +419,7 @@ def verify(self:SquaredGradients,
         return funcs if (found-g).norm() <= tolerance*g.norm() + 1e-6*longest else WHOLE
     before = self.coverage
     self.coverage = {n: how(n, g) for n,g in reference.items()}
-    self.verified = self._uses(tape)
+    self.verified,self.verified_n = self._uses(tape),tape.n
     for what,why in ((WHOLE, 'which is slower'), (UNUSED, 'zero Fisher information')):
         names = [n for n,found in self.coverage.items() if found==what and before.get(n)!=what]
         if names: warnings.warn(f"{shorten(', '.join(names), 400)}: {what}, {why}")
@@ -449,6 +462,7 @@ def add_slowly(self:SquaredGradients,
     for i in range(len(x)):
         image = slice(i, i+1)
         for name,g in self._by_autograd(x[image], labels[image], weights[image], self.slow).items():
+            if g is None: continue                         # the logits of this image do not depend on it
             self.sums[name].addcmul_(g, g)
             lengths[i,self.index[name]] += g.square().sum()
 
@@ -473,7 +487,7 @@ def add_batch(self:SquaredGradients,
     n = len(x)
     with record_calls(self.model, x) as (tape,logits):
         _check_logits(self.model, logits, n)
-        if self.verified!=self._uses(tape): self.verify(x, tape, logits)
+        if self.verified!=self._uses(tape) or self.verified_n==1<n: self.verify(x, tape, logits)
         dtype = torch.promote_types(logits.dtype, torch.float32)
         labels,weights = choose(logits.detach().to(dtype))
         lengths = torch.zeros(n, len(self.params), device=x.device, dtype=dtype)
