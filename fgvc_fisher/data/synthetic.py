@@ -444,12 +444,6 @@ def column(y, left, right, colour, z=0., bands=8):
     "An upright round body between two outlines, lit from the right."
     return [([(x, y, z) for y, x, z in points], c) for points, c in tube(y, left, right, colour, z, bands)]
 
-# %% ../../nbs/data/synthetic.ipynb #synth-75
-def panes(x0, x1, n, y, height, part=0.7):
-    "`n` windows in a row from `x0` to `x1`."
-    step = (x1 - x0)/n
-    return [f for i in range(n) for f in box(x0 + i*step, y, part*step, height, GLASS, 0.1)]
-
 # %% ../../nbs/data/synthetic.ipynb #synth-77
 def helicopter(rng, paint):
     x, r, skid = np.array([-2, -1.6, 0, 1.4, 2.2, 2.4]), rng.uniform(4.5, 6), TYRE
@@ -463,16 +457,6 @@ def helicopter(rng, paint):
     cabin = bar(0, 3, 0, 4, 0.3, TYRE) + tube(x, 2 - half, 2 + half, paint['coat']) + disc(1.3, 2.3, 0.8, 0.6, GLASS)
     return tail + skids + cabin + rotor
 
-# %% ../../nbs/data/synthetic.ipynb #synth-78
-def airship(rng, paint):
-    x = np.linspace(-1, 1, 24)
-    fat = rng.uniform(5, 8)
-    low, high = paint['stripe']
-    half = fat * np.sqrt(1 - x**2) * (1 - 0.25*(x < 0)*x**2)
-    fins = [f for s in (1, -1) for f in plate([(-17, 9), (-24, 9 + s*fat), (-27, 9 + s*fat), (-23, 9)], paint['tail'])]
-    gondola = box(-3, 7.6 - fat, 8, 2.4, paint['accent']) + panes(-2.5, 5, 5, 8.4 - fat, 0.9)
-    return fins + gondola + tube(25*x, 9 - half, 9 + half, lambda t: paint['accent' if low <= t < high else 'coat'])
-
 # %% ../../nbs/data/synthetic.ipynb #synth-79
 def balloon(rng, paint):
     y = np.linspace(0, 1, 20)
@@ -481,19 +465,6 @@ def balloon(rng, paint):
     silk = column(6 + 17*y, -half, half, lambda t: gores[int(9*t) % len(gores)], bands=9)
     ropes = bar(-1, 2, -1.6, 6.6, 0.15, TYRE) + bar(1, 2, 1.6, 6.6, 0.15, TYRE)
     return ropes + silk + box(-1.3, 0, 2.6, 2, WOOD)
-
-# %% ../../nbs/data/synthetic.ipynb #synth-80
-def parachute(rng, paint):
-    a = np.linspace(0, np.pi, 13)
-    wide = rng.uniform(5, 7)
-    silk = []
-    x, y = (wide*np.cos(a)).tolist(), (9 + 4*np.sin(a)).tolist()
-    for i in range(12):
-        gore = [(0.35*x[i], 8.6), (x[i], y[i]), (x[i+1], y[i+1]), (0.35*x[i+1], 8.6)]
-        silk += plate(gore, paint['accent' if i % 2 else 'coat'])
-    lines = [f for x in np.linspace(-wide, wide, 7).tolist() for f in bar(0, 2.4, x, 9, 0.1, TYRE)]
-    legs = bar(0, 1.2, rng.uniform(-0.8, 0.8), 0, 0.5, TYRE)
-    return lines + legs + bar(0, 2.3, 0, 1.1, 0.9, paint['tail']) + disc(0, 2.7, 0.45, 0.5, (214, 170, 140)) + silk
 
 # %% ../../nbs/data/synthetic.ipynb #synth-81
 FEATHERS = [(70, 66, 62), (236, 236, 232), (128, 96, 70), (48, 50, 56), (160, 164, 170)]
@@ -512,29 +483,6 @@ def bird(rng, paint):
     head = disc(1.15, 2.3, 0.36, 0.34, feather) + beak + disc(1.25, 2.4, 0.07, 0.07, TYRE)
     return flap(-span, 0.7) + tail + tube(1.1*x, 2.1 - half, 2.1 + half, feather) + head + flap(span, 0.9)
 
-# %% ../../nbs/data/synthetic.ipynb #synth-82
-def kite(rng, paint):
-    wide, low = rng.uniform(1.6, 2.4), rng.uniform(-3.4, -2.6)
-    t = np.linspace(0, 1, 9)
-    x, y = rng.uniform(0.4, 0.9)*np.sin(t*rng.uniform(5, 9)), low - 3.5*t
-    tail = list(zip(x.tolist(), y.tolist()))
-    faces = [f for a, b in zip(tail, tail[1:]) for f in bar(*a, *b, 0.1, TYRE)]
-    for x, y in tail[2::2]: faces += bar(x - 0.4, y + 0.15, x + 0.4, y - 0.15, 0.3, paint['accent'])
-    for tip, left, right in ((1.8, 'accent', 'coat'), (low, 'tail', 'accent')):
-        faces += plate([(0, tip), (-wide, 0), (0, 0)], paint[left]) + plate([(0, tip), (wide, 0), (0, 0)], paint[right])
-    return faces
-
-# %% ../../nbs/data/synthetic.ipynb #synth-83
-def rocket(rng, paint):
-    h, w = rng.uniform(11, 16), rng.uniform(0.9, 1.4)
-    fire = ((1, (246, 150, 40)), (0.5, (255, 236, 150)))
-    y = np.array([1.2, 2, h - 4, h - 2.5, h - 1.2, h - 0.4, h])
-    half = w*np.array([0.8, 1, 1, 0.9, 0.62, 0.3, 0.02])
-    fins = [f for s in (-w, w) for f in plate([(s, 5), (2.4*s, 2.5), (2.4*s, 0.2), (s, 1.8)], paint['accent'])]
-    bands = box(-w, h - 5, 2*w, 0.8, paint['tail'], 0.1) + disc(0, h - 3.2, 0.5, 0.5, GLASS, 0.1)
-    flame = [f for k, c in fire for f in plate([(-0.7*k*w, 1.2), (0, 1.2 - 4*k), (0.7*k*w, 1.2)], c)]
-    return flame + column(y, -half, half, paint['coat']) + fins + bands
-
 # %% ../../nbs/data/synthetic.ipynb #synth-85
 def sailing_boat(rng, paint):
     long, mast = rng.uniform(4, 5.5), rng.uniform(9, 12)
@@ -544,43 +492,6 @@ def sailing_boat(rng, paint):
     spars = bar(0, 1.3, 0, mast + 0.4, 0.25, WOOD) + bar(-long, 2.2, 0, 2, 0.2, WOOD)
     main = plate([(-0.2, mast), (-0.2, 2.2), (-long, 2.4)], white)
     return hull + stripe + spars + main + plate([(0.2, 0.9*mast), (0.2, 2.2), (long, 2)], paint['tail'])
-
-# %% ../../nbs/data/synthetic.ipynb #synth-86
-def ship(rng, paint):
-    long = rng.uniform(22, 30)
-    decks = int(rng.integers(2, 5))
-    faces = []
-    for i in range(rng.integers(1, 4)):
-        x, y = 6*i - 0.3*long, 5 + 2.4*decks
-        faces += box(x, y, 2.6, 4.5, paint['tail']) + box(x, y + 3.4, 2.6, 1.1, TYRE)
-    for d in range(decks):
-        back, front = 2*d - 0.8*long, (0.5 - 0.16*d)*long
-        y = 5 + 2.4*d
-        faces += box(back, y, front - back, 2.4, shade((240, 240, 238), 1 - 0.04*d))
-        faces += panes(back + 1, front, 12 - d, y + 0.8, 0.9)
-    hull = plate([(-long, 5), (long + 3, 6), (long - 3, 0), (0.94 - long, 0)], paint['accent'])
-    keel = plate([(-long + 0.6, 1.5), (long - 1.8, 1.5), (long - 3, 0), (0.94 - long, 0)], (130, 44, 40))
-    return bar(0.6*long, 5, 0.6*long, 14, 0.4, STEEL) + faces + hull + keel
-
-# %% ../../nbs/data/synthetic.ipynb #synth-88
-def bus(rng, paint):
-    long, decks = rng.uniform(5, 6.5), int(rng.integers(1, 3))
-    top = 1.1 + 1.8*decks
-    n = int(rng.integers(6, 9))
-    body = box(-long, 0.4, 2*long, top - 0.4, paint['coat']) + box(-long, 0.4, 2*long, 0.7, paint['accent'])
-    roof = box(-long, top - 0.15, 2*long, 0.3, shade(paint['coat'], 0.8))
-    glass = [f for d in range(decks) for f in panes(-long + 0.4, long - 0.2, n, 1.5 + 1.8*d, 0.9, 0.8)]
-    return body + roof + glass + box(long - 1.9, 0.5, 1, 1.9, GLASS, 0.1) + wheels((-0.6*long, 0.55*long), 0.6)
-
-# %% ../../nbs/data/synthetic.ipynb #synth-89
-def lorry(rng, paint):
-    long, top = rng.uniform(8, 11), rng.uniform(3.2, 4.2)
-    load = box(-long, 1.1, long, top - 1.1, paint['coat']) + box(-long, 1.1 + 0.3*top, long, 0.2*top, paint['accent'])
-    tank = tube([-long, -long + 0.4, -0.4, 0], [1.4, 1.1, 1.1, 1.4], [top - 0.4, top, top, top - 0.4], STEEL)
-    cab = plate([(0.4, 0.7), (3, 0.7), (3, 2), (2.4, 3.3), (0.4, 3.3)], paint['tail'])
-    glass = plate([(1.5, 2), (2.8, 2), (2.35, 3), (1.5, 3)], GLASS)
-    frame = box(-long, 0.7, long + 3, 0.35, TYRE) + wheels((2, -0.6, -long + 1, -long + 2.3), 0.55)
-    return (tank if rng.random() < 0.3 else load) + cab + glass + frame
 
 # %% ../../nbs/data/synthetic.ipynb #synth-90
 def locomotive(rng, paint):
@@ -606,44 +517,8 @@ def car(rng, paint):
     sill = box(-2.1, 0.35, 4.2, 0.12, shade(colour, 0.6))
     return body + cabin + front + rear + sill + lamps + wheels((-1.3, 1.3), 0.36)
 
-# %% ../../nbs/data/synthetic.ipynb #synth-92
-def tractor(rng, paint):
-    big = rng.uniform(0.85, 1.1)
-    colour = paint['accent']
-    cab = box(-1.6, 1.2, 1.5, 1.5, colour) + box(-1.4, 1.6, 1.1, 0.9, GLASS)
-    cab += box(-1.7, 2.6, 1.8, 0.15, shade(colour, 0.7))
-    hood = box(-0.2, 0.8, 2.2, 0.9, colour) + box(1.8, 0.8, 0.25, 0.9, TYRE)
-    exhaust = bar(1.2, 1.6, 1.2, rng.uniform(2.2, 2.8), 0.15, TYRE)
-    return cab + hood + exhaust + wheels((-1.1,), big) + wheels((1.5,), 0.5*big)
-
-# %% ../../nbs/data/synthetic.ipynb #synth-94
-def windmill(rng, paint):
-    h, w, reach = rng.uniform(8, 10), rng.uniform(1.7, 2.3), rng.uniform(4.6, 5.8)
-    sails = []
-    tower = column([0, h], [-w, -0.6*w], [w, 0.6*w], paint['belly']) + box(-0.4, 0, 0.8, 1.6, WOOD, 0.1)
-    cap = plate([(-0.8*w, h), (0.8*w, h), (0.3*w, h + 1.4), (-0.3*w, h + 1.4)], shade(paint['tail'], 0.7))
-    for a in (rng.uniform(0, np.pi/2) + np.arange(4)*np.pi/2).tolist():
-        c, s = np.cos(a), np.sin(a)
-        cloth = [(k*c - m*s, h + k*s + m*c) for k, m in ((1.2, 0), (reach, 0), (reach, 1), (1.2, 1))]
-        sails += bar(0, h, reach*c, h + reach*s, 0.2, WOOD, 1) + plate(cloth, (226, 220, 206), 1)
-    return tower + cap + sails
-
-# %% ../../nbs/data/synthetic.ipynb #synth-95
-def lighthouse(rng, paint):
-    h, w = rng.uniform(11, 15), rng.uniform(1.6, 2.2)
-    n = int(rng.integers(3, 7))
-    faces = []
-    for i in range(n):
-        y, half = np.array([i, i + 1])*h/n, w*(1 - 0.4*np.array([i, i + 1])/n)
-        faces += column(y, -half, half, paint['accent'] if i % 2 else (240, 240, 238))
-    lamp = box(-0.9, h, 1.8, 1.7, (250, 236, 160)) + bar(0, h, 0, h + 1.7, 0.25, TYRE)
-    roof = plate([(-1.2, h + 1.7), (0, h + 3), (1.2, h + 1.7)], paint['accent'])
-    return box(-3*w, 0, 6*w, 0.8, STEEL) + faces + box(-0.8*w, h - 0.2, 1.6*w, 0.3, TYRE) + lamp + roof
-
 # %% ../../nbs/data/synthetic.ipynb #synth-96
-PLACES = dict(sky=(helicopter, airship, balloon, parachute, bird, kite, rocket),
-              land=(bus, lorry, locomotive, car, tractor, windmill),
-              sea=(sailing_boat, ship, lighthouse))
+PLACES = dict(sky=(helicopter, balloon, bird), sea=(sailing_boat,), land=(locomotive, car))
 SOURCE = [(f.__name__.replace('_', ' '), f, place) for place, functions in PLACES.items() for f in functions]
 
 # %% ../../nbs/data/synthetic.ipynb #synth-97
@@ -762,7 +637,7 @@ def draw_aircraft(
 # %% ../../nbs/data/synthetic.ipynb #synth-127
 def draw_source(
     path:str|Path='drawn_source', # Folder to draw in; it must not exist yet, or contain the same pictures
-    n_classes:int=16,             # Number of classes, 2 to 16
+    n_classes:int=6,              # Number of classes, 2 to 6
     n_per_split:int=40,           # Pictures of each class in each of train and val
     size:int=96,                  # Height of a picture, 48 to 1024 pixels; the width is 3/2 of it
     seed:int=0,                   # Another seed gives other pictures
