@@ -360,7 +360,7 @@ def test_without_duplicates(tree, first):
     assert left_out(pairs)==left_out(pairs, 'trainval')=={first['train']}
     assert left_out(pairs, 'test')=={first['test']} and left_out(pairs, 'val')==set()
     assert len(without_duplicates(pick_split(table, 'trainval'), pairs))==32, "the twin is not in this table"
-    with pytest.raises(ValueError, match="'dev'"): without_duplicates(table, pairs, 'dev')
+    with pytest.raises(ValueError, match="'fold 3'"): without_duplicates(table, pairs, 'fold 3')
     less = without_duplicates(table, pairs)
     assert list(less.index)==list(range(47)) and list(less.label.cat.categories)==list(table.label.cat.categories)
 

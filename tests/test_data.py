@@ -51,7 +51,7 @@ def test_missing_picture(tree):
 
 def test_unknown_level_and_split(tree):
     with pytest.raises(ValueError, match="'model'.*variant, family, manufacturer"): aircraft_dls(tree, level='model')
-    with pytest.raises(ValueError, match="'dev'.*train, val, test"): aircraft_dls(tree, valid='dev')
+    with pytest.raises(ValueError, match="'fold 3'.*train, val, test"): aircraft_dls(tree, valid='fold 3')
 
 def test_class_without_training_picture(tree):
     append(tree/'data/variants.txt', 'Concorde\n')

@@ -6,7 +6,7 @@ import pytest, fgvc_fisher
 
 ROOMS = {
     'distributed': ['ranks', 'files', 'sharded', 'wrappers', 'workers'],
-    'data': ['archive', 'tables', 'check', 'pictures', 'transforms', 'loaders', 'synthetic'],
+    'data': ['archive', 'tables', 'pictures', 'check', 'transforms', 'loaders', 'synthetic'],
     'learner': [],
     'penalty': ['quadratic', 'merging'],
     'callback': [],

@@ -20,6 +20,7 @@ from tqdm.contrib.concurrent import thread_map
 # %% ../../nbs/data/check.ipynb #47a7e0a7
 from fastcore.basics import patch
 from .archive import NAME
+from .pictures import open_picture, to_rgb
 from .tables import LEVELS, read_lines, aircraft_root, pick_split
 
 # %% ../../nbs/data/check.ipynb #00db28a2
@@ -31,7 +32,7 @@ def _read(file):
     "The lines of a list, and if there are none the reason"
     try: lines = read_lines(file)
     except FileNotFoundError: return [],'there is no such file'
-    except (OSError, UnicodeDecodeError) as e: return [],str(e)
+    except (OSError, ValueError) as e: return [],str(e)
     return lines,'' if lines else 'it is empty'
 
 # %% ../../nbs/data/check.ipynb #21658f7a
@@ -158,7 +159,7 @@ def look_at(
 )->Look:
     "Decode a picture, and compute the checksum of its pixels and two perceptual hashes."
     try:
-        with Image.open(path) as image: rgb = image.convert('RGB')
+        with Image.open(path) as image: rgb,_ = to_rgb(image)
         small = rgb.convert('L').resize((64,64), Image.Resampling.LANCZOS)
     except Exception as e:           # decoders raise errors of many types
         return Look(f'{type(e).__name__}: {e}'.replace(str(path), path.name))
@@ -263,7 +264,7 @@ def show(self:AircraftCheck,
         second = pair.image_2, pair.split_2, pair.label_2
         for image,split,label in (first, second):
             ax = next(free)
-            ax.imshow(Image.open(self.root/f'images/{image}.jpg').convert('RGB'))
+            ax.imshow(open_picture(self.root/f'images/{image}.jpg'))
             ax.set_title(f'{image} {split}\n{label}', fontsize=9)
 
 # %% ../../nbs/data/check.ipynb #ad638135

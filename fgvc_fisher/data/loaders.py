@@ -91,9 +91,8 @@ def check_splits(
 # %% ../../nbs/data/loaders.ipynb #e9208617
 def _pick_tables(table, train, valid, fraction, seed, on_bad):
     "The training and the validation table, checked"
-    if on_bad not in ('error', 'skip'): raise ValueError(f"unknown on_bad={on_bad!r}; choose 'error' or 'skip'")
     tables = [take_fraction(pick_split(table, train), fraction, seed), pick_split(table, valid)]
-    if on_bad=='skip': tables = [skip_bad(o) for o in tables]
+    tables = skip_bad(tables, on_bad)
     check_splits(*tables)
     return tables
 

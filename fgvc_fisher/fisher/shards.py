@@ -202,10 +202,7 @@ def stream_shards(
 # %% ../../nbs/fisher/shards.ipynb #c5a628fd
 def _decode(sample, item):
     "The pixels of a sample. Raises `OSError` that names a picture that cannot be decoded"
-    try: return item(open_picture(BytesIO(sample.data)))
-    except OSError as e:
-        why = str(e.__cause__ or e).partition(' <')[0]
-        raise OSError(f"{sample.name} cannot be decoded ({why})") from e
+    return item(open_picture(BytesIO(sample.data), name=sample.name))
 
 # %% ../../nbs/fisher/shards.ipynb #ef099f8a
 def _map_ahead(f, items, workers, n):
