@@ -8,7 +8,7 @@ Docs: https://fgvc-fisher.github.io/fgvc_fisher/fisher/estimate.html.md"""
 __all__ = ['model_restored', 'draw_labels', 'most_probable', 'LabelPlan', 'Estimate', 'estimate_fisher']
 
 # %% ../../nbs/fisher/estimate.ipynb #89e643a1
-import platform, random, time
+import json, platform, random, time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -26,9 +26,10 @@ import fgvc_fisher
 # %% ../../nbs/fisher/estimate.ipynb #c25146ae
 from ..distributed.ranks import processes
 from ..distributed.sharded import check_whole
+from ..distributed.wrappers import unwrap
 from .per_image import SquaredGradients
 from fgvc_fisher.fisher.diagonal import (
-    DiagFisher, KINDS, differing_parameters, parameter_totals, standard_error, weights_sha256
+    DiagFisher, KINDS, differing_parameters, parameter_digests, parameter_totals, standard_error, weights_sha256
 )
 
 # %% ../../nbs/fisher/estimate.ipynb #233b47f7
@@ -218,6 +219,7 @@ def _provenance(model, plan, image_offset, more):
     if image_offset: settings['first'] = image_offset                  # as files written earlier name it
     about = dict(arch=cfg.get('architecture') or type(model).__name__, weights=cfg.get('tag', ''),
                  weights_sha256=weights_sha256(model), license=cfg.get('license', ''), **settings,
+                 parameters_sha256=json.dumps(parameter_digests(dict(model.named_parameters()))),
                  python=platform.python_version(), torch=torch.__version__, timm=version('timm'),
                  fgvc_fisher=fgvc_fisher.__version__)
     return {k: str(v) for k,v in (about | (more or {})).items()}
@@ -259,6 +261,7 @@ def estimate_fisher(
     estimate; `FloatingPointError` if logits or the result are not finite."""
     plan = LabelPlan(kind, seed, n_samples, mass)
     _check_stop(n_images, target_error)
+    model = unwrap(model)
     check_whole(model, 'estimate_fisher')
     about = _provenance(model, plan, image_offset, provenance)
     n_processes,rank = processes()
