@@ -47,7 +47,7 @@ def model_card(
     license = "No licence is recorded: ask the author of this file which images and weights it was made from."
     if about.get('license'): license = f"Licence of the weights and images that it was made from: {about['license']}."
     header = dict(kind=fisher.kind, n_images=fisher.n_images) | about
-    rows = [f'| {k} | {v} |' for k,v in header.items()]
+    rows = [f'| {k} | {v} |' for k,v in header.items() if k!='parameters_sha256']
     data = ModelCardData(license='other', library_name='fgvc_fisher',
                          tags=['fisher-information','l2-sp','continual-learning'],
                          base_model=f'timm/{arch}.{weights}' if weights else None)
