@@ -83,9 +83,10 @@ def _open_weights(file):
     if file.is_dir(): raise ValueError(f"weights: {file} is a folder: name the file of weights in it")
     if not file.is_file(): raise FileNotFoundError(f"weights: there is no file {file}")
     try:
-        with file.open('rb') as f: is_safetensors = f.read(9)[8:]==b'{'
-        if is_safetensors: return load_file(file)
-        with _leave_out(): return torch.load(file, map_location='cpu', weights_only=True)
+        with file.open('rb') as f:
+            if f.read(9)[8:]==b'{': return load_file(file)      # a safetensors file: 8 bytes of length, then JSON
+            f.seek(0)
+            with _leave_out(): return torch.load(f, map_location='cpu', weights_only=True)
     except Exception as e: raise ValueError(_refusal(file, e)) from e
 
 # %% ../nbs/learner.ipynb #54918652
