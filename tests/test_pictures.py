@@ -1,9 +1,10 @@
 "Smaller copies: the right pixels, whole or not at all, and made anew when something has changed"
-import json, os, re, shutil, signal, sys, time
+import json, os, re, shutil, signal, struct, sys, time, warnings, zlib
+from io import BytesIO
 import numpy as np, pandas as pd, pytest
 from PIL import Image
-from fgvc_fisher.data import cache_images
-from fgvc_fisher.data.pictures import open_picture
+from fgvc_fisher.data import cache_images, folder_dls, picture_dl
+from fgvc_fisher.data.pictures import open_picture, skip_bad, to_rgb
 from fgvc_fisher.data import read_aircraft, read_table
 from fgvc_fisher.data.tables import crop_to_boxes
 from forks import Forked
@@ -193,3 +194,216 @@ def test_photographs(photos, tmp_path):
     small = cache(table, 146, dest=tmp_path)
     a,b = [next(iter(picture_dl(o, 128, bs=32, num_workers=0)))[0] for o in (table, small)]
     assert 0 < 255*(a-b).abs().mean() < 4 and {min(Image.open(o).size) for o in small.path}=={146}
+
+# One way to open a picture
+
+def saved(img, fmt='PNG', **kwargs):
+    img.save(file := BytesIO(), fmt, **kwargs)
+    return file.getvalue()
+def turned(orientation):
+    exif = Image.Exif()
+    exif[0x0112],exif[0x010f] = orientation,'maker'
+    return exif
+def ramp(w=48, h=32): return np.add.outer(np.arange(h)*3, np.arange(w)*3).astype(np.uint8)
+GREY = Image.fromarray(ramp())
+STRIPES = Image.fromarray(np.stack([ramp(), ramp()[::-1], ramp()[:,::-1]], -1))
+def palette(**kwargs):
+    img = Image.new('P', (48,32), 1)
+    img.putpalette([9,9,9, 0,0,200]+[0]*762)
+    img.paste(0, (0,0,24,32))
+    return saved(img, **kwargs)
+def half(mode):
+    img = Image.new('RGBA', (48,32), (0,0,200,255))
+    img.paste((0,0,0,0), (0,0,24,32))
+    return img.convert(mode)
+BLUE = np.uint8([[[255,255,255]]*24+[[0,0,200]]*24]*32)
+WIDE = ramp().astype(np.uint16)*257
+
+SAME = {                       # the file, and how far from grey `ramp`
+    '16 bits, PNG': (saved(Image.fromarray(WIDE)), 0), '16 bits, TIFF': (saved(Image.fromarray(WIDE), 'TIFF'), 0),
+    '16 bits, other byte order': (saved(Image.frombytes('I;16B', (48,32), WIDE.astype('>u2').tobytes()), 'TIFF'), 0),
+    '16 bits, PGM': (b'P5 48 32 65535\n'+WIDE.astype('>u2').tobytes(), 0),
+    '32 bits': (saved(Image.fromarray(WIDE.astype(np.int32)), 'TIFF'), 0),
+    '32 bits, values of 8': (saved(Image.fromarray(ramp().astype(np.int32)), 'TIFF'), 0),
+    'real, to 1': (saved(Image.fromarray(ramp().astype(np.float32)/255), 'TIFF'), 0),
+    'real, to 255': (saved(Image.fromarray(ramp().astype(np.float32)), 'TIFF'), 0),
+    'real, to 65535': (saved(Image.fromarray(WIDE.astype(np.float32)), 'TIFF'), 0),
+    'grey': (saved(GREY), 0), 'grey with alpha': (saved(GREY.convert('LA')), 0), 'GIF': (saved(GREY, 'GIF'), 0),
+    'palette': (saved(GREY.convert('P')), 0), 'WebP': (saved(GREY, 'WEBP', lossless=True), 0),
+    'CMYK': (saved(GREY.convert('RGB').convert('CMYK'), 'JPEG', quality=98), 6)}
+@pytest.mark.parametrize('kind', SAME)
+def test_grey_of_every_kind(kind, tmp_path):
+    content,tolerance = SAME[kind]
+    (tmp_path/'a.jpg').write_bytes(content)
+    img = open_picture(tmp_path/'a.jpg')
+    assert img.mode=='RGB' and abs(np.asarray(img).astype(int)-ramp()[...,None]).max()<=tolerance
+
+@pytest.mark.parametrize('content', [
+    palette(transparency=0), palette(transparency=bytes([0,255])), saved(half('RGBA')),
+    saved(half('RGBA'), 'WEBP', lossless=True), saved(half('RGBA'), 'GIF'),
+    saved(half('RGBA'), 'TIFF')], ids=['colour','list','RGBA','WebP','GIF','TIFF'])
+def test_transparent_is_white(content): assert np.array_equal(np.asarray(open_picture(BytesIO(content))), BLUE)
+
+def test_other_modes():
+    bits = GREY.convert('1')
+    assert np.array_equal(np.asarray(open_picture(BytesIO(saved(bits)))), np.stack([np.asarray(bits)*255]*3, -1))
+    assert np.array_equal(np.asarray(to_rgb(half('RGBA').convert('RGBa'))[0]), BLUE)
+    for mode in ('HSV','YCbCr','RGBX'):
+        assert abs(np.asarray(to_rgb(STRIPES.convert(mode))[0]).astype(int)-np.asarray(STRIPES)).mean()<4, mode
+
+@pytest.mark.parametrize('mode', ['I;16','I','F'])
+@pytest.mark.parametrize('value', [0, 1, 300, 65535])
+def test_a_flat_picture(mode, value):
+    "Nothing to scale from; of a real 1 nobody knows"
+    level = {0: 0, 65535: 255, 300: 1, 1: {'I;16': 0, 'I': 1, 'F': 255}[mode]}[value]
+    img = Image.fromarray(np.full((20,30), value, dict(zip(('I;16','I','F'), (np.uint16,np.int32,np.float32)))[mode]))
+    assert img.mode==mode and to_rgb(img)[0].getpixel((3,3))==(level,)*3
+
+@pytest.mark.parametrize('bad', [np.nan, np.inf, -np.inf])
+def test_numbers_that_are_none(bad):
+    grey = ramp().astype(np.float32)
+    grey[0,0],grey[31,47] = bad,255
+    img = np.asarray(to_rgb(Image.fromarray(grey))[0])[...,0]
+    assert img[0,0]==(255 if bad==np.inf else 0) and np.array_equal(img[1:-1], ramp()[1:-1])
+    assert np.asarray(to_rgb(Image.fromarray(np.full((9,9), bad, np.float32)))[0]).max() in (0,255)
+
+@pytest.mark.parametrize('fmt', ['GIF','WEBP','PNG','TIFF'])
+def test_first_frame(fmt):
+    frames = [Image.new('RGB', (30,20), o) for o in ((200,0,0), (0,200,0))]
+    img = open_picture(BytesIO(saved(frames[0], fmt, save_all=True, append_images=frames[1:])))
+    assert img.getpixel((3,3))[0]>190 and img.getpixel((3,3))[1]<10
+
+TURNS = dict(zip(range(2, 9), ('FLIP_LEFT_RIGHT','ROTATE_180','FLIP_TOP_BOTTOM','TRANSPOSE','ROTATE_270','TRANSVERSE',
+                               'ROTATE_90')))
+TURNS |= {o: None for o in (0, 1, 9, 77)}
+def upright(orientation):
+    how = TURNS[orientation]
+    return np.asarray(STRIPES.transpose(Image.Transpose[how]) if how else STRIPES)
+
+@pytest.mark.parametrize('orientation', TURNS)
+@pytest.mark.parametrize('fmt', ['PNG','WEBP','TIFF','JPEG'])
+def test_orientation(fmt, orientation, tmp_path):
+    "In training, in copies (once), in crops, in the check, in uploads and in shards"
+    from fgvc_fisher.data.check import look_at
+    from fgvc_fisher.explore.recognise import read_upload
+    kwargs = dict(WEBP=dict(lossless=True), JPEG=dict(quality=100, subsampling=0)).get(fmt, {})
+    folder = tmp_path/'pics'
+    folder.mkdir()
+    file = folder/f'a.{fmt.lower()}'
+    file.write_bytes(saved(STRIPES, fmt, exif=turned(orientation), **kwargs))
+    Image.fromarray(upright(orientation)).save(tmp_path/'plain.png')
+    tolerance = 8 if fmt=='JPEG' else 0
+    def same(img, right=upright(orientation), tolerance=tolerance):
+        a = np.asarray(img).astype(int)
+        return a.shape==right.shape and abs(a-right).max()<=tolerance
+    img = open_picture(file)
+    assert same(img) and img.getexif().get(0x0112) not in range(2, 9)
+    assert same(open_picture(file, (4,2,20,24), 3), upright(orientation)[2:24,4:20])
+    assert same(open_picture(file, None, 5), upright(orientation)[:-5])
+    assert np.array_equal(np.asarray(read_upload(file.read_bytes(), 'a')[0]), np.asarray(img))
+    assert look_at(file).pixels[0]==img.size
+    if not tolerance: assert look_at(file)[1]==look_at(tmp_path/'plain.png')[1]
+    table = pd.DataFrame(dict(path=[file], label=pd.Categorical(['x']), split='train', image='a'))
+    for side in (100, 31, 16):
+        small = cache(table, side)
+        again = open_picture(small.path[0])
+        assert (again.width>again.height)==(img.width>img.height) and (side<32 or same(again))
+    x, = [x for x,_ in picture_dl(table, 32, num_workers=0)]
+    y, = [x for x,_ in picture_dl(table.assign(path=[tmp_path/'plain.png']), 32, num_workers=0)]
+    assert (x-y).abs().max()<0.1
+
+@pytest.mark.parametrize('name,label', [('a.png', b'3'), ('a.PNG', b' 3\n'), ('a.jfif', '\ufeff3\r\n'.encode()),
+                                        ('a.gif', '3'.encode('utf-16'))])
+def test_pictures_and_labels_of_a_shard(name, label, tmp_path):
+    "The same picture, and a class number as somebody's editor writes it"
+    import tarfile, timm
+    from fgvc_fisher.fisher.shards import shard_batches, tar_shards
+    content = saved(STRIPES, exif=turned(6))
+    (tmp_path/'a.png').write_bytes(content)
+    with tarfile.open(tmp_path/'a.tar', 'w') as tar:
+        for o,data in ((name, content), ('a.cls', label)):
+            info = tarfile.TarInfo(o)
+            info.size = len(data)
+            tar.addfile(info, BytesIO(data))
+    model = timm.create_model('test_resnet', num_classes=4).eval()
+    (x,y), = shard_batches(tar_shards(tmp_path/'a.tar')[0], model, 32)
+    from fgvc_fisher.learner import source_dl
+    table = pd.DataFrame(dict(path=[tmp_path/'a.png'], label=pd.Categorical([3], categories=range(4))))
+    same, = source_dl(table, model, 32, num_workers=0)
+    assert y.tolist()==[3] and np.array_equal(x.cpu(), same[0].cpu())
+
+def test_a_copy_of_a_turned_crop(tmp_path):
+    "A box refers to the upright picture, in the copy as well"
+    (tmp_path/'pics').mkdir()
+    (tmp_path/'pics/a.png').write_bytes(saved(STRIPES, exif=turned(6)))
+    table = pd.DataFrame(dict(path=[tmp_path/'pics/a.png'], crop=[(2,4,22,44)], credit=6))
+    small = cache(table, 20)
+    assert Image.open(small.path[0]).size==(20,38)
+    right = upright(6)[4:42,2:22]
+    assert abs(pixels(small.path[0])-right).mean()<6
+
+def test_copies_of_an_earlier_version_are_made_again(table):
+    small = cache(table, 40)
+    before,manifest = times(small),small.path[0].with_name('manifest.jsonl')
+    lines = [json.loads(o) for o in manifest.read_text().splitlines() if o]
+    for o in lines: o[1].pop()
+    manifest.write_text(''.join(json.dumps(o)+'\n' for o in lines))
+    assert all(a!=b for a,b in zip(times(cache(table, 40)), before))
+
+@pytest.mark.parametrize('mode', ['RGB','L','P','1','CMYK'])
+@pytest.mark.parametrize('fmt', ['JPEG','PNG','TIFF'])
+def test_ordinary_pictures_bit_for_bit(mode, fmt, tmp_path):
+    "As Pillow converts them"
+    if (mode,fmt) in (('P','JPEG'), ('CMYK','PNG')): return
+    (tmp_path/'a').write_bytes(saved(photo(3).convert(mode), fmt))
+    assert np.array_equal(np.asarray(open_picture(tmp_path/'a')), np.asarray(Image.open(tmp_path/'a').convert('RGB')))
+
+@pytest.mark.parametrize('note', [b'Exif\0\0rubbish', b'Exif\0\0M\xbd\0*\0\0\0\x08',
+                                  b'Exif\0\0MM\0*\0\0\0\x08\xff\xff'+bytes(40)])
+def test_broken_exif_data(note):
+    for fmt in ('JPEG','PNG','WEBP'): assert open_picture(BytesIO(saved(STRIPES, fmt, exif=note))).size==(48,32)
+
+# What cannot be decoded
+
+def png_header(w, h):
+    def chunk(kind, data): return struct.pack('>I', len(data))+kind+data+struct.pack('>I', zlib.crc32(kind+data))
+    return b'\x89PNG\r\n\x1a\n'+chunk(b'IHDR', struct.pack('>IIBBBBB', w, h, 8, 2, 0, 0, 0))+chunk(b'IDAT', b'')
+JPEG = saved(photo(5, 400, 300), 'JPEG')
+BAD = {'empty': b'', 'text': b'not a picture', 'html': b'<html>404</html>', 'cut in the middle': JPEG[:len(JPEG)//2],
+       'the end is missing': JPEG[:-40], 'header alone': JPEG[:300], 'bomb': png_header(30_000, 30_000),
+       'no data': png_header(40, 40), 'PNG, data damaged': saved(STRIPES)[:60]+bytes(40)+saved(STRIPES)[100:],
+       'GIF, cut': saved(STRIPES, 'GIF')[:400], 'TIFF, cut': saved(STRIPES, 'TIFF')[:400],
+       'BMP, cut': saved(STRIPES, 'BMP')[:400],
+       'WebP, cut': saved(photo(2), 'WEBP')[:200], 'zip': b'PK\3\4'+bytes(99), 'pdf': b'%PDF-1.4', 'null': bytes(500)}
+@pytest.mark.parametrize('kind', [*BAD, 'folder'])
+def test_what_cannot_be_decoded_is_named_or_skipped(kind, tmp_path):
+    for label in 'xy':
+        (tmp_path/'pics'/label).mkdir(parents=True)
+        for i in range(5): photo(i).save(tmp_path/f'pics/{label}/{i}.jpg')
+    bad = tmp_path/'pics/x/bad.jpg'
+    bad.mkdir() if kind=='folder' else bad.write_bytes(BAD[kind])
+    with pytest.raises(OSError, match='bad.jpg.*on_bad') as e: open_picture(bad)
+    assert '\n' not in str(e.value) and e.value.__cause__ is not None
+    table = pd.DataFrame(dict(path=sorted((tmp_path/'pics').glob('*/*.jpg'))))
+    with pytest.warns(UserWarning, match=r'\b1 of 11\b.*bad.jpg') as said: good, = skip_bad([table])
+    assert len(said)==1 and list(good.path)==[o for o in table.path if o!=bad]
+    assert skip_bad([table], 'error')[0] is table
+    with pytest.warns(UserWarning, match='bad.jpg'): assert len(cache(table, 40, on_bad='skip'))==10
+    with pytest.raises(OSError, match='bad.jpg'): cache(table, 30)
+    with pytest.raises(OSError, match=r'\b1 pictures.*bad.jpg'): skip_bad([table[table.path==bad]])
+    if kind=='folder': return
+    with pytest.warns(UserWarning, match='bad.jpg') as said:
+        dls = folder_dls(tmp_path/'pics', size=16, on_bad='skip', num_workers=0)
+    assert len(said)==1 and len(dls.train_ds)+len(dls.valid_ds)==10 and len(list(dls.train))==1
+
+def test_pictures_of_several_tables_are_said_once(table):
+    table.path[1].write_bytes(b'')
+    table.path[5].write_bytes(b'')
+    with pytest.warns(UserWarning, match=r'\b2 of 6\b.*1.jpg.*5.jpg') as said: a,b = skip_bad([table[:3], table[2:]])
+    assert len(said)==1 and (len(a),len(b))==(2,3)
+    assert skip_bad([table[:0]])[0].empty
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        skip_bad([table[2:4]])
+    for on_bad in ('ignore', '', None, True):
+        with pytest.raises(ValueError, match=re.escape(repr(on_bad))): cache(table, 40, on_bad=on_bad)
