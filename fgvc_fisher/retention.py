@@ -15,6 +15,7 @@ import pandas as pd, torch
 from torch import nn
 from fastai.torch_core import no_random
 from .callback import RecorderColumns
+from .data.batches import read_batch
 from .data.tables import pick_split
 from .distributed.wrappers import copy_module, match_names, mismatch_advice, unwrap
 from .learner import head_names
@@ -57,18 +58,18 @@ def with_source_head(
 @torch.no_grad()
 def accuracy_on(
     model:nn.Module, # A classifier, on any device; put into evaluation mode
-    dl, # Batches (x, y): images as the model expects them, class numbers
+    dl, # Batches with labels, see `read_batch`; images as the model expects them
 )->float: # From 0 to 1
     """The share of pictures whose most probable class is the right one.
     Raises `ValueError` if there are no pictures, or labels that the model has no class for."""
-    device = next(model.parameters()).device
     right,n = 0,0
-    for x,y in dl:
-        logits = model.eval()(x.to(device))
+    for batch in dl:
+        x,y = read_batch(batch, model)
+        logits = model.eval()(x)
         if y.min()<0 or y.max()>=logits.shape[-1]:
             raise ValueError(f"labels {int(y.min())} to {int(y.max())} do not fit a model with {logits.shape[-1]} "
                              "classes: use the labels of the data set that it was trained on")
-        right += (logits.argmax(-1)==y.to(device)).sum().item()
+        right += (logits.argmax(-1)==y).sum().item()
         n += len(y)
     if not n: raise ValueError("there are no pictures to measure the accuracy on: the loader is empty")
     return right/n
@@ -77,7 +78,7 @@ def accuracy_on(
 def retention(
     model:nn.Module, # The fine-tuned model
     source:nn.Module, # The source model
-    dl, # Source pictures, batches (x, y), as the source model expects them
+    dl, # Source pictures, batches with labels, as the source model expects them
     tuned_dl=None, # The same pictures with the normalisation of the fine-tuning; None: the same as `dl`
 )->dict: # Accuracy from 0 to 1, with BatchNorm's statistics of the 'target' and of the 'source'
     "What a fine-tuned model still knows of its source. Each set of statistics gets pictures in its own normalisation."

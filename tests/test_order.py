@@ -6,7 +6,7 @@ import pytest, fgvc_fisher
 
 ROOMS = {
     'distributed': ['ranks', 'files', 'sharded', 'wrappers', 'workers'],
-    'data': ['archive', 'tables', 'pictures', 'check', 'transforms', 'loaders', 'synthetic'],
+    'data': ['batches', 'archive', 'tables', 'pictures', 'check', 'transforms', 'loaders', 'synthetic'],
     'learner': [],
     'penalty': ['quadratic', 'merging'],
     'callback': [],
@@ -27,6 +27,7 @@ HEAVY = {'fastai', 'timm', 'torchvision', 'matplotlib', 'pandas', 'ray', 'ipywid
 LIGHT = {
     'distributed.ranks': HEAVY, 'distributed.files': HEAVY, 'distributed.sharded': HEAVY, 'distributed.workers': HEAVY,
     'distributed.wrappers': HEAVY,
+    'data.batches': HEAVY,
     'penalty.quadratic': HEAVY, 'penalty.merging': HEAVY,
     'fisher.per_image': HEAVY, 'fisher.diagonal': HEAVY, 'fisher.plots': HEAVY, 'fisher.estimate': HEAVY,
     'experiment.store': HEAVY-{'pandas'}, 'experiment.seeds': HEAVY,

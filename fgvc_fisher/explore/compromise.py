@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 
 # %% ../../nbs/explore/compromise.ipynb #68fef7df
 from fastcore.basics import patch
+from ..data.batches import read_batch
 from ..data.loaders import picture_dl
 from ..data.tables import pick_split, read_aircraft, read_pictures
 from ..fisher.estimate import estimate_fisher
@@ -94,7 +95,8 @@ def model(self:Compromise,
     "The merged model at `alpha` and `beta`, with new BatchNorm statistics."
     merged = merge(self.source, self.tuned, *self.fishers, beta=2*beta, alpha=2*alpha)
     device = next(merged.parameters()).device
-    update_bn((batch for batch in self.training if not is_stale()), merged, device=device)
+    images = (read_batch(batch, labels=False)[0] for batch in self.training if not is_stale())
+    update_bn(images, merged, device=device)
     return None if is_stale() else merged.eval()
 
 # %% ../../nbs/explore/compromise.ipynb #2249fa15
@@ -103,8 +105,9 @@ def _accuracy(model, batches, is_stale):
     right = n = 0
     for batch in batches:
         if is_stale(): return None
-        right += accuracy_on(model, [batch])*len(batch[1])
-        n += len(batch[1])
+        n_images = len(read_batch(batch)[1])
+        right += accuracy_on(model, [batch])*n_images
+        n += n_images
     return right/n
 
 # %% ../../nbs/explore/compromise.ipynb #beabe875

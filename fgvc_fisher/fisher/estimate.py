@@ -27,6 +27,8 @@ import fgvc_fisher
 from ..distributed.ranks import processes
 from ..distributed.sharded import check_whole
 from ..distributed.wrappers import unwrap
+from ..data.batches import read_batch
+from ..distributed.wrappers import unwrap
 from .per_image import SquaredGradients
 from fgvc_fisher.fisher.diagonal import (
     DiagFisher, KINDS, differing_parameters, parameter_digests, parameter_totals, standard_error, weights_sha256
@@ -56,7 +58,7 @@ def _put_back(o, old):
 def model_restored(
     model:nn.Module, # Put into evaluation mode, every parameter requiring a gradient
 ):
-    "Prepare a model for an estimate; at the end restore its `requires_grad`, buffers and attributes, such as `training`."
+    "Prepare a model for an estimate; at the end restore its `requires_grad`, its buffers and all attributes."
     trainable = [(p, p.requires_grad) for p in model.parameters()]
     attributes = {}
     for m in model.modules(): _keep(vars(m), attributes)
@@ -121,6 +123,8 @@ class LabelPlan:
             weights = torch.full_like(p[:,:1], 1/self.n_samples).expand(-1, self.n_samples)
             return draw_labels(p, first, self.seed, self.n_samples),weights
         if y is None: raise ValueError("kind 'empirical' needs batches (x, y), but these have no labels")
+        if y.shape!=p.shape[:1]:
+            raise ValueError(f"labels of the shape {tuple(y.shape)} do not fit {len(p)} images: one class number each")
         if y.min()<0 or y.max()>=p.shape[1]:
             raise ValueError(f"labels {int(y.min())} to {int(y.max())} do not fit a model with {p.shape[1]} classes: "
                              "use the labels of the data set that it was trained on")
@@ -225,26 +229,24 @@ def _provenance(model, plan, image_offset, more):
     return {k: str(v) for k,v in (about | (more or {})).items()}
 
 # %% ../../nbs/fisher/estimate.ipynb #e22b62f3
-def _batches(data, model, n_images, n_processes, rank):
-    """`(first, x, y)`: the number of the first image, images and labels on the model's device; y is None without
-    labels. For another process's batch x and y are None"""
-    like,first = next(model.parameters()),0
+def _batches(data, model, labels, n_images, n_processes, rank):
+    """`(first, x, y)`: the number of the first image, images and class numbers on the model's device; y is None unless
+    `labels` are needed. For another process's batch x and y are None"""
+    first = 0
     for k,batch in enumerate(data):
         if n_images is not None and first>=n_images: return
-        if not isinstance(batch, (tuple,list)): batch = (batch,)
-        x,y = batch[0],(batch[1] if len(batch)>1 else None)
+        own = k%n_processes==rank
+        x,y = read_batch(batch, model if own else None, labels and own)
         n = len(x) if n_images is None else min(len(x), n_images-first)
-        if k%n_processes==rank:
-            x,y = [None if o is None else o.as_subclass(Tensor)[:n].to(like.device) for o in (x,y)]
-            yield first,(x.to(like.dtype) if x.is_floating_point() else x),y
+        if own: yield first,x[:n],None if y is None else y[:n]
         else: yield first,None,None
         first += n
 
 # %% ../../nbs/fisher/estimate.ipynb #23cbfd25
 def estimate_fisher(
-    model:nn.Module, # A classifier with the head it was pretrained with: images (B, ...) -> logits (B, C)
-    data, # Yields batches `x` or `(x, y)`: x normalised as the model expects, y class numbers (B,)
-    kind:str='sampled', # 'sampled', 'empirical' (needs y) or 'exact'
+    model:nn.Module, # A classifier with its pretrained head, wrapped or not: images (B, ...) to logits (B, C)
+    data, # Yields batches, see `read_batch`: images normalised as the model expects, with labels for kind 'empirical'
+    kind:str='sampled', # 'sampled', 'empirical' (needs labels) or 'exact'
     n_samples:int=1, # Labels drawn for each image, for kind 'sampled'
     mass:float=1., # Probability to cover, most probable classes first, for kind 'exact'
     n_images:int|None=None, # Stop after this many images; default: all of them
@@ -259,7 +261,7 @@ def estimate_fisher(
     """The diagonal Fisher information, with the exact gradient of each image; the model is restored.
     Raises `ValueError` for invalid arguments, batches without the labels that `kind` needs, or a checkpoint of another
     estimate; `FloatingPointError` if logits or the result are not finite."""
-    plan = LabelPlan(kind, seed, n_samples, mass)
+    model,plan = unwrap(model),LabelPlan(kind, seed, n_samples, mass)
     _check_stop(n_images, target_error)
     model = unwrap(model)
     check_whole(model, 'estimate_fisher')
@@ -269,7 +271,8 @@ def estimate_fisher(
     with model_restored(model):
         estimate = Estimate(model, plan, about)
         if checkpoint: estimate.resume(checkpoint)
-        batches = _batches(tqdm(data, disable=not progress or rank>0), model, n_images, n_processes, rank)
+        shown = tqdm(iter(data), total=_length(data), disable=not progress or rank>0)
+        batches = _batches(shown, model, kind=='empirical', n_images, n_processes, rank)
         _add_batches(estimate, batches, image_offset, target_error, checkpoint, checkpoint_every)
         if n_processes>1: estimate.gather()
     if not estimate.n_images: raise ValueError("there are no images: `data` yielded no batch")
@@ -297,6 +300,11 @@ def _add_batches(estimate, batches, image_offset, target_error, checkpoint, chec
         if target_error and all_had_a_turn and not skip and estimate.reached(target_error, n_processes): return
 
 # %% ../../nbs/fisher/estimate.ipynb #6dc79477
+def _length(data):
+    "How many batches there are; None where nobody knows, as for a stream"
+    try: return len(data)
+    except (TypeError, NotImplementedError, AttributeError): return None
+
 def _check_stop(n_images, target_error):
     "Raises `ValueError` for an invalid stopping rule"
     if n_images is not None and n_images<1: raise ValueError(f"n_images={n_images}: at least 1 image is needed")

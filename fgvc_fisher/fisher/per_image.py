@@ -468,11 +468,14 @@ def add_slowly(self:SquaredGradients,
 
 # %% ../../nbs/fisher/per_image.ipynb #b2b9af53
 def _check_logits(model, logits, n):
-    "Raises `ValueError` or `FloatingPointError` if these are not finite logits (n, C)"
+    "Raises `ValueError` or `FloatingPointError` if these are not finite logits (n, C) of two or more classes"
     if not (isinstance(logits, Tensor) and logits.ndim==2 and len(logits)==n):
         found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ValueError(f"{type(model).__name__} is not an image classifier: it has to return logits (B, C), one row "
                          f"per image, not {found}")
+    if logits.shape[1]<2:
+        raise ValueError(f"{type(model).__name__} returns one logit, and the softmax of a single class is always 1, so "
+                         "its Fisher information is zero: for a yes-or-no question return two logits, one of them 0")
     if not logits.isfinite().all():
         raise FloatingPointError("the logits are not finite: look for NaN in the weights or in the images")
 
@@ -482,7 +485,7 @@ def add_batch(self:SquaredGradients,
     x:Tensor, # Images (B, ...), as the network expects them
     choose:Callable, # Logits (B, C) -> labels and weights, both (B, K); after a weight of 0 an image has only zeros
 )->Tensor: # (B, parameters), the squared length of each image's gradient of each parameter, summed over its labels
-    """Add the squared gradients of a batch, image by image. Raises `ValueError` if the network is not a classifier,
+    """Add the squared gradients of a batch, image by image. Raises `ValueError` if the network is no classifier,
     `FloatingPointError` if its logits are not finite."""
     n = len(x)
     with record_calls(self.model, x) as (tape,logits):
