@@ -1,5 +1,5 @@
 "Shards: exact however they are cut, done once whoever dies, and never added to another estimate"
-import io, os, pickle, shutil, signal, tarfile, time
+import io, os, pickle, shutil, signal, sys, tarfile, time
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -264,17 +264,33 @@ def test_ray_then_processes(net, tars, tmp_path, ray_cluster):
     assert not ray.is_initialized()
     assert close(run(net, shards, out), run(net, shards, tmp_path/'alone')) and times_read(tmp_path, 5)==[1,2,2,2,1]
 
-def test_ray_on_this_machine(monkeypatch):
+class LocalRay:
+    "Ray as far as it is used, in this process"
+    def __init__(self): self.calls = []
+    def is_initialized(self): return False
+    def init(self, *args, **kw): self.calls.append((args, kw))
+    def shutdown(self): self.calls.append('shutdown')
+    def put(self, o): return o
+    def remote(self, **options): return lambda f: SimpleNamespace(remote=f)
+    def get(self, o): return o
+
+def test_ray_on_this_machine(net, tars, tmp_path, monkeypatch):
     "Ray is started for the occasion, its workers find the modules that this process finds, and it is ended"
-    calls = []
-    def init(*args, **kw): calls.append((args, kw))
-    ray = SimpleNamespace(is_initialized=lambda: False, init=init, shutdown=lambda: calls.append('shutdown'))
-    monkeypatch.setattr(on_shards, '_needs', lambda *args: ray)
+    ray,shards = LocalRay(),drawn(tars, 2)
+    monkeypatch.setitem(sys.modules, 'ray', ray)
+    monkeypatch.delenv('RAY_ADDRESS', raising=False)
     monkeypatch.syspath_prepend('/where/my/shards/are')
-    with on_shards._ray(None): pass
-    ((address,),options),end = calls
+    by_ray = run(net, shards, tmp_path/'a', engine='ray', cpus=torch.get_num_threads())
+    ((address,),options),end = ray.calls
     path = options['runtime_env']['env_vars']['PYTHONPATH']
     assert address=='local' and '/where/my/shards/are' in path.split(os.pathsep) and end=='shutdown'
+    assert close(by_ray, run(net, shards, tmp_path/'b'))
+
+def test_a_cluster_that_is_not_there(net, tars, tmp_path, monkeypatch):
+    pytest.importorskip('ray')
+    monkeypatch.delenv('RAY_ADDRESS', raising=False)
+    with pytest.raises(ValueError, match="'nowhere'"):
+        run(net, drawn(tars, 2), tmp_path/'a', engine='ray', address='nowhere')
 
 # The folder
 

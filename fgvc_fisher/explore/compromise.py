@@ -8,7 +8,7 @@ Docs: https://fgvc-fisher.github.io/fgvc_fisher/explore/compromise.html.md"""
 __all__ = ['MEASURED', 'layer_of', 'Compromise', 'read_compromise']
 
 # %% ../../nbs/explore/compromise.ipynb #1f7a8eb4
-import copy, math
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from itertools import product
@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 # %% ../../nbs/explore/compromise.ipynb #68fef7df
 from fastcore.basics import patch
 from ..data.batches import read_batch
+from ..distributed.wrappers import copy_module
 from ..data.loaders import picture_dl
 from ..data.tables import pick_split, read_aircraft, read_pictures
 from ..fisher.estimate import estimate_fisher
@@ -64,7 +65,7 @@ class Compromise:
         pictures:list, # Batches (x, y) of the source, not used for its Fisher, to measure on
         tuned_pictures:list|None=None, # `pictures` as the tuned model expects them; default: `pictures`
     ):
-        self.source,self.tuned = [copy.deepcopy(o).to(memory_format=torch.channels_last) for o in (source, tuned)]
+        self.source,self.tuned = [copy_module(o).to(memory_format=torch.channels_last) for o in (source, tuned)]
         self.training = _batches(training)
         self.target = _batches(target)
         self.fishers = fisher_source,fisher_target

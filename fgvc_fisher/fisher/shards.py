@@ -9,7 +9,7 @@ __all__ = ['LABEL', 'Sample', 'TarShard', 'tar_shards', 'StreamShard', 'stream_s
            'shard_fisher']
 
 # %% ../../nbs/fisher/shards.ipynb #1a51c53a
-import copy, errno, gzip, importlib, json, os, time, traceback
+import errno, gzip, importlib, json, os, time, traceback
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -31,7 +31,8 @@ from torch import nn
 
 # %% ../../nbs/fisher/shards.ipynb #d5fec522
 from ..distributed.files import write_text
-from ..distributed.workers import worker_processes, python_path
+from ..distributed.workers import python_path, ray_connection, worker_processes
+from ..distributed.wrappers import copy_module, unwrap
 from ..data.pictures import open_picture
 from ..data.tables import decode_text, picture_suffixes
 from ..data.transforms import InPlaceNormalize, named_transforms
@@ -443,7 +444,7 @@ def _portable(work):
     if local:
         raise ValueError(f"jobs: other processes cannot import {local[0]}, which is defined in this notebook or "
                          "script. Move it to a module, or use jobs=1.")
-    return replace(work, model=copy.deepcopy(work.model).cpu())
+    return replace(work, model=copy_module(work.model).cpu())
 
 # %% ../../nbs/fisher/shards.ipynb #8c2c1bb5
 def _run_worker(task):
@@ -476,30 +477,19 @@ def _ray_shard(work, i, gpu, threads):
         raise FileNotFoundError(f"a machine of the Ray cluster does not see the folder {work.folder}: "
                                 "it must be on a disk that all machines share")
     torch.set_num_threads(threads)
-    work = replace(work, model=copy.deepcopy(work.model).to('cuda' if gpu else 'cpu'))
+    work = replace(work, model=copy_module(work.model).to('cuda' if gpu else 'cpu'))
     with _claimed(work.sums, i, timeout=-1):
         if i not in work.sums.done(): _do_shard(work, i)
-
-# %% ../../nbs/fisher/shards.ipynb #e9388003
-@contextmanager
-def _ray(address):
-    "Yields the module `ray`, connected to a cluster; what is connected or started here is shut down at the end"
-    ray = _needs('ray', 'cluster')
-    started = not ray.is_initialized()
-    environment = dict(env_vars=dict(PYTHONPATH=python_path()))
-    local = {} if address else dict(include_dashboard=False, runtime_env=environment)
-    if started: ray.init(address or 'local', log_to_driver=False, logging_level='error', **local)
-    try: yield ray
-    finally:
-        if started: ray.shutdown()
 
 # %% ../../nbs/fisher/shards.ipynb #5b45a658
 def _by_ray(work, address, cpus, gpus):
     "Estimate the shards as tasks of Ray"
     if not work.todo(): return
     if gpus is None: gpus = float(next(work.model.parameters()).is_cuda)
-    with _ray(address) as ray:
-        sent = ray.put(replace(work, model=copy.deepcopy(work.model).cpu()))
+    ray = _needs('ray', 'cluster')
+    environment = dict(env_vars=dict(PYTHONPATH=python_path()))
+    with ray_connection(address, runtime_env=environment):
+        sent = ray.put(replace(work, model=copy_module(work.model).cpu()))
         options = dict(num_cpus=cpus, num_gpus=gpus, max_retries=work.retries, retry_exceptions=True)
         start = ray.remote(**options)(_ray_shard).remote
         while todo := work.todo():
@@ -551,7 +541,7 @@ def shard_fisher(
     jobs:int=1, # Processes of this machine, each on a GPU of its own if there are several
     engine:str='processes', # 'processes' or 'ray'
     retries:int=2, # How often a shard that fails is tried again
-    address:str|None=None, # Address of the Ray cluster; 'auto': the one of this machine; default: only this machine
+    address:str|None=None, # Of the Ray cluster, `host:port`, or 'auto'; default: $RAY_ADDRESS, or this machine alone
     cpus:int=1, # CPU cores per shard, with Ray
     gpus:float|None=None, # GPUs per shard, with Ray; default: one if the model is on a GPU
     provenance:dict|None=None, # More entries for the header: which pictures, their licence, ...
@@ -559,7 +549,7 @@ def shard_fisher(
 )->DiagFisher: # The mean over the pictures of all shards, on the CPU
     """The diagonal Fisher information over shards. Raises `ValueError` for invalid arguments and for a folder of
     another estimate; `RuntimeError` that names a shard that failed, after all others are done."""
-    shards,out = list(shards),Path(out).absolute()
+    model,shards,out = unwrap(model),list(shards),Path(out).absolute()
     LabelPlan(kind, seed, n_samples, mass)                              # raises ValueError before anything is read
     _check_call(shards, jobs, engine, retries, bs, address, cpus, gpus)
     workers = cpus if engine=='ray' else max(1, (os.cpu_count() or 1)//jobs)
