@@ -17,6 +17,7 @@ from filelock import FileLock
 
 # %% ../nbs/cli.ipynb #24d4035e
 from .callback import STRENGTH
+from .data.loaders import without_traceback
 from .data.tables import read_folder
 from .distributed.ranks import processes, shutdown_processes
 from .experiment.demo import demo
@@ -34,7 +35,7 @@ def _errors_as_sentences(command, *kinds):
     try: yield
     except (ValueError, OSError, *kinds) as e:
         if isinstance(e, torch.OutOfMemoryError): raise
-        sys.exit(f'{command}: {e}')
+        sys.exit(f'{command}: {without_traceback(e)}')
 
 # %% ../nbs/cli.ipynb #f66d0370
 @call_parse
@@ -42,9 +43,9 @@ def fgvc_demo(
     out:str='demo', # Folder for the drawn pictures, the table and report.html
     seed:int=0, # The same seed gives the same table
 ):
-    "The method on drawn aircraft, offline, in minutes: pretrain, estimate the Fisher, fine-tune in four arms, report."
-    with _errors_as_sentences('fgvc-demo'): found = demo(out, seed=seed)
-    print(f'\n{show_table(found).to_string()}\n\nThe report: {Path(out)/"report.html"}')
+    "The method on drawn aircraft, offline, in minutes: pretrain, estimate the Fisher, fine-tune in seven arms, report."
+    with _errors_as_sentences('fgvc-demo'): found,sentences = demo(out, seed=seed)
+    print('', show_table(found).to_string(), *sentences, f'The report: {Path(out)/"report.html"}', sep='\n\n')
 
 # %% ../nbs/cli.ipynb #d19271ac
 def _check_finetune(data, source, beta, strength):
@@ -72,6 +73,7 @@ def fgvc_finetune(
     size:int=0, # Side of the pictures in pixels; 0: as in pretraining
     bs:int=32, # Pictures in a batch
     seed:int=42, # Of the head, the order of the pictures and their crops
+    on_bad:str='error', # For a picture that cannot be decoded: error, or skip (decodes all pictures once)
     out:str='finetuned', # Folder for model.safetensors, curve.csv, result.json and, in sources/, the Fisher
 ):
     """Fine-tune a pretrained network on FGVC-Aircraft so that it forgets little, and measure accuracy and retention.
@@ -81,7 +83,7 @@ def fgvc_finetune(
         _check_finetune(data, source, beta, strength)
         size = size or picture_stats(source_model(arch, weights=None))['size']
         run = Run(data, 'fine-tuned', alpha, beta, l2sp, arch=arch, weights=weights or True, source=source, level=level,
-                  strength=strength, size=size, bs=bs, epochs=epochs, lr=lr, seed=seed)
+                  strength=strength, size=size, bs=bs, epochs=epochs, lr=lr, seed=seed, on_bad=on_bad)
         row = do_run(run, out, Path(out)/'sources')
     if row['last']!=row['last']: sys.exit('fgvc-finetune: the training diverged; try a smaller --lr')
     if not processes()[1]:
@@ -130,7 +132,7 @@ def _about(pictures, size, license, weights):
     return dict(weights='', weights_file=Path(weights).name, license='') | about    # timm's entries do not apply
 
 # %% ../nbs/cli.ipynb #9c66798c
-def _check_fisher(arch, images, shards, stream, kind, n_images, target_error, out):
+def _check_fisher(arch, images, shards, stream, kind, n_images, target_error, on_bad, out):
     "`ValueError` for invalid options, before anything is loaded."
     if not arch or not (images or shards or stream):
         raise ValueError("give --arch and --images, --shards or --stream; see --help")
@@ -139,8 +141,9 @@ def _check_fisher(arch, images, shards, stream, kind, n_images, target_error, ou
     if not folder.is_dir(): raise ValueError(f"--out {out}: there is no folder {folder}")
     if images and kind=='empirical' and not labels.is_file():
         raise ValueError(f"--kind empirical needs labels: {labels}, with columns path and class_index")
-    if not images and (n_images or target_error):
-        raise ValueError("--n-images and --target-error are for --images; all pictures of shards are used")
+    if on_bad not in ('error','skip'): raise ValueError(f"--on-bad {on_bad}: choose error or skip")
+    if not images and (n_images or target_error or on_bad=='skip'):
+        raise ValueError("--n-images, --target-error and --on-bad skip are for --images; of shards all are used")
 
 # %% ../nbs/cli.ipynb #6c2e1d4f
 def _shards(shards, stream, split, num_shards):
@@ -152,9 +155,9 @@ def _shards(shards, stream, split, num_shards):
     return stream_shards(loader, num_shards or None, split, **named)
 
 # %% ../nbs/cli.ipynb #a0625183
-def _of_folder(model, images, out, half, size, bs, **settings):
+def _of_folder(model, images, out, half, size, bs, on_bad, **settings):
     "Estimate, and write in the first of several processes; the others return None."
-    batches = source_dl(read_folder(images), model, size, bs)
+    batches = source_dl(read_folder(images), model, size, bs, on_bad=on_bad)
     fisher = estimate_fisher(model, batches, checkpoint=f'{out}.checkpoint', **settings)
     _,rank = processes()
     shutdown_processes()
@@ -184,6 +187,7 @@ def estimate_command(
     size:int=0, # Side of the pictures in pixels; 0: as in pretraining
     bs:int=32, # Pictures in a batch
     seed:int=0, # Fixes the drawn labels
+    on_bad:str='error', # For a picture of --images that cannot be decoded: error, or skip (decodes all of them once)
     half:store_true=False, # Write float16, half the size
     license:str='', # A note on whose pictures and weights these are, for the header
     device:str='', # cuda or cpu; default: cuda if there is one
@@ -198,14 +202,14 @@ def estimate_command(
 ):
     "Estimate the diagonal Fisher information of a timm network, from a folder of pictures or from shards."
     with _errors_as_sentences('fgvc-fisher', ImportError, FloatingPointError, RuntimeError):
-        _check_fisher(arch, images, shards, stream, kind, n_images, target_error, out)
+        _check_fisher(arch, images, shards, stream, kind, n_images, target_error, on_bad, out)
         settings = dict(kind=kind, n_samples=n_samples, mass=mass, seed=seed)
         settings['provenance'] = _about(images or shards or stream, size, license, weights)
         parts = None if images else _shards(shards, stream, split, num_shards)
         model = source_model(arch, weights or True).to(_device(device))
         if images:
             limits = dict(n_images=n_images or None, target_error=target_error or None)
-            fisher = _of_folder(model, images, out, half, size or None, bs, **limits, **settings)
+            fisher = _of_folder(model, images, out, half, size or None, bs, on_bad, **limits, **settings)
         else:
             workers = dict(jobs=jobs, engine=engine, address=address or None, retries=retries)
             fisher = _of_shards(model, parts, out, half, size=size or None, bs=bs, **workers, **settings)

@@ -32,6 +32,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import convert_sync_batchnorm
 from timm.models.inception_v4 import InceptionV4
 from .data.loaders import picture_dl
+from .data.pictures import skip_bad
 from .data.tables import read_pictures
 from .data.transforms import MEAN, STD, InPlaceNormalize, Mix
 from .distributed.ranks import process_state, processes
@@ -246,9 +247,10 @@ def source_dl(
     bs:int=32, # Pictures in a batch
     num_workers:int|None=None, # Processes that decode pictures; None: one for each core
     transforms:str='plain', # Name of the transforms of the fine-tuned model; 'published' normalises in its own way
+    on_bad:str='error', # For a picture that cannot be decoded: 'error', or 'skip' (decodes all pictures once)
 )->TfmdDL: # Batches `(x, y)` in the table's order, normalised
-    "A loader of source pictures as the source model expects them."
-    table = read_pictures(pictures) if isinstance(pictures, (str,Path)) else pictures
+    "A loader of source pictures as the source model expects them. A batch with a broken picture raises `OSError`."
+    table, = skip_bad([read_pictures(pictures) if isinstance(pictures, (str,Path)) else pictures], on_bad)
     size = size or picture_stats(model)['size']
     return normalise(picture_dl(table, size, bs, num_workers=num_workers, transforms=transforms), model)
 

@@ -1,9 +1,10 @@
 "The commands, as somebody at a shell meets them"
-import json, re, subprocess, timm
+import json, re, shutil, subprocess, timm
 import pandas as pd, pytest
 from safetensors import safe_open
 from safetensors.torch import load_file
 from fgvc_fisher.cli import fgvc_sweep
+from fgvc_fisher.data.tables import pictures_in
 from fgvc_fisher.experiment.demo import demo
 from fgvc_fisher.fisher import DiagFisher
 from forks import BIN, shell
@@ -101,3 +102,61 @@ def test_demo_is_the_same_for_the_same_seed(tmp_path):
     page = (tmp_path/'a/report.html').read_text()
     for name in re.findall(r'src="([^"]+)"', page): assert (tmp_path/'a'/name).stat().st_size>1000
     assert page.count('<img')==3 and 'L2-SP-Fisher' in page
+
+# A picture that cannot be decoded
+
+def damaged(tree, copy):
+    "A copy of a tree in which the first picture is cut, and that picture"
+    shutil.copytree(tree, copy)
+    file = pictures_in(copy)[0]
+    file.write_bytes(file.read_bytes()[:400])
+    return copy,file
+
+@pytest.mark.parametrize('where', ['data','source'])
+def test_a_bad_picture_in_a_training(where, drawn, drawn_source, tiny_weights, tmp_path):
+    "One sentence, though it comes out of a worker process; or it is skipped, which is said once"
+    trees = dict(data=drawn, source=drawn_source)
+    trees[where],bad = damaged(trees[where], tmp_path/'tree')
+    options = ['--arch', 'test_resnet', '--weights', tiny_weights, '--epochs', 1, '--size', 32, '--bs', 4,
+               '--data', trees['data'], '--source', trees['source'], '--out', tmp_path/'out']
+    said = shell('fgvc-finetune', *options)
+    assert said.code==1 and said.err.strip().splitlines()[-1].startswith(f'fgvc-finetune: {bad} cannot be decoded')
+    assert 'Traceback' not in said.err and '--on-bad skip' in said.err
+    said = shell('fgvc-finetune', *options, '--on-bad', 'skip')
+    assert said.code==0, said.err
+    assert said.err.count(bad.name)==1 and json.loads((tmp_path/'out/result.json').read_text())['on_bad']=='skip'
+
+def test_a_bad_picture_in_a_sweep(drawn, tiny_weights, tmp_path):
+    tree,bad = damaged(drawn, tmp_path/'tree')
+    (tmp_path/'grid.toml').write_text(f'''data = "{tree}"
+arch = "test_resnet"
+weights = "{tiny_weights}"
+size = 32
+bs = 4
+epochs = 1
+num_workers = 1
+[[arm]]
+arm = "plain"
+[[arm]]
+arm = "careful"
+on_bad = "skip"
+''')
+    said = shell('fgvc-sweep', '--grid', tmp_path/'grid.toml', '--out', tmp_path/'out')
+    assert said.code==1 and 'Traceback' not in said.out+said.err
+    failed, = [o for o in said.out.splitlines() if 'failed: ' in o]
+    assert f'{bad} cannot be decoded' in failed and len(list((tmp_path/'out').rglob('result.json')))==1
+
+def test_a_bad_picture_in_an_estimate(drawn_source, tiny_weights, tmp_path):
+    tree,bad = damaged(drawn_source, tmp_path/'tree')
+    options = ['--arch', 'test_resnet', '--weights', tiny_weights, '--images', tree, '--size', 32, '--device', 'cpu',
+               '--out', tmp_path/'f.safetensors']
+    said = shell('fgvc-fisher', *options)
+    assert said.code==1 and said.err.strip().splitlines()[-1].startswith(f'fgvc-fisher: {bad} cannot be decoded')
+    assert 'Traceback' not in said.err
+    said = shell('fgvc-fisher', *options, '--on-bad', 'skip')
+    assert said.code==0 and said.err.count(bad.name)==1
+    assert DiagFisher.load(tmp_path/'f.safetensors').n_images==31
+    for o in pictures_in(tree): o.write_bytes(b'')
+    said = shell('fgvc-fisher', *options, '--on-bad', 'skip')
+    assert said.code==1 and 'none of 32 pictures' in said.err and 'Traceback' not in said.err
+    assert '--on-bad ignore' in shell('fgvc-fisher', *options, '--on-bad', 'ignore').err

@@ -36,6 +36,7 @@ from safetensors.torch import load_file
 from ..distributed.files import shared_lock, write_text
 from ..distributed.ranks import on_rank0, processes
 from ..data.loaders import check_splits, table_dls
+from ..data.pictures import skip_bad
 from ..data.tables import pick_split, read_aircraft, read_pictures
 from ..data.transforms import named_transforms
 from fgvc_fisher.learner import (
@@ -82,7 +83,7 @@ def _plain(field, v):
 
 # %% ../../nbs/experiment/run.ipynb #947ccc9d
 _CHOICES = dict(step=('prox','grad','published'), kind=('sampled','empirical','exact'), fisher_from=('source','target'),
-                tune=('all','head','head first'), recipe=tuple(RECIPES))
+                tune=('all','head','head first'), recipe=tuple(RECIPES), on_bad=('error','skip'))
 def _check_fields(run):
     "`ValueError` for a field with an invalid value."
     for name in ('alpha','beta','l2sp','strength'):
@@ -140,6 +141,7 @@ class Run:
     recipe:str='one-cycle' # How to train, see `RECIPES`
     transforms:str='plain' # How pictures are transformed, see `named_transforms`
     cache:bool=False # Train from smaller copies?
+    on_bad:str='error' # For a picture that cannot be decoded: 'error', or 'skip' (decodes all pictures once)
     size:int=128 # Side of the pictures in pixels
     bs:int=32 # Pictures in a batch
     epochs:int=4 # Passes over the training split
@@ -171,7 +173,7 @@ def read_target(
 )->pd.DataFrame: # From `read_aircraft`: all splits of the run's tree
     """Read the pictures to fine-tune and test on. Raises `FileNotFoundError` or `ValueError` for a missing tree or
     split, a class without a training picture, pictures in two splits, and unknown transforms."""
-    table = read_aircraft(run.data, run.level)
+    table, = skip_bad([read_aircraft(run.data, run.level)], run.on_bad)
     train = pick_split(table, run.train)
     for split in {run.valid, run.test}-{''}: check_splits(train, pick_split(table, split))
     named_transforms(run.transforms, run.size, True, 2)
@@ -438,9 +440,11 @@ def run_source(
     fisher = None
     if run.needs_fisher:
         def estimate(file):
-            return _estimate(run, model, batches(_fisher_table(run, for_fisher, target)), file, progress)
+            table = _fisher_table(run, for_fisher, target)
+            return _estimate(run, model, batches(table, on_bad=run.on_bad), file, progress)
         fisher = _made_once(shared/_fisher_file(run, key), estimate, DiagFisher.load)
     if not run.source: return SourceBundle(model, fisher)
+    for_retention, = skip_bad([for_retention], run.on_bad)
     pictures,tuned_pictures = batches(for_retention),batches(for_retention, transforms=run.transforms)
     def measure(file): return on_rank0(lambda: _measure(model, pictures, file))
     before = _made_once(shared/f'{key}-before.txt', measure, lambda file: float(file.read_text()))
