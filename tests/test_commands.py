@@ -96,14 +96,15 @@ def test_what_is_wrong_is_said_in_a_sentence(args, named, drawn, drawn_source, t
     assert named in said.err
 
 def test_demo_is_the_same_for_the_same_seed(tmp_path):
-    small = dict(n_variants=2, n_per_split=6, n_source=2, epochs=1, size=32, num_workers=0)
-    tables = [demo(tmp_path/o, seed=3, **small).drop(columns='seconds', level=0) for o in 'ab']
-    assert tables[0].equals(tables[1])
+    small = dict(n_variants=2, n_per_split=6, n_source=2, epochs=1, size=32, n_seeds=2, jobs=1)
+    found = [demo(tmp_path/o, seed=3, **small) for o in 'ab']
+    assert found[0][0].equals(found[1][0]) and found[0][1]==found[1][1]
     page = (tmp_path/'a/report.html').read_text()
     for name in re.findall(r'src="([^"]+)"', page): assert (tmp_path/'a'/name).stat().st_size>1000
-    assert page.count('<img')==3 and 'L2-SP-Fisher' in page
-
-# A picture that cannot be decoded
+    assert page.count('<img')==2 and 'L2-SP-Fisher' in page
+    table,sentences = found[0]
+    assert len(sentences)==3 and all(o.split(':')[0][:40] in page for o in sentences)
+    assert table['runs',''].tolist()==[2]*7
 
 def damaged(tree, copy):
     "A copy of a tree in which the first picture is cut, and that picture"
