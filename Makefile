@@ -8,7 +8,7 @@ PANEL_TESTS := tests/test_panels.py tests/test_explore.py
 
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
-.PHONY: lint demo app test test-all notebooks pytest browser test-browser test-ipywidgets7 sync in-sync clean
+.PHONY: lint demo app test test-all notebooks pytest browser test-browser test-ipywidgets7 site sync in-sync clean
 
 demo: $(READY)    ## The whole method on drawn aircraft, offline: a table, pictures and demo/report.html
 	$(BIN)/fgvc-demo --out demo
@@ -21,7 +21,7 @@ demo/report.html: $(READY)
 
 test: notebooks pytest    ## Every notebook from top to bottom, then the tests that are neither slow nor need a browser: minutes
 
-test-all: lint notebooks browser $(IPYWIDGETS7)    ## Everything: also the slow tests, the panels in a browser and with Colab's ipywidgets, and whether all is in sync
+test-all: lint site notebooks browser $(IPYWIDGETS7)    ## Everything: also the slow tests, the documentation's links, the panels in a browser and with Colab's ipywidgets, and whether all is in sync
 	$(PYTEST) -m '' --cov=fgvc_fisher --cov-report=term:skip-covered
 	$(MAKE) test-ipywidgets7 in-sync
 
@@ -44,8 +44,11 @@ test-ipywidgets7: $(IPYWIDGETS7)    ## The panels' tests with the ipywidgets tha
 lint: $(READY)    ## Line length, names, bare excepts: modules, notebooks, tests, benchmarks
 	$(BIN)/ruff check .
 
-sync: $(READY)    ## After a change of a notebook: export, clean, README.md
-	$(BIN)/nbdev-export && $(BIN)/nbdev-clean && $(BIN)/python tools/readme.py
+site: $(READY)    ## The pages of the documentation as far as Quarto is not needed, and all links that lead to them or to this repository
+	OMP_NUM_THREADS=1 $(BIN)/python tools/links.py
+
+sync: $(READY)    ## After a change of a notebook: export, clean, README.md, the sidebar and other pages made from notebooks
+	$(BIN)/nbdev-export && $(BIN)/nbdev-clean && $(BIN)/python tools/readme.py && $(BIN)/python tools/pages.py
 
 in-sync: $(READY)    ## Fail if `make sync` has anything to do
 	@state() { git status --porcelain; git diff; }; before="$$(state)"; $(MAKE) sync; \
@@ -67,4 +70,4 @@ $(IPYWIDGETS7): $(READY)
 	$(BIN)/pip install --quiet --upgrade --no-deps --target $@ ipywidgets==7.7.1 ipython-genutils==0.2.0
 
 clean:
-	rm -rf .venv demo screenshots build dist *.egg-info
+	rm -rf .venv demo screenshots build dist _proc _docs *.egg-info
