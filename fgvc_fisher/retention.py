@@ -9,6 +9,7 @@ __all__ = ['with_source_head', 'accuracy_on', 'retention', 'Retention', 'halves'
 
 # %% ../nbs/retention.ipynb #ae53b533
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from textwrap import shorten
 import pandas as pd, torch
@@ -17,7 +18,7 @@ from fastai.torch_core import no_random
 from .callback import RecorderColumns
 from .data.batches import read_batch
 from .data.tables import pick_split
-from .distributed.wrappers import copy_module, match_names, mismatch_advice, unwrap
+from .distributed.wrappers import copy_module, match_names, mismatch_advice, shares_parameters, unwrap
 from .learner import head_names
 
 # %% ../nbs/retention.ipynb #6d5ae412
@@ -94,9 +95,9 @@ class Retention(RecorderColumns):
         source:nn.Module, # The source model, which is not changed
         pictures, # Source pictures that the Fisher was not estimated on, batches (x, y), as from `source_dl`
     ):
-        if isinstance(pictures, (str,Path,pd.DataFrame)):
-            raise ValueError(f"pictures: a Retention needs batches, got a {type(pictures).__name__}; "
-                             "pass source_dl(pictures, source)")
+        if isinstance(pictures, (str,Path,pd.DataFrame)) or not hasattr(pictures, '__iter__'):
+            raise ValueError(f"pictures: a Retention needs batches, got {type(pictures).__name__}; "
+                             "pass a DataLoader, such as source_dl(pictures, source)")
         if iter(pictures) is pictures:
             raise ValueError(f"pictures: a {type(pictures).__name__} can be read only once, and a Retention reads it "
                              "every epoch; pass a DataLoader or a list of batches")
@@ -106,13 +107,11 @@ class Retention(RecorderColumns):
         model:nn.Module, # The model to be fine-tuned
     ):
         "Measure a batch. Raises `ValueError` if that is not possible, or if the source is the model in training."
-        trained = {id(p) for p in unwrap(model).parameters()}
-        if any(id(p) in trained for p in unwrap(self.source).parameters()):
+        if shares_parameters(self.source, model):
             raise ValueError("Retention: the source shares parameters with the model in training, so it changes too; "
                              "pass the pretrained model, or a copy made before the training")
         with no_random():
-            first = [batch for batch,_ in zip(self.pictures, range(1))]
-            accuracy_on(with_source_head(model, self.source), first)
+            accuracy_on(with_source_head(model, self.source), islice(self.pictures, 1))
     def columns(self)->dict: # Column name -> function
         "Functions that measure the two retentions."
         def measure(norm):

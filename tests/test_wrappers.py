@@ -21,7 +21,8 @@ class Wrap(nn.Module):
 WRAPPERS = dict(
     none=lambda m: m, compiled=torch.compile, parallel=nn.DataParallel, averaged=AveragedModel,
     ema=lambda m: ModelEmaV3(m), ema2=lambda m: ModelEmaV2(m), ema1=lambda m: ModelEma(m),
-    nested=lambda m: nn.DataParallel(torch.compile(AveragedModel(m))), twice=lambda m: torch.compile(nn.DataParallel(m)))
+    nested=lambda m: nn.DataParallel(torch.compile(AveragedModel(m))),
+    twice=lambda m: torch.compile(nn.DataParallel(m)))
 BY_NAME = dict(own=Wrap, sequential=nn.Sequential, own_twice=lambda m: Wrap(nn.Sequential(m)),
                own_compiled=lambda m: torch.compile(Wrap(m)), compiled_own=lambda m: Wrap(torch.compile(m)))
 

@@ -27,6 +27,7 @@ from timm.scheduler import StepLRScheduler
 
 # %% ../../nbs/experiment/paper.ipynb #3785ac33
 from ..callback import RecorderColumns
+from ..distributed.wrappers import shares_parameters, unwrap
 from ..learner import aircraft_learner, head_names
 from ..penalty.quadratic import is_upper_block, mismatched_parameters
 
@@ -165,15 +166,15 @@ class AsPublished(RecorderColumns):
         beta:float=0.00004, # Coefficient of the Fisher term
         l2sp:float=0.004, # Coefficient of the L2-SP term
     ):
-        self.source = source
+        self.source = unwrap(source)
         self.kw = dict(alpha=alpha, beta=beta, l2sp=l2sp)
         self.values = []
     def begin(self):
         "Move the source to the model's device. `ValueError` if it is the model itself or has other parameters."
-        model = self.learn.model
-        if self.source is model:
+        model = unwrap(self.learn.model)
+        if shares_parameters(self.source, model):
             raise ValueError("AsPublished: `source` is the model in training. Pass copy.deepcopy(learn.model).")
-        if wrong := mismatched_parameters(model, dict(self.source.named_parameters())):
+        if wrong := mismatched_parameters(model, self.source):
             raise ValueError(f"AsPublished: `source` is another network: {wrong[0][0]} {wrong[0][1]}. "
                              "Pass copy.deepcopy(learn.model).")
         self.source.to(next(model.parameters()).device).train().requires_grad_(True)
@@ -185,7 +186,7 @@ class AsPublished(RecorderColumns):
         theta0 = dict(self.source.named_parameters())
         x = self.xb[0].as_subclass(Tensor)                             # fastai's batches are a subclass of Tensor
         scalars = published_scalars(self.source, x) if self.kw['beta'] else dict.fromkeys(theta0, 0.)
-        penalty = as_published_penalty(self.learn.model, theta0, scalars, **self.kw)
+        penalty = as_published_penalty(unwrap(self.learn.model), theta0, scalars, **self.kw)
         self.learn.loss_grad = self.loss_grad + penalty
         self.values.append(penalty.detach())
     def columns(self)->dict: # Name -> function without arguments
