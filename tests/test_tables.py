@@ -40,7 +40,7 @@ def test_cache_of_the_real_archive(whole_archive, tmp_path):
     table = read_aircraft(whole_archive)
     table = pd.concat([pick_split(table, o).head(200) for o in ('train','val')])
     row = table_dls(table, size=32, bs=8, cache=tmp_path, num_workers=0).train_ds.items[0]
-    assert row.path.parent.name=='images_48_cut20' and Image.open(row.path).size==(86,48) and not hasattr(row, 'credit')
+    assert row.path.parent.name=='images_48_cut20' and Image.open(row.path).size==(86,48) and not getattr(row, 'credit', 0)
 
 def test_no_strip_elsewhere(drawn, photos):
     assert set(read_aircraft(drawn).credit)=={0} and set(read_aircraft(photos/'data/warbirds30').credit)=={0}
@@ -219,7 +219,8 @@ MIXED = {
     'dev and val': (['train/a/1.jpg','dev/a/1.jpg','val/a/1.jpg'], "'dev'.*'val'"),
     'an unsorted test split': (['train/a/1.jpg','val/a/1.jpg','test/1.jpg'], 'test'),
     'all unsorted': (['train/1.jpg','test/1.jpg'], 'no folder for each class'),
-    'train, unsorted': (['train/1.jpg'], 'no folder for each class'),
+    'train, unsorted': (['train/1.jpg'], 'train.*no folder for each class'),
+    'classes, and an unsorted test split': (['a/1.jpg','b/1.jpg','Test/1.jpg'], 'Test.*no folder for each class'),
     'splits below classes': (['a/train/1.jpg','a/val/1.jpg','b/train/1.jpg','b/val/1.jpg'], 'train, val'),
     'a folder too high': (['flowers/train/a/1.jpg','flowers/Valid/a/1.jpg'], 'flowers.*Valid, train')}
 @pytest.mark.parametrize('layout', MIXED)
@@ -350,7 +351,8 @@ def test_a_box_that_is_none(box, drawn, tmp_path):
 def test_a_csv_that_is_none(text, said, listed):
     with pytest.raises(ValueError, match=said): read_table(listed(text))
 
-def test_blank_lines_and_trailing_commas(listed):
+def test_blank_lines_and_spaces_and_trailing_commas(listed):
+    assert len(read_table(listed(' path , label \n a.jpg , x \n')))==1
     assert len(read_table(listed('\npath,label\n\na.jpg,x\n,\n\n')))==1
     assert list(read_table(listed('path,label\na.jpg,x,\na.jpg,y,\n')).label)==['x','y']
 

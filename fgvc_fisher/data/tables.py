@@ -256,13 +256,13 @@ def _subfolders(folder):
 def _split_folders(path):
     "The folder of each split: itself for 'train' if it has no such folders. Raises `ValueError` for a mixture"
     pictures = {folder: files for folder,files in _subfolders(path).items() if files}
-    named = [o for o in pictures if split_name(o.name)]
-    splits = [o for o in named if any(file.parent!=o for file in pictures[o])]
+    splits = [o for o in pictures if split_name(o.name) and any(file.parent!=o for file in pictures[o])]
     others = [o for o in pictures if o not in splits]
     if not splits:
-        if len(named)>1 or named and named==others:
-            raise ValueError(f"{named[0]} has pictures, but no folder for each class; sort them into folders, or list "
-                             "them in a CSV file for read_table or table_dls")
+        for o in others:
+            if not split_name(o.name) or o.name.casefold()=='train' and len(others)>1: continue
+            raise ValueError(f"{o} has pictures, but no folder for each class; sort them into folders, or list them in "
+                             "a CSV file for read_table or table_dls")
         return {path: 'train'}
     if others:
         splits,others = [shorten(', '.join(o.name for o in these), 400) for these in (splits, others)]
@@ -277,7 +277,7 @@ def _class_folders(folder):
     classes = _subfolders(folder)
     empty = [str(o) for o,files in classes.items() if not files]
     if empty or not classes:
-        where = shorten(', '.join(empty), 400) or f'{folder}, which should have a folder for each class,'
+        where = shorten(', '.join(empty), 400) or f'folders in {folder}, one for each class'
         raise FileNotFoundError(f"no pictures in {where}: looked for .jpg, .png and all suffixes that Pillow knows")
     for o,files in classes.items():
         inner = sorted({file.relative_to(o).parts[0] for file in files})
@@ -319,6 +319,7 @@ def _read_csv(file, text_columns):
             as_text = pd.read_csv(StringIO(text), dtype=str, keep_default_na=False, **how).fillna('')
     except (ValueError, pd.errors.ParserWarning) as e:
         raise ValueError(f"{file} cannot be read as CSV ({str(e).strip()})") from e
+    table.columns,as_text.columns = table.columns.str.strip(),as_text.columns.str.strip()
     for column in set(text_columns) & set(table.columns):
         stripped = as_text[column].str.strip()
         table[column] = stripped.where(stripped!='')
