@@ -23,6 +23,7 @@ from fastcore.basics import patch
 from ..data.batches import read_batch
 from ..distributed.wrappers import copy_module
 from ..data.loaders import picture_dl
+from ..data.pictures import skip_bad
 from ..data.tables import pick_split, read_aircraft, read_pictures
 from ..fisher.estimate import estimate_fisher
 from ..learner import normalise, source_dl
@@ -218,10 +219,10 @@ def read_compromise(
     source = run_source(replace(run, beta=0., strength=1., step='prox'), shared, progress)
     learn = load_run(run, folder, source.model)
     def target(split, n):
-        table = _some(pick_split(read_aircraft(run.data, run.level), split), n)
+        table, = skip_bad([_some(pick_split(read_aircraft(run.data, run.level), split), n)], run.on_bad)
         dl = picture_dl(table, run.size, run.bs, num_workers=run.num_workers, transforms=run.transforms)
         return normalise(dl, learn.model)
-    kept = _some(source_parts(read_pictures(run.source))[1], n_pictures)
+    kept, = skip_bad([_some(source_parts(read_pictures(run.source))[1], n_pictures)], run.on_bad)
     pictures,tuned_pictures = [list(source_dl(kept, source.model, run.size, run.bs, run.num_workers, transforms))
                                for transforms in ('plain', run.transforms)]
     fisher = estimate_fisher(learn.model, target(run.train, n_fisher), progress=progress)
