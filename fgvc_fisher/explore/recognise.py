@@ -29,6 +29,7 @@ from fastcore.basics import patch
 from timm.data import ImageNetInfo
 from ..data.pictures import to_rgb
 from ..data.tables import read_aircraft
+from ..distributed.wrappers import unwrap
 from ..fisher.estimate import model_restored
 from ..learner import n_outputs, picture_stats
 from ..retention import with_source_head
@@ -138,6 +139,7 @@ def map_layer(
     x:Tensor, # (B, 3, H, W), as the model expects them
 )->nn.Module|None: # None for vision transformers and others without such a layer
     "The layer for Grad-CAM: the last one that returns feature maps."
+    model = unwrap(model)
     with model_restored(model), torch.no_grad(), _watched(model) as seen: model(x)
     return _last_map(seen, *x.shape[2:])
 
@@ -149,6 +151,7 @@ def grad_cam(
     target:int, # Index of the class
 )->Tensor: # (B, H, W) from 0 to 1, scaled to a maximum of 1 per picture; all zeros if there is no evidence
     "Where the evidence for a class is in each picture, by captum's `LayerGradCam`."
+    model = unwrap(model)
     with model_restored(model):
         model.requires_grad_(False)                     # only the gradient of the layer's output is needed
         maps = LayerGradCam(model, layer).attribute(x, target, relu_attributions=True).detach()
@@ -244,7 +247,7 @@ def _probabilities(model, x):
 @patch
 def _recognise(self:Recogniser, x):
     "Probabilities (C,) of the labels, and the heat (H, W) of the first"
-    model = self.learn.model
+    model = unwrap(self.learn.model)
     x = _on(model, x)
     n = len(self.labels)
     with model_restored(model), torch.no_grad(), _watched(model) as layers:

@@ -28,7 +28,6 @@ from ..distributed.ranks import processes
 from ..distributed.sharded import check_whole
 from ..distributed.wrappers import unwrap
 from ..data.batches import read_batch
-from ..distributed.wrappers import unwrap
 from .per_image import SquaredGradients
 from fgvc_fisher.fisher.diagonal import (
     DiagFisher, KINDS, differing_parameters, parameter_digests, parameter_totals, standard_error, weights_sha256
@@ -263,7 +262,6 @@ def estimate_fisher(
     estimate; `FloatingPointError` if logits or the result are not finite."""
     model,plan = unwrap(model),LabelPlan(kind, seed, n_samples, mass)
     _check_stop(n_images, target_error)
-    model = unwrap(model)
     check_whole(model, 'estimate_fisher')
     about = _provenance(model, plan, image_offset, provenance)
     n_processes,rank = processes()
