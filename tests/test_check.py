@@ -386,3 +386,27 @@ def test_warbirds(photos):
     "One of the pairs that are seen has a watermark"
     across,within = {NEAR: 39, MIRRORED: 1},{NEAR: 52, MIRRORED: 2}
     check_photographs(photos/'data/warbirds30', 6361, across, within, 10, ('0000194','0005270'))
+
+def test_hidden_files_are_no_remark(tree):
+    for o in ('.DS_Store','._0000001.jpg'): (tree/f'images/{o}').write_bytes(b'x')
+    (tree/'images/.ipynb_checkpoints').mkdir()
+    assert not len(check(tree).findings)
+
+def test_lists_in_other_encodings(tree):
+    "With a byte order mark they are read, without one the list is named"
+    file = tree/'images_family_val.txt'
+    text = file.read_text()
+    for encoding in ('utf-8-sig','utf-16'):
+        file.write_bytes(text.replace('\n', '\r\n').encode(encoding))
+        assert check(tree).ok
+    file.write_bytes((text+'é').encode('latin-1'))
+    assert 'UTF-8' in report(check(tree), NO_CONTENT, file.name)
+
+def test_a_turned_copy_is_a_duplicate(tree, first):
+    "The check sees pictures upright, as training does"
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    img = Image.open(jpg(tree, first['train']))
+    img.transpose(Image.Transpose.ROTATE_180).save(jpg(tree, first['test']), quality=95, exif=exif)
+    pair, = check(tree).across.itertuples()
+    assert {pair.image_1, pair.image_2}=={first['train'], first['test']} and pair.kind==NEAR

@@ -40,7 +40,8 @@ def test_cache_of_the_real_archive(whole_archive, tmp_path):
     table = read_aircraft(whole_archive)
     table = pd.concat([pick_split(table, o).head(200) for o in ('train','val')])
     row = table_dls(table, size=32, bs=8, cache=tmp_path, num_workers=0).train_ds.items[0]
-    assert row.path.parent.name=='images_48_cut20' and Image.open(row.path).size==(86,48) and not getattr(row, 'credit', 0)
+    assert row.path.parent.name=='images_48_cut20' and Image.open(row.path).size==(86,48)
+    assert not getattr(row, 'credit', 0)
 
 def test_no_strip_elsewhere(drawn, photos):
     assert set(read_aircraft(drawn).credit)=={0} and set(read_aircraft(photos/'data/warbirds30').credit)=={0}
@@ -331,6 +332,15 @@ def test_lists_with_a_mark(encoding, end, drawn, tmp_path):
     before = read_aircraft(tree).drop(columns='path')
     for o in (tree/'data').glob('*.txt'): o.write_bytes(o.read_text().replace('\n', end).encode(encoding))
     assert read_aircraft(tree).drop(columns='path').equals(before) and 'xmin' in before
+
+@pytest.mark.parametrize('encoding', ['utf-8-sig','utf-16'])
+def test_a_grid_with_a_mark(encoding, tmp_path):
+    from fgvc_fisher.experiment.sweeps import read_grid
+    (tmp_path/'grid.toml').write_bytes('data = "é"\r\n[[arm]]\r\narm = "a"\r\n'.encode(encoding))
+    run, = read_grid(tmp_path/'grid.toml')
+    assert run.data==str(tmp_path/'é')
+    (tmp_path/'grid.toml').write_bytes('data = "é"'.encode('latin-1'))
+    with pytest.raises(ValueError, match='^[^ ]*grid.toml is not.*UTF-8'): read_grid(tmp_path/'grid.toml')
 
 def test_lines_end_at_line_ends_only(tmp_path):
     (tmp_path/'a.txt').write_bytes('a\u2028b\x85c\x0bd\r\n\n e \rf'.encode())

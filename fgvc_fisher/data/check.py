@@ -21,7 +21,7 @@ from tqdm.contrib.concurrent import thread_map
 from fastcore.basics import patch
 from .archive import NAME
 from .pictures import open_picture, to_rgb
-from .tables import LEVELS, read_lines, aircraft_root, pick_split
+from .tables import LEVELS, aircraft_root, is_hidden, pick_split, read_lines
 
 # %% ../../nbs/data/check.ipynb #00db28a2
 _SPLITS = ('train', 'val', 'trainval', 'test')
@@ -140,7 +140,7 @@ def _check_sizes(lists, known, sizes):
 # %% ../../nbs/data/check.ipynb #0f52f4e1
 def _check_images(root, lists):
     "Listed pictures that are missing, and files that are not listed"
-    files = {o.name for o in (root/'images').iterdir()}
+    files = {o.name for o in (root/'images').iterdir() if not is_hidden(o.name)}
     listed = {f'{o}.jpg' for o in lists.image}
     for o in sorted(listed-files): yield 'error', 'listed but missing', o.removesuffix('.jpg'), ''
     for o in sorted(files-listed): yield 'remark', 'file not listed', o, ''

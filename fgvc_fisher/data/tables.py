@@ -6,8 +6,8 @@ Docs: https://fgvc-fisher.github.io/fgvc_fisher/data/tables.html.md"""
 
 # %% auto #0
 __all__ = ['LEVELS', 'aircraft_root', 'decode_text', 'read_lines', 'read_aircraft', 'crop_to_boxes', 'split_name', 'pick_split',
-           'take_fraction', 'hold_out', 'class_weights', 'picture_suffixes', 'pictures_in', 'read_image_folder',
-           'read_table', 'read_pictures', 'read_folder']
+           'take_fraction', 'hold_out', 'class_weights', 'picture_suffixes', 'is_hidden', 'pictures_in',
+           'read_image_folder', 'read_table', 'read_pictures', 'read_folder']
 
 # %% ../../nbs/data/tables.ipynb #93f06b2b
 import codecs, os, re, warnings
@@ -233,7 +233,11 @@ def picture_suffixes()->set: # In lower case, such as '.jpg'
     return {suffix for suffix,kind in known.items() if kind in Image.OPEN and kind not in _NO_PICTURES}
 
 # %% ../../nbs/data/tables.ipynb #bed3596b
-def _is_hidden(name): return name.startswith('.') or name in ('__MACOSX', '@eaDir')
+def is_hidden(
+    name:str, # Of a file or a folder
+)->bool:
+    "Is it hidden, or one that macOS or a network disk adds?"
+    return name.startswith('.') or name in ('__MACOSX', '@eaDir')
 
 # %% ../../nbs/data/tables.ipynb #a4ebae1b
 def pictures_in(
@@ -242,14 +246,14 @@ def pictures_in(
     "The pictures in a folder, at any depth. Hidden files and folders, and those that macOS adds, are left out."
     suffixes,found = picture_suffixes(),[]
     for root,folders,names in os.walk(folder, followlinks=True):
-        folders[:] = [o for o in folders if not _is_hidden(o)]
-        found += [(root, o) for o in names if not _is_hidden(o) and Path(o).suffix.lower() in suffixes]
+        folders[:] = [o for o in folders if not is_hidden(o)]
+        found += [(root, o) for o in names if not is_hidden(o) and Path(o).suffix.lower() in suffixes]
     return [Path(root)/name for root,name in sorted(found)]
 
 # %% ../../nbs/data/tables.ipynb #b8dd7f9b
 def _subfolders(folder):
     "Each folder in it that is not hidden, in order, with its pictures"
-    folders = [o for o in sorted(Path(folder).iterdir()) if o.is_dir() and not _is_hidden(o.name)]
+    folders = [o for o in sorted(Path(folder).iterdir()) if o.is_dir() and not is_hidden(o.name)]
     return {o: pictures_in(o) for o in folders}
 
 # %% ../../nbs/data/tables.ipynb #49de1e81

@@ -21,6 +21,7 @@ from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 # %% ../../nbs/experiment/sweeps.ipynb #0cf370b5
+from ..data.tables import decode_text
 from ..distributed.files import write_text
 from ..distributed.ranks import on_rank0, processes
 from ..distributed.workers import worker_processes
@@ -90,8 +91,9 @@ def read_grid(
     "Read a grid. Raises `FileNotFoundError`, or `ValueError` that names the file and what is wrong in it."
     file = Path(file)
     if not file.is_file(): raise FileNotFoundError(f"there is no file {file}")
+    text = decode_text(file.read_bytes(), file)
     try:
-        table = tomllib.loads(file.read_text(encoding='utf-8'))
+        table = tomllib.loads(text)
         arms = table.pop('arm', [])
         seeds = table.pop('seeds', [42])
         if not isinstance(arms, list) or not arms: raise ValueError("it has no [[arm]]")
