@@ -16,7 +16,7 @@ from torch import nn
 from fastai.learner import Learner
 from fastai.torch_core import no_random
 from fastcore.basics import patch
-from ..data.loaders import locate_row, open_row
+from ..data.loaders import open_item
 from ..experiment.run import Run
 from ..learner import n_outputs, source_model
 from .panels import Panel, Picture, choice
@@ -117,7 +117,7 @@ def _opened(upload, example):
     "The chosen picture, and a note about it"
     if upload: return read_upload(*_uploaded(upload))
     if isinstance(example, str): return read_upload(Path(example).read_bytes(), Path(example).name)
-    return open_row(locate_row(example)), ''
+    return open_item(example), ''
 
 # %% ../../nbs/explore/classifier.ipynb #40b618af
 def try_classifier(
