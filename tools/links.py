@@ -2,7 +2,7 @@
 
     python tools/links.py
 
-Checked are links to the site and to files of this repository, in the pages, README.md and docstrings; modules named in
+Checked are links to the site and to files of this repository, in pages, README.md and its like, and docstrings; modules named in
 backticks; and the sidebar. Links to other sites are not followed. Needs no Quarto, and does not install it.
 """
 import json, posixpath, re, sys
@@ -160,9 +160,9 @@ def check(site, checker, package, modules):
             if wrong := checker(link, name): yield f'{name}: {link}: {wrong}'
         for o in unknown_modules(page, modules, known): yield f'{name}: `{o}`: there is no such module'
         for o,link in strangers(name, page): yield f'{name}: `{o}` links to {link}: write `Class.{o}` for the method'
-    for file in ('README.md', 'CONTRIBUTING.md', 'CHANGELOG.md'):
-        for link in read_page([(checker.root/file).read_text(encoding='utf-8')]).links:
-            if wrong := checker(link): yield f'{file}: {link}: {wrong}'
+    for file in sorted(checker.root.glob('*.md')):
+        for link in read_page([file.read_text(encoding='utf-8')]).links:
+            if wrong := checker(link): yield f'{file.name}: {link}: {wrong}'
     for file,link in docs_links(package):
         if wrong := checker(link): yield f'{file.relative_to(checker.root)}: {link}: {wrong}'
 

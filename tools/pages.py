@@ -1,4 +1,4 @@
-"""Write what the documentation has from other files: nbs/sidebar.yml, the list of notebooks and the command reference.
+"""Write what is made from other files: the sidebar, the list of notebooks, the command reference, the cited version.
 
     python tools/pages.py
 
@@ -104,7 +104,14 @@ def commands():
     for name,address in scripts.items(): lines += command(name, EntryPoint(name, address, '').load())
     return '\n'.join(lines)
 
-PAGES = {'nbs/notebooks.qmd': notebooks, 'nbs/commands.qmd': commands, 'nbs/sidebar.yml': sidebar}
+def citation():
+    "CITATION.cff with the version of settings.ini"
+    settings,text = [(ROOT/o).read_text(encoding='utf-8') for o in ('settings.ini', 'CITATION.cff')]
+    version = re.search(r'^version *= *(\S+)', settings, flags=re.M)[1]
+    return re.sub(r'^version: .*$', f'version: {version}', text, flags=re.M)
+
+PAGES = {'nbs/notebooks.qmd': notebooks, 'nbs/commands.qmd': commands, 'nbs/sidebar.yml': sidebar,
+         'CITATION.cff': citation}
 
 def main():
     for file,write in PAGES.items():
