@@ -2,8 +2,9 @@
 
     python tools/links.py
 
-Checked are links to the site and to files of this repository, in pages, README.md and its like, and docstrings; modules named in
-backticks; and the sidebar. Links to other sites are not followed. Needs no Quarto, and does not install it.
+Checked are links to the site and to files of this repository, in pages, in README.md and its like and in docstrings;
+modules named in backticks; and the sidebar. Links to other sites are not followed. Needs no Quarto, and does not
+install it.
 """
 import json, posixpath, re, sys
 from pathlib import Path
