@@ -23,6 +23,7 @@ import timm, torch
 from fastcore.script import call_parse
 from torch import nn
 from fgvc_fisher.fisher import estimate_fisher
+from fgvc_fisher.fisher.per_image import UNUSED, WHOLE
 
 COLUMNS = ['model','parameters','size','how','by_rule','slowly','unused','difference','rounding','seconds']
 SIZES = (64,96,128,160,192,224,240,256,288,320,384)
@@ -35,7 +36,8 @@ def year(module):
 def size_of(name):
     "Parameters of a model with ten classes, in millions, without making its weights; None if that fails"
     try:
-        with torch.device('meta'): return sum(p.numel() for p in timm.create_model(name, num_classes=10).parameters())/1e6
+        with torch.device('meta'): model = timm.create_model(name, num_classes=10)
+        return sum(p.numel() for p in model.parameters())/1e6
     except Exception: return None
 
 def in_order(largest):
@@ -106,7 +108,7 @@ def examine(name):
     expected = by_autograd(model, x, y)
     again = by_autograd(model, x*(1+1e-14*torch.randn_like(x)), y)
     rules = fisher.coverage().rule
-    slow,unused = [[n for n,how in rules.items() if how.startswith(o)] for o in ('the whole network','the logits do not')]
+    slow,unused = [[n for n,how in rules.items() if how==o] for o in (WHOLE,UNUSED)]
     how = 'exact, by rule'
     if slow: how = f"exact, one image at a time for {', '.join(slow[:3])}" + (', ...' if slow[3:] else '')
     if unused: how += f"; the logits do not depend on {', '.join(unused[:3])}" + (', ...' if unused[3:] else '')

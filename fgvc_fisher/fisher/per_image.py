@@ -363,6 +363,8 @@ class SquaredGradients:
 
     @property
     def slow(self): return [n for n,how in self.coverage.items() if how==WHOLE]
+    @property
+    def unused(self): return [n for n,how in self.coverage.items() if how==UNUSED]
 
     def _names_in(self, call): return {self.names[p] for w in call.weights for p in _leaves(w) if p in self.names}
     def _uses(self, tape):
@@ -384,6 +386,13 @@ class SquaredGradients:
         # LeViT keeps a part of its graph from call to call, so the graph is retained
         params = [self.params[n] for n in names]
         return dict(zip(names, torch.autograd.grad(loss, params, retain_graph=True, allow_unused=True)))
+
+    def _reached(self, tape, logits, names):
+        "Those of some parameters that the logits of a batch depend on"
+        tape.take = lambda call, grad: None
+        params = [self.params[n] for n in names]
+        found = torch.autograd.grad(logits.sum(), params, retain_graph=True, allow_unused=True) if params else ()
+        return {n for n,g in zip(names, found) if g is not None}
 
 # %% ../../nbs/fisher/per_image.ipynb #f35b68e3
 def _first_by_rules(squares, tape, logits, labels):
@@ -411,13 +420,14 @@ def verify(self:SquaredGradients,
     by_rules = _first_by_rules(self, tape, logits, labels)
     reference = self._by_autograd(x[:1], labels[:1], torch.ones_like(logits[:1,0]), list(self.params))
     longest = max((g.norm() for g in reference.values() if g is not None), default=torch.zeros(()))
+    before = self.coverage
     tolerance = 1e-6 if longest.dtype==torch.float64 else 1e-2
+    reached = self._reached(tape, logits, [n for n,g in reference.items() if g is None])
     def how(name, g):
-        if g is None: return UNUSED
+        if g is None: return WHOLE if name in reached or before.get(name)==WHOLE else UNUSED
         if name not in by_rules: return WHOLE
         found,funcs = by_rules[name]
         return funcs if (found-g).norm() <= tolerance*g.norm() + 1e-6*longest else WHOLE
-    before = self.coverage
     self.coverage = {n: how(n, g) for n,g in reference.items()}
     self.verified,self.verified_n = self._uses(tape),tape.n
     for what,why in ((WHOLE, 'which is slower'), (UNUSED, 'zero Fisher information')):
@@ -476,6 +486,9 @@ def _check_logits(model, logits, n):
     if logits.shape[1]<2:
         raise ValueError(f"{type(model).__name__} returns one logit, and the softmax of a single class is always 1, so "
                          "its Fisher information is zero: for a yes-or-no question return two logits, one of them 0")
+    if not logits.requires_grad:
+        raise ValueError(f"the logits of {type(model).__name__} have no gradient: its forward pass must not use "
+                         "torch.no_grad, torch.inference_mode or detach")
     if not logits.isfinite().all():
         raise FloatingPointError("the logits are not finite: look for NaN in the weights or in the images")
 
@@ -490,7 +503,8 @@ def add_batch(self:SquaredGradients,
     n = len(x)
     with record_calls(self.model, x) as (tape,logits):
         _check_logits(self.model, logits, n)
-        if self.verified!=self._uses(tape) or self.verified_n==1<n: self.verify(x, tape, logits)
+        is_new = self.verified!=self._uses(tape) or self.verified_n==1<n
+        if is_new or self._reached(tape, logits, self.unused): self.verify(x, tape, logits)
         dtype = torch.promote_types(logits.dtype, torch.float32)
         labels,weights = choose(logits.detach().to(dtype))
         lengths = torch.zeros(n, len(self.params), device=x.device, dtype=dtype)
