@@ -180,15 +180,19 @@ def make(root, *files):
     return root
 def read(root): return sorted(zip(read_image_folder(root).split, read_image_folder(root).label))
 
-SPLITS = {'train': ['train','Train','TRAIN','training','Training Set','train_data','train-images','trn','trainset'],
-          'val': ['val','Valid','validation','VALIDATION','dev','Dev','eval','Evaluation','val_set','valid images'],
+SPLITS = {'train': ['train','Train','TRAIN','training','Training Set','train_data','train-images','trn','trainset',
+                    'train2017'],
+          'val': ['val','Valid','validation','VALIDATION','dev','Dev','eval','Evaluation','val_set','valid images',
+                  'val2017','val_2012'],
           'test': ['test','Testing','test_set','tst','TestData'], 'trainval': ['trainval','Train_Val']}
 @pytest.mark.parametrize('split,name', [(k,o) for k,names in SPLITS.items() for o in names])
 def test_a_split_folder_is_no_class(split, name, tmp_path):
     assert read(make(tmp_path, f'{name}/a/1.jpg', f'{name}/b/1.jpg'))==[(split,'a'), (split,'b')]
     assert split_name(f' {name} ')==split
 
-@pytest.mark.parametrize('name', ['trainer','values','tests','set','dataset','fold 3','trains','validated','', '1'])
+NO_SPLIT = ['trainer','values','tests','set','data','dataset','fold 3',
+            'trains','validated','','1','train1','2017','train20171']
+@pytest.mark.parametrize('name', NO_SPLIT)
 def test_another_name_is_a_class(name, tmp_path):
     assert split_name(name) is None
     if name: assert read(make(tmp_path, f'{name}/1.jpg', 'b/1.jpg'))==sorted([('train',name), ('train','b')])

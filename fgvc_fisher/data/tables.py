@@ -145,10 +145,10 @@ _SPLITS = {spelling: split for split,spellings in _SPELLINGS.items() for spellin
 
 # %% ../../nbs/data/tables.ipynb #cde4b8c7
 def split_name(
-    name:str, # In any case, also with 'set', 'data', 'images' or 'split' behind it
+    name:str, # In any case, also with 'set', 'data', 'images' or 'split' or a year behind it
 )->str|None: # 'train', 'val', 'test' or 'trainval'; None for any other name
     "The split that a usual name stands for."
-    stem = re.sub(r'[\s_-]*(dataset|set|data|images|split)$', '', name.strip().casefold())
+    stem = re.sub(r'[\s_-]*(dataset|set|data|images|split)?[\s_-]*((19|20)[0-9]{2})?$', '', name.strip().casefold())
     return _SPLITS.get(stem)
 
 # %% ../../nbs/data/tables.ipynb #4a58115e
