@@ -337,6 +337,10 @@ def test_logits_without_a_gradient():
     with pytest.raises(ValueError, match='Frozen have no gradient'):
         estimate_fisher(Frozen(4,3), [torch.randn(5,4)], progress=False)
 
+def test_a_network_without_parameters():
+    with pytest.raises(ValueError, match='Flatten has no parameters'):
+        estimate_fisher(nn.Flatten(), [torch.randn(5,4)], progress=False)
+
 def test_a_normalisation_with_the_statistics_of_its_input():
     "Without running statistics a rule cannot hold: an image alone is what counts"
     norm = nn.BatchNorm2d(4, track_running_stats=False)

@@ -1,3 +1,4 @@
+from .batches import read_batch as read_batch
 from .archive import untar_aircraft as untar_aircraft
 from .tables import (
     read_aircraft as read_aircraft,

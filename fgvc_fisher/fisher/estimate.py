@@ -262,6 +262,7 @@ def estimate_fisher(
     estimate; `FloatingPointError` if logits or the result are not finite."""
     model,plan = unwrap(model),LabelPlan(kind, seed, n_samples, mass)
     _check_stop(n_images, target_error)
+    if next(model.parameters(), None) is None: raise ValueError(f"{type(model).__name__} has no parameters")
     check_whole(model, 'estimate_fisher')
     about = _provenance(model, plan, image_offset, provenance)
     n_processes,rank = processes()
