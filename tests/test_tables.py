@@ -360,10 +360,24 @@ def test_a_box_that_is_none(box, drawn, tmp_path):
     ('', 'list.csv'), ('path,label\n', 'no pictures'), ('path,label\n,\n\n', 'no pictures'),
     ('path,label\n"a,b\n', 'list.csv'),
     ('path\na.jpg\n', 'label.*columns'), ('a.jpg,x\n', 'label, path'), ('path,label\na.jpg\n', 'row 0'),
-    ('path,label\na.jpg,x,y\na.jpg,x,y,z\n', 'list.csv'), ('path,label\na.jpg,x,y\n', 'list.csv'),
+    ('path,label\na.jpg,x,y\na.jpg,x,y,z\n', 'list.csv'),
     ('path|label\na.jpg|x\n', 'label, path')])
 def test_a_csv_that_is_none(text, said, listed):
     with pytest.raises(ValueError, match=said): read_table(listed(text))
+
+def test_compressed_and_with_row_names(listed, tmp_path):
+    "As pandas reads them, and R writes them"
+    import bz2, gzip, lzma
+    for suffix,module in (('gz',gzip), ('bz2',bz2), ('xz',lzma)):
+        file = tmp_path/f'list.csv.{suffix}'
+        file.write_bytes(module.compress(csv(['007','NA']).encode('utf-16')))
+        assert list(read_table(file).label)==['007','NA']
+        file.write_bytes(file.read_bytes()[:-9])
+        with pytest.raises(ValueError, match=file.name): read_table(file)
+        file.write_bytes(b'path,label')
+        with pytest.raises(ValueError, match=file.name): read_table(file)
+    table = read_table(listed('"path" "label"\n"1" "a.jpg" "007"\n"2" "a.jpg" "NA"\n'.replace(' ', ',')))
+    assert list(table.label)==['007','NA'] and list(table.index)==[0,1]
 
 def test_blank_lines_and_spaces_and_trailing_commas(listed):
     assert len(read_table(listed(' path , label \n a.jpg , x \n')))==1

@@ -10,7 +10,7 @@ __all__ = ['LEVELS', 'aircraft_root', 'decode_text', 'read_lines', 'read_aircraf
            'read_image_folder', 'read_table', 'read_pictures', 'read_folder']
 
 # %% ../../nbs/data/tables.ipynb #93f06b2b
-import codecs, os, re, warnings
+import bz2, codecs, gzip, lzma, os, re, warnings
 from io import StringIO
 from pathlib import Path
 from textwrap import shorten
@@ -309,21 +309,32 @@ def read_image_folder(
     return table.assign(label=pd.Categorical(table.label, categories=sorted(set(table.label))))
 
 # %% ../../nbs/data/tables.ipynb #7fb1a981
+_OPENERS = {'.gz': gzip.open, '.bz2': bz2.open, '.xz': lzma.open}
+def _read_text(file):
+    "The text of a file, which may be compressed"
+    if not Path(file).is_file(): raise FileNotFoundError(f"there is no file {file}")
+    try:
+        with _OPENERS.get(Path(file).suffix.lower(), open)(file, 'rb') as f: data = f.read()
+    except (OSError, EOFError, lzma.LZMAError) as e: raise ValueError(f"{file} cannot be read ({e})") from e
+    return decode_text(data, file)
+
+# %% ../../nbs/data/tables.ipynb #dce91a59
+def _parse_csv(text, **kwargs):
+    "A table. A column without a name in front has the names of the rows, as R writes them; empty cells may follow"
+    sep = max(',;\t', key=text.lstrip().partition('\n')[0].count)
+    kwargs |= dict(sep=sep, skipinitialspace=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', pd.errors.ParserWarning)      # for cells without a column that are not empty
+        try: table = pd.read_csv(StringIO(text), index_col=False, **kwargs)
+        except pd.errors.ParserWarning: table = pd.read_csv(StringIO(text), **kwargs).reset_index(drop=True)
+    return table.rename(columns=str.strip)
+
+# %% ../../nbs/data/tables.ipynb #78b264f2
 def _read_csv(file, text_columns):
     "A CSV file; some columns as text, where an empty cell is missing"
-    if not Path(file).is_file(): raise FileNotFoundError(f"there is no file {file}")
-    text = decode_text(Path(file).read_bytes(), file)
-    header = text.lstrip().partition('\n')[0]
-    how = dict(sep=max(',;\t', key=header.count), skipinitialspace=True, index_col=False)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter('error', pd.errors.ParserWarning)      # cells beyond the last column, unless empty
-            table = pd.read_csv(StringIO(text), **how)
-            warnings.simplefilter('ignore', pd.errors.ParserWarning)
-            as_text = pd.read_csv(StringIO(text), dtype=str, keep_default_na=False, **how).fillna('')
-    except (ValueError, pd.errors.ParserWarning) as e:
-        raise ValueError(f"{file} cannot be read as CSV ({str(e).strip()})") from e
-    table.columns,as_text.columns = table.columns.str.strip(),as_text.columns.str.strip()
+    text = _read_text(file)
+    try: table,as_text = _parse_csv(text),_parse_csv(text, dtype=str, na_values=[''], keep_default_na=False).fillna('')
+    except ValueError as e: raise ValueError(f"{file} cannot be read as CSV ({str(e).strip()})") from e
     for column in set(text_columns) & set(table.columns):
         stripped = as_text[column].str.strip()
         table[column] = stripped.where(stripped!='')
