@@ -2,13 +2,19 @@
 import copy
 from functools import partial
 import pytest, timm, torch
+from fastai.losses import (
+    BCEWithLogitsLossFlat, CrossEntropyLossFlat, FocalLossFlat, LabelSmoothingCrossEntropy,
+    LabelSmoothingCrossEntropyFlat
+)
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torchvision.models import squeezenet1_1
 from fgvc_fisher.learner import (
-    aircraft_learner, aircraft_splitter, head_names, load_weights, n_outputs, remake_head, source_model
+    aircraft_learner, aircraft_splitter, head_names, load_weights, n_outputs, picture_stats, remake_head, source_dl,
+    source_model
 )
 from fgvc_fisher.data import aircraft_dls
+from fgvc_fisher.data.transforms import MixedCrossEntropy
 from conftest import mobilenet
 
 def test_weights_of_another_architecture(tmp_path):
@@ -114,3 +120,119 @@ def test_freezing_trains_both_heads(arch, drawn):
 
 def test_no_head():
     with pytest.raises(ValueError, match='ReLU'): remake_head(nn.ReLU(), 3)
+
+# What a Learner needs is checked when it is made
+
+def published(tree, **kw): return aircraft_dls(tree, size=32, bs=4, num_workers=0, transforms='published', **kw)
+
+class Soft(nn.Module):
+    "A loss for mixed targets only"
+    def forward(self, logits, targets): return -(targets*logits.log_softmax(1)).sum(1).mean()
+
+REFUSED = dict(flat=CrossEntropyLossFlat(), weighted=CrossEntropyLossFlat(weight=torch.ones(4)),
+    smoothed=LabelSmoothingCrossEntropyFlat(), unflat=LabelSmoothingCrossEntropy(), focal=FocalLossFlat(), soft=Soft(),
+    bce=BCEWithLogitsLossFlat(), mse=nn.MSELoss(), wrong_weights=nn.CrossEntropyLoss(weight=torch.ones(7)),
+    nll=nn.functional.nll_loss, partial=partial(nn.functional.nll_loss, reduction='sum'))
+@pytest.mark.parametrize('loss', REFUSED)
+def test_a_loss_that_cannot_mix(loss, drawn):
+    with pytest.raises(ValueError, match="published.*MixedCrossEntropy"):
+        aircraft_learner(published(drawn), 'test_resnet', None, loss_func=REFUSED[loss])
+    with pytest.raises(ValueError, match=type(Soft()).__name__):
+        aircraft_learner(published(drawn), 'test_resnet', None, loss_func=Soft())
+
+TAKEN = dict(default=None, own=MixedCrossEntropy(), weighted=MixedCrossEntropy(weight=torch.tensor([1.,2.,3.,4.])),
+    torch=nn.CrossEntropyLoss(weight=torch.tensor([1.,2.,3.,4.])), smoothed=nn.CrossEntropyLoss(label_smoothing=0.1),
+    function=nn.functional.cross_entropy)
+@pytest.mark.parametrize('loss', TAKEN)
+def test_a_loss_that_mixes(loss, drawn):
+    learn = aircraft_learner(published(drawn), 'test_resnet', None, loss_func=TAKEN[loss])
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, 0.01)
+    assert torch.tensor(learn.recorder.values[-1][:2]).isfinite().all()
+
+@pytest.mark.parametrize('loss', ['flat', 'weighted', 'smoothed', 'focal'])
+def test_any_loss_without_mixing(loss, drawn):
+    dls = aircraft_dls(drawn, size=32, bs=4, num_workers=0)
+    learn = aircraft_learner(dls, 'test_resnet', None, loss_func=REFUSED[loss])
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, 0.01)
+
+@pytest.mark.parametrize('arch,channels', dict(test_resnet=1, test_vit=1, test_efficientnet=4, test_mambaout=6).items())
+def test_other_channels_are_refused(arch, channels, drawn, drawn_source):
+    model = timm.create_model(arch, in_chans=channels)
+    with pytest.raises(ValueError, match=f'{type(model).__name__}.*{channels} channels.*in_chans=3'):
+        aircraft_learner(aircraft_dls(drawn, size=32, bs=4, num_workers=0), model)
+    with pytest.raises(ValueError, match=f'{channels} channels'): source_dl(drawn_source, model, 32, num_workers=0)
+
+class Squeezed(nn.Module):
+    "Makes grey pictures before its first convolution"
+    def __init__(self):
+        super().__init__()
+        self.conv,self.fc = nn.Conv2d(1, 4, 3),nn.Linear(4, 9)
+    def forward(self, x): return self.fc(self.conv(x.mean(1, keepdim=True)).mean((2,3)))
+@pytest.mark.parametrize('make', [Squeezed, partial(timm.create_model, 'tresnet_m'),
+                                  lambda: nn.Sequential(nn.Flatten(), nn.Linear(3*32*32, 9))])
+def test_three_channels_however_they_are_used(make, drawn):
+    aircraft_learner(aircraft_dls(drawn, size=32, bs=4, num_workers=0), make())
+
+@pytest.mark.parametrize('cfg', [None, {}, dict(input_size=(3,32,32)), dict(mean=None, std=None), 'deleted'])
+def test_without_a_complete_cfg(cfg, drawn):
+    model = timm.create_model('test_resnet')
+    if cfg=='deleted': del model.pretrained_cfg
+    else: model.pretrained_cfg = cfg
+    learn = aircraft_learner(aircraft_dls(drawn, size=32, bs=4, num_workers=0), model)
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, 0.01)
+    assert picture_stats(model)['mean']==(0.485, 0.456, 0.406)
+
+# A copy of a module in any state
+
+def keeps_a_graph(model):
+    model.eval()(torch.randn(1, 3, 224, 224))
+    with pytest.raises(RuntimeError, match='deepcopy'): copy.deepcopy(model)
+    return model
+def keeps_a_list():
+    model = timm.create_model('test_resnet')
+    model.seen = [dict(x=model.fc.weight*2)]
+    return model
+def weight_normed():
+    model = timm.create_model('test_resnet')
+    nn.utils.weight_norm(model.fc)
+    model(torch.randn(2, 3, 32, 32)).sum().backward()
+    return model
+KEEPERS = dict(levit=lambda: keeps_a_graph(timm.create_model('levit_128s')),
+    tiny_vit=lambda: keeps_a_graph(timm.create_model('tiny_vit_5m_224')),
+    efficientformer=lambda: keeps_a_graph(timm.create_model('efficientformerv2_s0')), a_list=keeps_a_list)
+@pytest.mark.parametrize('kind', KEEPERS)
+def test_a_model_that_keeps_its_graph(kind, drawn):
+    model = KEEPERS[kind]()
+    source = source_model(model)
+    x = torch.randn(2, 3, 224, 224)
+    assert torch.equal(source(x), model.eval()(x))
+    learn = aircraft_learner(aircraft_dls(drawn, size=224, bs=2, num_workers=0, fraction=0.25), model)
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, 0.01)
+    learn.model.cpu().eval()
+    theirs = {n: p for n,p in source.named_parameters() if n in dict(learn.model.named_parameters())}
+    assert any(not torch.equal(p, learn.model.get_parameter(n)) for n,p in theirs.items())
+
+def test_a_copy_computes_with_its_own_weights():
+    model = keeps_a_graph(timm.create_model('levit_128s'))
+    source = source_model(model)
+    biases = [p for n,p in source.named_parameters() if 'attention_biases' in n]
+    for p in biases: nn.init.normal_(p)
+    x = torch.randn(1, 3, 224, 224)
+    assert not torch.equal(source(x), model(x))
+    source(x).sum().backward()
+    assert any(p.grad.any() for p in biases)
+
+def test_weight_norm_can_be_copied():
+    model = weight_normed()
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(source_model(model)(x), model.eval()(x))
+
+@pytest.mark.parametrize('wrap', [nn.DataParallel, torch.compile])
+def test_a_wrapped_source(wrap, drawn):
+    model = timm.create_model('test_resnet')
+    source = source_model(wrap(model))
+    assert list(source.state_dict())==list(model.state_dict()) and source is not model
+    learn = aircraft_learner(aircraft_dls(drawn, size=32, bs=4, num_workers=0), wrap(model))
+    assert learn.model.num_classes==learn.dls.c and model.num_classes==1000
+    groups = aircraft_splitter(nn.DataParallel(learn.model))
+    assert [len(g) for g in groups]==[len(g) for g in aircraft_splitter(learn.model)]

@@ -9,6 +9,7 @@ __all__ = ['claim_folder', 'save_weights', 'save_checkpoint', 'read_checkpoint',
 
 # %% ../../nbs/experiment/store.ipynb #8b996043
 import math
+from collections import Counter
 from dataclasses import asdict, fields
 from pathlib import Path
 import torch
@@ -38,8 +39,10 @@ def save_weights(
     path:Path, # The safetensors file to write
     **metadata # Strings for the header of the file
 ):
-    "Write the parameters and buffers of a model."
+    "Write the parameters and buffers of a model. Tied weights are written under each of their names."
     state = {k: v.contiguous().cpu() for k,v in model.state_dict().items()}
+    shared = Counter(v.untyped_storage().data_ptr() for v in state.values())
+    state = {k: v.clone() if shared[v.untyped_storage().data_ptr()]>1 else v for k,v in state.items()}
     replace_file(path, lambda file: save_file(state, file, metadata=metadata))
 
 # %% ../../nbs/experiment/store.ipynb #d0b0b048
