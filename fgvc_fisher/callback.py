@@ -19,7 +19,7 @@ from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
 from fastai.distributed import rank_distrib
 from fastai.learner import Recorder, SkipToEpoch
-from .distributed.sharded import is_sharded, local_tensor
+from .distributed.sharded import is_sharded, local_tensor, reshard
 from .distributed.wrappers import unwrap
 from .penalty.quadratic import QuadraticPenalty, named_like, find_new, is_new, check_coefficients
 
@@ -60,6 +60,8 @@ class RecorderColumns(Callback):
     def learn(self, learn):
         before = self._learn
         moved = learn is not None and before is not None and self in before.cbs
+        if moved and learn is before:
+            raise ValueError(f"this {type(self).__name__} is in the Learner already: do not add it again")
         if moved: before.cbs.remove(self)                              # its `ColumnNames` stays and refuses to train
         elif before is not None: self._remove_names(before)
         if learn is not None:
@@ -92,6 +94,13 @@ def _fisher_term(fisher, beta, strength):
     if beta is None and strength is None: strength = STRENGTH if fisher is not None else 0.
     return dict(beta=beta or 0., strength=strength or 0.)
 
+# %% ../nbs/callback.ipynb #748a3d9c
+def _parameters(model):
+    "The parameters that are trained, under the names of the unwrapped model"
+    model = unwrap(model)
+    reshard(model)
+    return dict(model.named_parameters())
+
 # %% ../nbs/callback.ipynb #14be9903
 def held_parameters(
     penalty:QuadraticPenalty|None, # The penalty of the last training
@@ -99,7 +108,7 @@ def held_parameters(
 )->dict: # Name in the model -> name in the penalty
     "The parameters that a penalty holds already: the same ones, or others with the same name and value, as in a copy."
     if penalty is None: return {}
-    params = dict(unwrap(model).named_parameters())
+    params = _parameters(model)
     names = {id(p): n for n,p in penalty.params.items()}
     def is_copy(n, p):
         q = penalty.params.get(n)
@@ -113,7 +122,7 @@ def is_penalty_of(
     model:nn.Module, # The model of the next one, wrapped or not
 )->bool: # Does the penalty act on exactly the model's parameters?
     "Whether a penalty belongs to a model."
-    params = dict(unwrap(model).named_parameters())
+    params = _parameters(model)
     held = penalty.params if penalty else {}
     return params.keys()==held.keys() and all(p is held[n] for n,p in params.items())
 
@@ -164,8 +173,8 @@ def _new_head(cb, model, held, new):
 def _shares_memory(anchor, model):
     "Does training the model change the anchor that was given?"
     if anchor is None: return False
-    anchor,params = named_like(anchor, model),dict(unwrap(model).named_parameters())
-    return any(n in anchor and anchor[n].data_ptr()==local_tensor(p).data_ptr() for n,p in params.items())
+    anchor,params = named_like(anchor, model),_parameters(model)
+    return any(n in anchor and local_tensor(anchor[n]).data_ptr()==local_tensor(p).data_ptr() for n,p in params.items())
 
 # %% ../nbs/callback.ipynb #ca8691db
 def _make_penalty(cb, model):
@@ -196,7 +205,12 @@ def table(self:L2SPFisherCallback,
 @patch
 def begin(self:L2SPFisherCallback):
     """Make the penalty at the first training of a model. Raises `ValueError` if there is no anchor and the model's
-    parameters cannot serve as one."""
+    parameters cannot serve as one, or if the optimizer has another model's."""
+    params = _parameters(self.learn.model).values()
+    trained = {id(p) for group in self.learn.opt.param_lists for p in group}
+    if not any(id(p) in trained for p in params):
+        raise ValueError("the optimizer has none of the model's parameters, so nothing would be trained: call "
+                         "learn.create_opt() after replacing learn.model")
     if is_penalty_of(self.penalty, self.learn.model): return
     if self.anchor is None and any(isinstance(cb, SkipToEpoch) for cb in self.learn.cbs):
         raise ValueError("training resumes at a later epoch, so the current parameters cannot serve as the anchor: "
@@ -246,8 +260,8 @@ def columns(self:L2SPFisherCallback)->dict: # Column name -> function
     "The penalty, its ratio to the training loss and the distance to theta0, at the end of an epoch."
     def penalty(): return self.penalty.value().item()
     def penalty_to_loss():
-        loss = torch.as_tensor(self.recorder.smooth_loss.value, dtype=torch.float64)       # 0/0 if there was no batch
-        return (penalty()/loss).item()
+        loss = float(self.recorder.smooth_loss.value)                                      # NaN if there was no batch
+        return (torch.tensor(penalty(), dtype=torch.float64)/loss).item()                  # by zero is no error
     return dict(penalty=penalty, penalty_to_loss=penalty_to_loss, distance=lambda: self.penalty.distance())
 
 # %% ../nbs/callback.ipynb #3ad0acae

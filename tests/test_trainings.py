@@ -84,11 +84,21 @@ def test_a_learner_that_lost_its_callback(source, fisher):
     first.remove_cb(cb)
     assert 'penalty' not in row(fit(first))
 
-def test_added_twice_it_acts_once(source, fisher):
+def test_added_twice(source, fisher):
+    "It stays, and acts once"
     cb = L2SPFisherCallback(fisher=fisher)
     learn = learner(tunable(source), cb)
-    learn.add_cb(cb)
+    for again in (lambda: learn.add_cb(cb), lambda: fit(learn, cb)):
+        with pytest.raises(ValueError, match='L2SPFisherCallback.*already'): again()
     assert row(fit(learn))==row(fit(learner(tunable(source), L2SPFisherCallback(fisher=fisher))))
+
+def test_an_optimizer_of_another_model(source, fisher):
+    cb = L2SPFisherCallback(fisher=fisher)
+    learn = fit(learner(tunable(source)), cb)
+    learn.model = tunable(source)
+    with pytest.raises(ValueError, match='optimizer.*create_opt'): fit(learn, cb)
+    learn.create_opt()
+    assert row(fit(learn, cb))['distance']==pytest.approx(from_source(learn, source), rel=1e-5)
 
 def unchanged(learn): pass
 def frozen(learn): learn.model[0].requires_grad_(False)
@@ -210,6 +220,15 @@ def test_a_fisher_from_a_file_tells(source, fisher, tmp_path):
         learn = fit(learner(tunable(source)), L2SPFisherCallback(fisher=f))
         with pytest.raises(ValueError, match='anchor=source'): fit(learn, L2SPFisherCallback(fisher=f))
 
+@pytest.mark.parametrize('bad', [5, 'source', [torch.ones(2)], 'fisher'])
+@pytest.mark.parametrize('kw', ['anchor', 'fisher'])
+def test_no_anchor_and_no_fisher(source, bad, kw):
+    if bad=='fisher': bad = source if kw=='fisher' else {'0.weight': torch.ones(1)}
+    model = tunable(source)
+    with pytest.raises(ValueError, match='anchor|Fisher|no parameter'):
+        fit(learner(model), L2SPFisherCallback(l2sp=1., **{kw: bad}))
+    assert all(states(model, tunable(source)))
+
 # The table
 
 def names(learn): return learn.recorder.metric_names[1:]
@@ -263,8 +282,9 @@ def test_after_an_error_anything_works(source, fisher, error, event, order, kept
     assert len(row(again))==len(names(again))-1
     assert 'penalty' not in names(fit(learn)) or kept
 
-CANCELLED = [('before_batch', CancelFitException), ('after_step', CancelFitException), ('after_step', CancelEpochException),
-             ('after_step', CancelTrainException), ('before_validate', CancelValidException)]
+CANCELLED = [('before_batch', CancelFitException), ('after_step', CancelFitException),
+             ('after_step', CancelEpochException), ('after_step', CancelTrainException),
+             ('before_validate', CancelValidException)]
 
 @pytest.mark.parametrize('event,error', CANCELLED)
 def test_cancelled(source, fisher, event, error):

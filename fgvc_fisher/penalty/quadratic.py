@@ -123,10 +123,13 @@ def check_coefficients(
     **coefs, # alpha, beta, l2sp and strength
 ):
     """Raises `ValueError` for a coefficient that is negative or not finite, for beta and strength together, and for
-    one of them without a Fisher."""
+    one of them without a Fisher, which must be a mapping."""
     for k,v in coefs.items():
         if not (isinstance(v, Real) and math.isfinite(v) and v>=0):
             raise ValueError(f"{k}={v}: a coefficient of the penalty must be a finite number, 0 or larger")
+    if not isinstance(fisher, Mapping|None):
+        raise ValueError(f"a Fisher must map parameter names to tensors, got {type(fisher).__name__}: "
+                         "pass fisher=estimate_fisher(source_model, source_dl)")
     given = [k for k in ('beta','strength') if coefs[k]>0]
     if len(given)==2:
         raise ValueError(f"beta={coefs['beta']} and strength={coefs['strength']} both set the Fisher term: give one")
