@@ -407,3 +407,10 @@ def test_pictures_of_several_tables_are_said_once(table):
         skip_bad([table[2:4]])
     for on_bad in ('ignore', '', None, True):
         with pytest.raises(ValueError, match=re.escape(repr(on_bad))): cache(table, 40, on_bad=on_bad)
+
+def test_a_split_without_a_good_picture_is_an_error(tmp_path):
+    for o in ('train/a/1.jpg','train/a/2.jpg','val/a/1.jpg'):
+        (tmp_path/o).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path/o).write_bytes(JPEG if o[0]=='t' else b'')
+    with pytest.raises(OSError, match=r'\b1 pictures.*val/a/1.jpg cannot be decoded \([^)]*\)$'):
+        folder_dls(tmp_path, size=16, on_bad='skip', num_workers=0)

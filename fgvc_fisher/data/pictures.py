@@ -105,7 +105,7 @@ def open_picture(
 # %% ../../nbs/data/pictures.ipynb #b45c28c5
 def _why_bad(path):
     "Why a picture cannot be decoded; '' if it can"
-    try: open_picture(path)
+    try: open_picture(path, name=str(path))
     except OSError as e: return str(e)
     return ''
 
@@ -114,18 +114,21 @@ def skip_bad(
     tables:list, # Tables with a column `path`, such as those of the splits
     on_bad:str='skip', # 'skip' leaves out what cannot be decoded; 'error' changes nothing, so that reading it raises
 )->list: # The tables, with the rows whose picture can be decoded
-    """Leave out the pictures that cannot be decoded, with one warning that names them. Raises `OSError` if none can be
-    decoded, `ValueError` for another `on_bad`."""
+    """Leave out the pictures that cannot be decoded, with one warning that names them. Raises `OSError` if none of a
+    table can be decoded, `ValueError` for another `on_bad`."""
     if on_bad not in ('error', 'skip'): raise ValueError(f"unknown on_bad={on_bad!r}; choose 'error' or 'skip'")
     paths = list(dict.fromkeys(path for table in tables for path in table.path))
     if on_bad=='error' or not paths: return tables
     with ThreadPoolExecutor(defaults.cpus) as pool: reasons = dict(zip(paths, pool.map(_why_bad, paths)))
     bad = [path for path in paths if reasons[path]]
     if not bad: return tables
-    n = len(paths)
-    if len(bad)==n: raise OSError(f"none of {n} pictures can be decoded; the first: {reasons[bad[0]]}")
+    for table in tables:
+        if len(table) and table.path.isin(bad).all():
+            first = reasons[table.path.iloc[0]]
+            raise OSError(f"none of {len(table)} pictures can be decoded; the first: {first}")
     names = shorten(', '.join(sorted(map(str, bad))), 400)
-    if not processes()[1]: warnings.warn(f"skipping {len(bad)} of {n} pictures, which cannot be decoded: {names}")
+    message = f"skipping {len(bad)} of {len(paths)} pictures, which cannot be decoded: {names}"
+    if not processes()[1]: warnings.warn(message)
     return [table[~table.path.isin(bad)].reset_index(drop=True) for table in tables]
 
 # %% ../../nbs/data/pictures.ipynb #6b8ff0a6
