@@ -4,7 +4,7 @@
 
 Each model is made with random weights and ten classes, and gets two images of noise, as small as it accepts. In float64
 its empirical Fisher is compared with plain autograd, one image at a time, for all of its parameters. Nothing is
-downloaded. Each model has a process and `minutes` of its own. First comes the smallest model of each of timm's modules,
+downloaded. Each model has a process and `minutes` of processor time of its own. First comes the smallest model of each of timm's modules,
 the newest first, then the others, the smallest first. `table.csv` gets a row for each model when it is done; the same
 call resumes with the models that have none. The columns:
 
@@ -15,9 +15,9 @@ call resumes with the models that have none. The columns:
 - difference: the largest relative difference of a parameter to autograd, as root of the sum over both images; a
   millionth of the largest root is added to the divisor, since some gradients are zero but for rounding
 - rounding: the same between autograd and autograd of images that are changed by a part in 10^14
-- seconds: of the estimate
+- seconds: processor time of the estimate, in one thread
 """
-import csv, importlib, inspect, multiprocessing, re, time, traceback, warnings
+import csv, importlib, inspect, multiprocessing, re, resource, signal, time, traceback, warnings
 from pathlib import Path
 import timm, torch
 from fastcore.script import call_parse
@@ -100,11 +100,11 @@ def examine(name):
     model,size = make(name)
     x,y = torch.randn(2, timm.get_pretrained_cfg(name).input_size[0], size, size).double(),torch.tensor([3,7])
     liven(model, x)
-    begin = time.perf_counter()
+    begin = time.process_time()
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         fisher = estimate_fisher(model, [(x,y)], 'empirical', progress=False)
-    seconds = time.perf_counter()-begin
+    seconds = time.process_time()-begin
     expected = by_autograd(model, x, y)
     again = by_autograd(model, x*(1+1e-14*torch.randn_like(x)), y)
     rules = fisher.coverage().rule
@@ -120,8 +120,9 @@ def examine(name):
 def write(table, row):
     with open(table, 'a', newline='') as f: csv.writer(f, lineterminator='\n').writerow(row)
 
-def work(table, name):
+def work(table, name, seconds):
     "In a process of its own: examine a model and write its row"
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds+10))
     torch.set_num_threads(1)
     try: row = examine(name)
     except Exception as e:
@@ -134,7 +135,7 @@ def work(table, name):
 def main(
     out:str, # Folder for table.csv
     largest:float=30., # Parameters of the largest model, in millions
-    minutes:float=10., # Time limit of a model
+    minutes:float=10., # Limit of a model's processor time
     only:str='', # A name, with * for any letters: examine only these models
 ):
     "Examine all models that have no row in the table yet."
@@ -146,10 +147,9 @@ def main(
     for i,name in enumerate(names):
         if name in done(): continue
         print(f'{i+1} of {len(names)}: {name}', flush=True)
-        process = multiprocessing.get_context('fork').Process(target=work, args=(table, name))
+        process = multiprocessing.get_context('fork').Process(target=work, args=(table, name, int(60*minutes)))
         process.start()
-        process.join(60*minutes)
-        if process.is_alive(): process.kill()
         process.join()
-        why = f'it takes longer than {minutes:g} minutes here' if process.exitcode==-9 else 'its process died'
+        too_long = process.exitcode==-signal.SIGXCPU
+        why = f'it takes longer than {minutes:g} minutes here' if too_long else 'its process died'
         if name not in done(): write(table, [name,'','',why,'','','','','',''])
