@@ -8,7 +8,7 @@ Docs: https://fgvc-fisher.github.io/fgvc_fisher/cli.html.md"""
 __all__ = ['fgvc_demo', 'fgvc_finetune', 'fgvc_sweep', 'estimate_command']
 
 # %% ../nbs/cli.ipynb #627d505a
-import os, sys
+import os, sys, warnings
 from contextlib import contextmanager
 from pathlib import Path
 import torch
@@ -31,8 +31,16 @@ from .learner import picture_stats, source_dl, source_model
 # %% ../nbs/cli.ipynb #9340f13d
 @contextmanager
 def _errors_as_sentences(command, *kinds):
-    "End the program with the message of a `ValueError`, an `OSError` or one of `kinds`, without a traceback."
-    try: yield
+    """End the program with the message of a `ValueError`, an `OSError` or one of `kinds`, without a traceback. A
+    `UserWarning`, such as which pictures are skipped, is a line without the place in the code."""
+    show = warnings.showwarning
+    def say(message, category, *args, **kwargs):
+        if category is UserWarning: print(f'{command}: {message}', file=sys.stderr)
+        else: show(message, category, *args, **kwargs)
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = say
+            yield
     except (ValueError, OSError, *kinds) as e:
         if isinstance(e, torch.OutOfMemoryError): raise
         sys.exit(f'{command}: {without_traceback(e)}')

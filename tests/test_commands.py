@@ -125,6 +125,7 @@ def test_a_bad_picture_in_a_training(where, drawn, drawn_source, tiny_weights, t
     assert 'Traceback' not in said.err and '--on-bad skip' in said.err
     said = shell('fgvc-finetune', *options, '--on-bad', 'skip')
     assert said.code==0, said.err
+    assert 'fgvc-finetune: skipping 1 of ' in said.err
     assert said.err.count(bad.name)==1 and json.loads((tmp_path/'out/result.json').read_text())['on_bad']=='skip'
 
 def test_a_bad_picture_in_a_sweep(drawn, tiny_weights, tmp_path):
@@ -155,7 +156,7 @@ def test_a_bad_picture_in_an_estimate(drawn_source, tiny_weights, tmp_path):
     assert said.code==1 and said.err.strip().splitlines()[-1].startswith(f'fgvc-fisher: {bad} cannot be decoded')
     assert 'Traceback' not in said.err
     said = shell('fgvc-fisher', *options, '--on-bad', 'skip')
-    assert said.code==0 and said.err.count(bad.name)==1
+    assert said.code==0 and said.err.count(bad.name)==1 and 'fgvc-fisher: skipping 1 of 32 ' in said.err
     assert DiagFisher.load(tmp_path/'f.safetensors').n_images==31
     for o in pictures_in(tree): o.write_bytes(b'')
     said = shell('fgvc-fisher', *options, '--on-bad', 'skip')
