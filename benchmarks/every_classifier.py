@@ -4,9 +4,9 @@
 
 Each model is made with random weights and ten classes, and gets two images of noise, as small as it accepts. In float64
 its empirical Fisher is compared with plain autograd, one image at a time, for all of its parameters. Nothing is
-downloaded. Each model has a process and `minutes` of processor time of its own. First comes the smallest model of each of timm's modules,
-the newest first, then the others, the smallest first. `table.csv` gets a row for each model when it is done; the same
-call resumes with the models that have none. The columns:
+downloaded. Each model has a process and `minutes` of processor time of its own. First comes the smallest model of each
+of timm's modules, the newest first, then the others, the smallest first. `table.csv` gets a row for each model when it
+is done; the same call resumes with the models that have none. The columns:
 
 - parameters: their number in millions, with ten classes
 - size: the side of the images in pixels

@@ -3,6 +3,7 @@ import copy, random, warnings
 import numpy as np, pytest, timm, torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from functools import partial
 from torchvision.models import squeezenet1_1, vgg11_bn
 from fgvc_fisher.fisher import DiagFisher, estimate_fisher
@@ -178,6 +179,59 @@ def test_parameters_that_several_functions_use(make, shape, cuts):
     agree(fisher, one_by_one(model, x, lambda i,_: [(y[i],1)]))
     agree(exact, one_by_one(model, x, lambda i,logp: list(enumerate(logp.detach().exp()))))
     if make is Shared: assert not fisher.coverage().rule.str.startswith(WHOLE).any()
+
+class Uses(nn.Module):
+    "The weights of a table of ways to use them more than once"
+    def __init__(self, forward):
+        super().__init__()
+        self.w,self.b = nn.Parameter(torch.randn(6,6)/2),nn.Parameter(torch.randn(6))
+        self.scale = nn.Parameter(torch.rand(()))
+        self.linear,self.act,self.head = nn.Linear(6,6),nn.PReLU(6),nn.Linear(6,3)
+        self.words = nn.Embedding(3,6)
+        self.words.weight = self.head.weight
+        self.normed = nn.utils.parametrizations.weight_norm(nn.Linear(6,6))
+        self.way = forward
+    def forward(self, x): return self.head(self.way(self, x))
+
+class Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, w):
+        ctx.save_for_backward(x, w)
+        return x*w
+    @staticmethod
+    def backward(ctx, g):
+        x,w = ctx.saved_tensors
+        return g*w,(g*x).sum(0)
+
+def in_place(m, x):
+    x = m.linear(x)
+    x += m.b
+    x *= m.b
+    return x
+def in_parts(m, x):
+    a,b = m.w.chunk(2)
+    x = torch.cat([F.linear(x, a), F.linear(x, b, m.b[:3])], 1)
+    return torch.stack([o@m.w for o in torch.where(x>0, x, m.b*x)])
+
+again = partial(checkpoint, use_reentrant=False)
+WAYS = {
+    'a number': lambda m, x: x*m.scale/m.scale.exp(),
+    'a tied embedding': lambda m, x: x + m.words(x[:,0].gt(0).long()),
+    'a normalised weight': lambda m, x: m.act(m.normed(m.act(m.normed(x)))),
+    'in place': in_place, 'in parts': in_parts,
+    'einsum and matmul': lambda m, x: torch.einsum('bi,ij->bj', x, m.w)@m.w@m.w.T,
+    'again for the gradient': lambda m, x: again(m.act, again(m.act, x@m.w)),
+    'a function of its own': lambda m, x: Product.apply(Product.apply(x, m.b), m.b),
+    'vmap': lambda m, x: torch.vmap(lambda o: o@m.w)(x)@m.w,
+    'complex': lambda m, x: torch.fft.irfft(torch.fft.rfft(x)*torch.complex(m.b[:4], m.b[2:]), n=6),
+}
+@pytest.mark.parametrize('name', WAYS)
+def test_ways_to_use_a_parameter(name):
+    model,(x,y) = Uses(WAYS[name]).double(),given((7,6))
+    for cuts in ([7],[1,6],[2,5]):
+        with warnings.catch_warnings(record=True):
+            fisher = estimate_fisher(model, zip(x.split(cuts), y.split(cuts)), kind='empirical', progress=False)
+        agree(fisher, one_by_one(model, x, lambda i,_: [(y[i],1)]))
 
 class Keeps(nn.Linear):
     "Keeps what it computed, as `tiny_vit` and `levit` do"

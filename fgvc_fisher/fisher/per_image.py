@@ -125,7 +125,7 @@ class PerImage:
                 lengths += [image.dot(image)[None] for image in g.flatten(1)]
             else:
                 total += g.square().sum(0)
-                lengths.append(g.flatten(1).square().sum(1))
+                lengths.append(g.reshape(len(g), -1).square().sum(1))
         return torch.cat(lengths)
 
 # %% ../../nbs/fisher/per_image.ipynb #3873be2c
