@@ -30,11 +30,14 @@ def plot(self:DiagFisher,
 ): # The axes
     "The mean Fisher of each parameter and the spread of its values, in the network's order."
     def quantile(v, q): return v.flatten().kthvalue(max(1, round(v.numel()*q)))[0].item()
+    def shown(values): return [o if o>0 else math.nan for o in values]         # a logarithmic axis has no zero
     ax = _axes(ax, self, yscale='log', xlabel='parameter, from the input to the head', ylabel='Fisher information')
     where = range(len(self))
     low,high = [[quantile(v, q) for v in self.values()] for q in (0.05,0.95)]
-    ax.vlines(where, low, high, color=GREY, label='from 5 to 95 % of the values')
-    ax.scatter(where, [v.mean().item() for v in self.values()], s=8, color=BLUE, label='mean')
+    least = min((o for o in low+high if o>0), default=1e-12)
+    ax.vlines(where, [max(o, least) for o in low], shown(high), color=GREY, label='from 5 to 95 % of the values')
+    ax.scatter(where, shown([v.mean().item() for v in self.values()]), s=8, color=BLUE, label='mean')
+    ax.margins(y=0.05)
     ax.legend(frameon=False)
     return ax
 
