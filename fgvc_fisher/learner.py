@@ -102,10 +102,11 @@ def _state_dicts(content, place=()):
 
 # %% ../nbs/learner.ipynb #401f0ecf
 def _read_weights(file, own):
-    "The tensors in a file that fit the names in `own` best, under these names"
+    "The tensors in a file that fit those in `own` best, under their names"
     found = {k: match_names(v, own) for k,v in _state_dicts(_open_weights(Path(file))).items()}
     if not found: raise ValueError(f"weights: {file} holds no tensors with names")
-    fit = {place: len(own.keys() & state.keys()) for place,state in found.items()}
+    shapes = {k: v.shape for k,v in own.items() if not k.endswith('num_batches_tracked')}    # which an average may omit
+    fit = {place: sum(k in shapes and v.shape==shapes[k] for k,v in state.items()) for place,state in found.items()}
     best = [place for place in found if fit[place]==max(fit.values())]
     averages = [place for place in best if any(re.search('(^|_)ema(_|$)', o) for o in place)]
     *others,chosen = averages or best
@@ -340,7 +341,7 @@ def _check_loss(loss_func, n_out, device):
             name = getattr(loss_func, '__name__', type(loss_func).__name__)
             raise ValueError(f"transforms='published' mixes labels, so a loss gets targets of shape (B, {n_out}) in "
                              f"training and (B,) in validation, and {name} does not take both ({e}): use "
-                             "MixedCrossEntropy, with weight= or label_smoothing= where you need them") from e
+                             "MixedCrossEntropy of data.transforms, with weight= or label_smoothing= if needed") from e
 
 # %% ../nbs/learner.ipynb #304c1be9
 def aircraft_learner(

@@ -13,9 +13,9 @@ from safetensors.torch import save_file, save_model
 from timm.utils import CheckpointSaver, ModelEmaV3
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
-from fgvc_fisher.learner import load_weights, source_model
+from fgvc_fisher.learner import load_weights, n_outputs, source_model
 
-def resnet(): return timm.create_model('test_resnet', num_classes=6)
+def resnet(**kw): return timm.create_model('test_resnet', num_classes=6, **kw)
 
 @pytest.fixture(scope='module')
 def trained():
@@ -28,6 +28,8 @@ def trained():
 
 def is_same(model, other): return all(torch.equal(v, model.state_dict()[k]) for k,v in other.state_dict().items())
 def prefixed(state, *prefixes): return {''.join(prefixes)+k: v for k,v in state.items()}
+
+def uncounted(model): return {k: v for k,v in model.state_dict().items() if 'num_batches_tracked' not in k}
 
 class Namespaced:
     "Values that a training script keeps beside the weights"
@@ -50,7 +52,7 @@ WRAPPED = {
     'values beside it': lambda m: dict(state_dict=m.state_dict(), **Namespaced(m).values),
     'parameters': lambda m: {k: nn.Parameter(v) if v.is_floating_point() else v for k,v in m.state_dict().items()},
     'half': lambda m: copy.deepcopy(m).half().state_dict(),
-    'without counters': lambda m: {k: v for k,v in m.state_dict().items() if 'num_batches_tracked' not in k},
+    'without counters': lambda m: uncounted(m),
     'module.': lambda m: nn.DataParallel(m).state_dict(),
     '_orig_mod.': lambda m: torch.compile(m).state_dict(),
     'module._orig_mod.': lambda m: dict(model=nn.DataParallel(torch.compile(m)).state_dict()),
@@ -60,6 +62,9 @@ WRAPPED = {
     'three': lambda m: prefixed(m.state_dict(), 'module.', 'net.', '_orig_mod.'),
     'averaged': lambda m: AveragedModel(m).state_dict(),
     'ema': lambda m: dict(state_dict=resnet().state_dict(), state_dict_ema=ModelEmaV3(m).module.state_dict()),
+    'ema without counters': lambda m: dict(state_dict=resnet().state_dict(), ema_state_dict=uncounted(m)),
+    'another size': lambda m: dict(grey=resnet(in_chans=1).state_dict(), rgb=m.state_dict()),
+    'another of its kind': lambda m: dict(discriminator=nn.Linear(3, 1).state_dict(), generator=m.state_dict()),
     'nested ema': lambda m: dict(model=resnet().state_dict(), model_ema=dict(decay=0.9, module=m.state_dict())),
 }
 @pytest.mark.parametrize('kind', WRAPPED)
@@ -226,3 +231,11 @@ def test_no_weights(kind, suffix, trained, tmp_path):
 
 def test_a_folder(tmp_path):
     with pytest.raises(ValueError, match='folder'): source_model('test_resnet', tmp_path)
+
+@pytest.mark.parametrize('arch', ['deit_tiny_distilled_patch16_224', 'levit_128s', 'test_convnext', 'crossvit_9_240'])
+@pytest.mark.parametrize('prefix', ['', 'module.'])
+def test_the_file_has_the_number_of_classes(arch, prefix, tmp_path):
+    model = timm.create_model(arch, num_classes=7)
+    save_file({prefix+k: v.clone() for k,v in model.state_dict().items()}, tmp_path/'w.safetensors')
+    source = source_model(arch, tmp_path/'w.safetensors')
+    assert n_outputs(source)==7 and is_same(source, model)
