@@ -17,18 +17,17 @@ def _piped(code, ends, env):
     exec(code, {})
 
 class Piped:
-    "What is used of `subprocess.Popen([python, '-c', code])` with pipes; forked, so it begins at once"
-    def __init__(self, args, stderr, env, encoding, **_):
-        stdin,stdout = CONTEXT.Pipe(duplex=False),CONTEXT.Pipe(duplex=False)
-        ends = stdin[0],stdout[1],Connection(os.dup(stderr.fileno()), readable=False)
+    "What is used of `subprocess.Popen([python, '-c', code])` with a pipe and files; forked, so it begins at once"
+    def __init__(self, args, stdout, stderr, env, encoding, **_):
+        stdin = CONTEXT.Pipe(duplex=False)
+        ends = stdin[0],*[Connection(os.dup(o.fileno()), readable=False) for o in (stdout, stderr)]
         CONTEXT.set_forkserver_preload(PRELOAD)
         self.process = CONTEXT.Process(target=_piped, args=(args[-1], ends, dict(env)))
         self.process.start()
         self.pid,self.lock = self.process.pid,Lock()
         for o in ends: o.close()
         self.stdin = open(os.dup(stdin[1].fileno()), 'w', encoding=encoding)
-        self.stdout = open(os.dup(stdout[0].fileno()), 'r', encoding=encoding)
-        for o in (stdin[1], stdout[0]): o.close()
+        stdin[1].close()
     @property
     def returncode(self): return self.poll()
     def poll(self):

@@ -1,13 +1,14 @@
 "The five panels, driven without a browser; `make test-ipywidgets7` runs this with Colab's ipywidgets, too"
-import io, re, time
+import io, re
 from dataclasses import replace
 from datetime import datetime, timezone
 from types import SimpleNamespace
 import numpy as np, pytest, torch
 from PIL import Image
+from torch.optim.swa_utils import update_bn
 from fgvc_fisher.explore import classifier as classifier_panel, fisher as fisher_panel, live, panels
 from fgvc_fisher.explore import penalty as penalty_panel, published, training as training_panel
-from fgvc_fisher.explore.compromise import MEASURED, read_compromise
+from fgvc_fisher.explore.compromise import Compromise, MEASURED, read_compromise
 from fgvc_fisher.data import read_aircraft
 from fgvc_fisher.experiment import Run, draw_task
 from fgvc_fisher.explore import (
@@ -37,7 +38,7 @@ def run(task): return Run(arm='plain', epochs=2, **task)
 @pytest.fixture(scope='module')
 def compromise(run, home):
     found = read_compromise(run, home, n_pictures=24, n_fisher=24, progress=False)
-    return found.measure_grid([0.,1e-3,1e-2], [0.,0.1,1.,100.], progress=False)
+    return found.measure_grid([0.,1e-3,1e-2], [0.,1e-3,0.1,1.], progress=False)
 
 @pytest.fixture(scope='module')
 def fisher(home, compromise): return DiagFisher.load(next((home/'sources').glob('*.safetensors')))
@@ -48,26 +49,41 @@ def test_penalty_moves(compromise):
     "The distances always do; the points if other pictures are right"
     p = explore_penalty(compromise)
     sent,before = [bytes(o.widget.value) for o in p.pictures],compromise.at(**p.values)
-    p.controls['beta'].value = compromise.betas[-1]
-    p.wait()
+    p.set(strength=0.)
+    p.finish()
     frontier,layers = [bytes(o.widget.value)!=a for o,a in zip(p.pictures, sent)]
     assert layers and frontier==any(compromise.at(**p.values)[o]!=before[o] for o in MEASURED)
 
 def test_penalty_is_estimated_then_measured(compromise):
-    said = []
     p = explore_penalty(compromise)
-    say = p._say
-    p._say = lambda text: said.append(text) or say(text)
     p.controls['alpha'].value = p.controls['alpha'].options[7][1]
-    text = p.wait()
-    assert 'about' in said[0] and said[-1]==text and 'about' not in text
+    assert 'about' in p.text
+    text = p.finish()
+    assert 'about' not in text
     exact = compromise.at(**p.values)
     assert all(f'{exact[o]:.0%}' in text for o in MEASURED)
 
+def test_penalty_says_strength_and_beta(compromise):
+    p = explore_penalty(compromise)
+    p.set(strength=0.1)
+    assert f'strength = 0.1 (beta = {0.1*compromise.beta_of_1:.3g})' in p.text
+
+def test_a_strength_means_the_same_for_a_fisher_of_another_scale(compromise):
+    "As in `QuadraticPenalty`: beta in units of the mean over the shared parameters, without the head's"
+    c = compromise
+    shared = [v for k,v in c.fishers[0].items() if not k.startswith('fc.')]
+    mean = sum(o.double().sum() for o in shared)/sum(o.numel() for o in shared)
+    assert c.beta_of_1==pytest.approx(1/mean.item(), rel=1e-6)
+    batches = c.training,c.target,c.pictures['source']
+    larger = Compromise(c.source, c.tuned, {k: 1000*v for k,v in c.fishers[0].items()}, c.fishers[1], *batches)
+    for p,q in zip(c.model(0., 0.1).parameters(), larger.model(0., 0.1).parameters()): assert torch.allclose(p, q)
+    with pytest.raises(ValueError, match='zero'):
+        Compromise(c.source, c.tuned, {k: 0*v for k,v in c.fishers[0].items()}, c.fishers[1], *batches)
+
 def test_the_point_is_where_the_numbers_are(compromise):
     view = penalty_panel._PenaltyView(compromise)
-    view.draw(alpha=1e-3, beta=3.)
-    found = compromise.estimate(1e-3, 3.)
+    view.draw(alpha=1e-3, strength=0.3)
+    found = compromise.estimate(1e-3, 0.3)
     for point,name in zip(view.points, ('retention_target_bn','retention_source_bn')):
         assert (point.get_xdata()[0], point.get_ydata()[0])==(found[name], found['last'])
     moved = [o.get_width() for o in view.moved]
@@ -77,10 +93,11 @@ def test_the_point_is_where_the_numbers_are(compromise):
 def test_layers_agree_with_the_penalty_of_the_callback(compromise, home, run):
     "What the layers pay adds up to Omega, as `QuadraticPenalty` computes it"
     from fgvc_fisher.penalty import QuadraticPenalty
-    merged = compromise.model(1e-3, 2.)
+    merged = compromise.model(1e-3, 0.2)
     theta0 = dict(compromise.source.named_parameters())
-    omega = QuadraticPenalty(merged, theta0, compromise.fishers[0], alpha=1e-3, beta=2., new=['fc']).value().item()
-    assert compromise.at(1e-3, 2.)['layers'][['alpha','beta']].to_numpy().sum()==pytest.approx(omega, rel=1e-5)
+    omega = QuadraticPenalty(merged, theta0, compromise.fishers[0], alpha=1e-3, strength=0.2, new=['fc'])
+    omega = omega.value().item()
+    assert compromise.at(1e-3, 0.2)['layers'][['alpha','beta']].to_numpy().sum()==pytest.approx(omega, rel=1e-5)
 
 def test_ends_of_the_compromise(compromise):
     tuned,far = compromise.model(0., 0.),compromise.model(0., 1e12)
@@ -98,12 +115,20 @@ def test_models_are_left_alone(compromise):
     compromise.at(1e-2, 1.)
     assert all(torch.equal(p, before[n]) for n,p in compromise.tuned.state_dict().items())
 
-def test_measuring_gives_up_at_any_point(compromise):
-    "When a later request comes, the result is None, and nothing is measured after"
-    for n in range(5):
-        asked = []
-        assert compromise.at(0., 1., is_stale=lambda: asked.append(1) or len(asked)>n) is None
-        assert len(asked)<=n+len(compromise.training)+1
+def test_measuring_pauses_after_every_batch(compromise):
+    "And leaves PyTorch as it was, so that other code can run in between"
+    grads,steps = [],compromise.steps(0., 0.1)
+    for _ in steps: grads.append(torch.is_grad_enabled())
+    n = len(compromise.training)+len(compromise.target)+sum(len(o) for o in compromise.pictures.values())
+    assert grads==[True]*n
+
+def test_statistics_are_those_of_update_bn(compromise):
+    merged = compromise.model(1e-3, 0.1)
+    theirs = compromise.model(0., 0.)
+    theirs.load_state_dict(merged.state_dict())
+    update_bn((x for x,_ in compromise.training), theirs)
+    ours,theirs = [[v for k,v in o.state_dict().items() if 'running' in k] for o in (merged, theirs)]
+    assert ours and all(torch.allclose(a, b) for a,b in zip(ours, theirs))
 
 def test_the_fine_tuned_model_is_the_one_that_was_trained(compromise, run, home):
     from fgvc_fisher.retention import accuracy_on
@@ -119,7 +144,7 @@ def test_no_source_no_penalty_panel(run, home):
 
 def test_a_grid_begins_with_zero(compromise):
     for bad in ([1.,2.], [], [0.], [0.,2.,1.]):
-        with pytest.raises(ValueError, match='betas='): compromise.measure_grid([0.,1.], bad)
+        with pytest.raises(ValueError, match='strengths='): compromise.measure_grid([0.,1.], bad)
         with pytest.raises(ValueError, match='alphas='): compromise.measure_grid(bad, [0.,1.])
 
 # The Fisher
@@ -131,7 +156,7 @@ def test_fisher_every_choice(fisher):
         for axis in ('log','linear'):
             for measure in ('mean','share'):
                 p.controls['axis'].value,p.controls['measure'].value = axis,measure
-                assert p.wait()
+                assert p.text
         assert name in p.text
 
 @pytest.mark.parametrize('axis', ['log','linear'])
@@ -149,7 +174,7 @@ def test_fisher_with_a_dead_parameter(fisher):
     p = explore_fisher(zeroed)
     for axis in ('log','linear'):
         p.controls['parameter'].value,p.controls['axis'].value = dead,axis
-        assert dead in p.wait() and '0.00%' in p.text
+        assert dead in p.text and '0.00%' in p.text
 
 # The published runs
 
@@ -158,7 +183,7 @@ def test_published_says_what_the_summary_says(epoch):
     p = explore_published()
     p.controls['epoch'].value = epoch
     control,claim = published_summary()[epoch][['new-0-0','new-0.0004-0']]
-    text = p.wait()
+    text = p.text
     assert f'{control:.2%}' in text and f'{claim:.2%}' in text
     ahead = re.search(rf'(control|claim)\D*{100*abs(control-claim):.2f}', text).group(1)
     assert ahead==('control' if control>claim else 'claim')
@@ -167,9 +192,8 @@ def test_published_without_runs_and_smoothed():
     p = explore_published()
     p.controls['runs'].value = ()
     p.controls['smooth'].value = 15
-    p.wait()
     p.controls['runs'].value = tuple(o for _,o in p.controls['runs'].options)
-    p.wait()
+    assert p.text
 
 def test_published_colours_are_those_of_the_arms():
     view = published._PublishedView()
@@ -184,13 +208,8 @@ def training(task, tmp_path):
     yield p
     p.training.close()
 
-def finish(p):
-    p.training.wait(120)
-    p.refresh()
-    return p.wait()
-
 def all_done(p):
-    finish(p)
+    p.finish()
     return all(p.training.result(o) for o in p.view.runs)
 
 def test_train_to_the_end(training, tmp_path):
@@ -201,7 +220,7 @@ def test_train_to_the_end(training, tmp_path):
     assert rows.arm.tolist()==['L2-SP-Fisher, strength = 0.5'] and rows.strength.tolist()==[0.5]
     assert rows.retention_target_bn.notna().all()
     assert not training.buttons['train'].disabled and training.buttons['stop'].disabled
-    assert 'L2-SP-Fisher, strength = 0.5, seed 42' in training.view.legend.value and '2 of 2' in training.view.legend.value
+    assert all(o in training.view.legend.value for o in ('L2-SP-Fisher, strength = 0.5, seed 42','2 of 2'))
     training.train()                                   # the same again is read, not trained
     assert training.training.run is None and all_done(training) and len(training.view.runs)==1
     reopened = explore_training(training.task, tmp_path, epochs=2)
@@ -209,35 +228,52 @@ def test_train_to_the_end(training, tmp_path):
     reopened.training.close()
     training.chosen.value = (rows.id[0],)
     training.remove()
-    training.wait()
     assert not training.view.runs and training.chosen.options==()
     assert (tmp_path/'runs'/rows.id[0]/'result.json').exists()
 
-def says(panel, text, seconds=60):
-    "Wait for a sentence. A panel that follows a training is idle only where drawing is quicker than the news"
-    end = time.monotonic()+seconds
-    while text not in panel.text:
-        assert time.monotonic()<end, panel.text
-        time.sleep(0.02)
+def shown_until(p, holds):
+    "Answer a panel's questions, as a front end does, until something holds"
+    while not holds():
+        assert p.echo.asked is not None
+        p.echo.widget.children[0]._view_count += 1
+
+def test_curves_follow_the_training(training):
+    training.epochs = 1000
+    training.train()
+    def epoch(): return int((re.search(r'epoch (\d+) of 1000', training.text) or [0, 0])[1])
+    shown_until(training, epoch)
+    sent = bytes(training.pictures[0].widget.value)
+    training.controls['seed'].value = 7               # a move meanwhile does not lose the training
+    now = epoch()
+    shown_until(training, lambda: epoch()>now)
+    assert bytes(training.pictures[0].widget.value)!=sent and training.buttons['train'].disabled
+    training.stop()
+    shown_until(training, lambda: training.echo.asked is None)
+    assert not training.buttons['train'].disabled and training.buttons['stop'].disabled
+
+def test_a_training_that_was_waited_for_is_drawn(training):
+    "`wait` has heard the news before the panel"
+    training.train()
+    training.training.wait(120)
+    assert 'Done' not in training.text
+    shown_until(training, lambda: 'Done' in training.text)
 
 def test_stop_and_go_on(training, tmp_path):
     training.epochs = 1000
     training.train()
     run = training.training.run
-    while not training.training.batches(run.id): time.sleep(0.02)
+    shown_until(training, lambda: training.training.batches(run.id))
     training.train()                                   # a second press of the button
-    says(training, f'{run.arm}, seed {run.seed}')
+    assert f'{run.arm}, seed {run.seed}' in training.text
     training.stop()
-    assert training.training.run is None and '1000' in training.wait()
+    assert training.training.run is None and '1000' in training.finish()
     assert not list(tmp_path.glob('runs/*/result.json'))
 
 def test_arm_sets_the_sliders(training):
     training.controls['arm'].value = 'as published'
-    training.wait()
     assert (training.values['alpha'], training.values['beta'], training.values['l2sp'])==(0., 4e-4, 4e-3)
     assert not any(training.controls[o].disabled for o in ('alpha','beta','l2sp'))
     training.controls['arm'].value = 'L2'
-    training.wait()
     assert (training.values['alpha'], training.values['beta'], training.values['l2sp'])==(5e-4, 0., 0.)
     assert [training.controls[o].disabled for o in ('alpha','beta','l2sp')]==[False,True,True]
 
@@ -270,7 +306,7 @@ def test_what_cannot_be_a_run_is_said(task, tmp_path):
     p = explore_training(task | dict(freeze_bn=True), tmp_path)
     p.controls['arm'].value = 'as published'
     p.train()
-    assert 'freeze_bn' in p.wait() and p.training.run is None
+    assert 'freeze_bn' in p.text and p.training.run is None
     p.training.close()
     with pytest.raises(ValueError, match='epochs'): explore_training(task | dict(epochs=-1), tmp_path/'other')
 
@@ -287,7 +323,7 @@ def test_runs_of_an_arm_have_dashes_of_their_own(training):
 def test_a_run_that_diverged_is_a_dash(task, tmp_path):
     p = explore_training(task | dict(lr=1e6), tmp_path, epochs=2)
     p.train()
-    assert 'diverged' in finish(p) and ', diverged' in p.view.legend.value and 'nan' not in p.view.legend.value.lower()
+    assert 'diverged' in p.finish() and ', diverged' in p.view.legend.value and 'nan' not in p.view.legend.value.lower()
     p.training.close()
 
 @pytest.mark.parametrize('arm', training_panel._ARMS)
@@ -299,7 +335,7 @@ def test_every_arm_is_a_run(task, arm):
 def test_what_fails_is_said(task, tmp_path):
     p = explore_training(task | dict(data=str(tmp_path/'none')), tmp_path, epochs=1)
     p.train()
-    assert 'ailed' in finish(p) and 'none' in p.text
+    assert 'ailed' in p.finish() and 'none' in p.text
     p.training.close()
 
 # The classifier
@@ -320,25 +356,24 @@ def classifier(compromise, run, home): return try_run(home/'runs'/run.id)
 
 @pytest.fixture(scope='module')
 def says_which(task):
-    "Whether a sentence names a variant"
-    variants = read_aircraft(task['data']).label.cat.categories
-    return lambda text: any(o in text for o in variants)
+    "Whether a sentence names a label"
+    labels = read_aircraft(task['data'], task['level']).label.cat.categories
+    return lambda text: any(o in text for o in labels)
 
 def test_classifier_example_and_upload(classifier, says_which):
     p = classifier
     first,options = p.text,p.controls['example'].options
     assert says_which(first) and len(p.pictures)==3
     give(p.controls['upload'], 'red.jpg', content())
-    uploaded = p.wait()
+    uploaded = p.text
     sent = bytes(p.pictures[0].widget.value)
     p.controls['example'].value = options[-1][1]
-    p.wait()
     assert not p.controls['upload'].value
     assert bytes(p.pictures[0].widget.value)!=sent and says_which(uploaded)
     give(p.controls['upload'], 'red.jpg', content())                  # the same file once more
-    assert p.wait()==uploaded and p.controls['example'].value is None
+    assert p.text==uploaded and p.controls['example'].value is None
     p.controls['example'].value = options[1][1]
-    assert p.wait()==first
+    assert p.text==first
 
 @pytest.mark.parametrize('name,data,said', [
     ('empty.jpg', b'', 'empty.jpg'), ('paper.pdf', b'%PDF-1.7 ...', 'paper.pdf'),
@@ -348,13 +383,13 @@ def test_classifier_example_and_upload(classifier, says_which):
     ('<img src=x onerror=alert(1)>.jpg', b'nonsense', 'img')])
 def test_classifier_nonsense(classifier, name, data, said):
     give(classifier.controls['upload'], name, data)
-    text = classifier.wait()
+    text = classifier.text
     assert said in text and 'Error' not in text
     assert '<img' not in classifier.said.value.replace('<p role', '')
 
 def test_classifier_transparent(classifier, says_which):
     give(classifier.controls['upload'], 'clear.png', content('RGBA', format='PNG'))
-    text = classifier.wait()
+    text = classifier.text
     assert 'white' in text and says_which(text)
 
 def test_classifier_without_source(compromise, run, home):
@@ -372,7 +407,7 @@ def test_classifier_without_examples(compromise, run, home, says_which):
     p = try_run(home/'runs'/run.id, examples=[])
     assert 'example' in p.text and not says_which(p.text)
     give(p.controls['upload'], 'red.jpg', content())
-    assert says_which(p.wait())
+    assert says_which(p.text)
 
 def test_dollars_in_a_label_are_no_mathematics():
     view = classifier_panel._ClassifierView(SimpleNamespace(source=None))

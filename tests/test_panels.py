@@ -1,10 +1,10 @@
 "What the panels are made of; `make test-ipywidgets7` runs this with Colab's ipywidgets, too"
-import base64, io, json, threading, time
+import base64, io, json, threading
 from pathlib import Path
 import matplotlib.pyplot as plt, numpy as np, pytest
 from PIL import Image
 from fgvc_fisher.explore import panels
-from fgvc_fisher.explore.panels import Latest, Panel, Picture, choice, powers, slider
+from fgvc_fisher.explore.panels import Echo, Panel, Picture, choice, powers, slider
 
 def a_panel(draw=lambda x: f'x is {x:g}', settle=None, values=(0.,1.,2.), **kw):
     return Panel('test', 'A title', dict(x=slider('x', list(values), values[0])), [Picture(2, 1.5)], draw, settle, **kw)
@@ -54,67 +54,48 @@ def test_drawing_from_many_threads():
     for o in threads: o.join()
     assert all(len(f)==5 and all(np.array_equal(o, a) for o in f) for f,a in zip(found, alone))
 
-# The last request
+# Work that is left
 
-def test_never_two_at_a_time():
-    inside,most = [],[]
-    def work(request, is_stale):
-        inside.append(request)
-        most.append(len(inside))
-        time.sleep(0.003)
-        inside.pop()
-    latest = Latest(work)
-    threads = [threading.Thread(target=lambda: [latest(i) or time.sleep(0.001) for i in range(20)]) for _ in range(4)]
-    for o in threads: o.start()
-    for o in threads: o.join()
-    latest.wait()
-    assert set(most)=={1}
+def show(echo):
+    "What a front end does with the label that an `Echo` shows"
+    echo.widget.children[0]._view_count += 1
 
-def test_latest_request_is_always_done():
-    for n in range(1, 60):
-        done = []
-        latest = Latest(lambda request, is_stale: done.append(request))
-        for i in range(n): latest(i)
-        latest.wait()
-        assert done[-1]==n-1
+def test_one_question_at_a_time():
+    answers = []
+    echo = Echo(lambda: answers.append(1))
+    label, = echo.widget.children
+    for _ in range(5): echo.ask()
+    assert echo.widget.children!=(label,) and not answers
+    show(echo)
+    show(echo)                                        # the panel is shown in a second place
+    assert answers==[1,1]
+    echo.ask()
+    assert echo.widget.children==(label,)
 
-def test_no_thread_is_left():
-    latest = Latest(lambda request, is_stale: None)
-    for i in range(20):
-        latest(i)
-        latest.wait()
-    time.sleep(0.05)
-    assert not [o for o in threading.enumerate() if '_work_off' in o.name]
+def test_a_label_that_is_gone_or_replaced_is_no_answer():
+    answers = []
+    echo = Echo(lambda: answers.append(1))
+    old, = echo.widget.children
+    old._view_count += 1
+    echo.ask()
+    old._view_count -= 1
+    old._view_count += 1
+    assert answers==[1]
 
-def test_a_stale_request_knows():
-    told,begun = [],threading.Event()
-    def work(request, is_stale):
-        begun.set()
-        while request==0 and not is_stale(): time.sleep(0.001)
-        told.append((request,is_stale()))
-    latest = Latest(work)
-    latest(0)
-    begun.wait()
-    latest(1)
-    latest.wait()
-    assert told==[(0,True),(1,False)]
+def test_a_lost_question_is_asked_again(monkeypatch):
+    echo = Echo(lambda: None)
+    echo.ask()
+    label, = echo.widget.children
+    monkeypatch.setattr(Echo, 'patience', 0)
+    echo.ask()
+    assert echo.widget.children!=(label,)
 
-def test_wait_times_out():
-    stop = threading.Event()
-    latest = Latest(lambda request, is_stale: stop.wait(20))
-    latest(0)
-    with pytest.raises(TimeoutError, match='0.05'): latest.wait(0.05)
-    stop.set()
-    latest.wait()
-
-def test_an_error_is_raised_once_and_work_goes_on():
-    done = []
-    latest = Latest(lambda request, is_stale: done.append(1/request))
-    latest(0)
-    with pytest.raises(ZeroDivisionError): latest.wait()
-    latest(2)
-    latest.wait()
-    assert done==[0.5]
+def front_end(panel, most=1000):
+    "Answer a panel's questions until it asks no more; returns their number"
+    for n in range(most):
+        if panel.echo.asked is None: return n
+        show(panel.echo)
+    raise AssertionError(f'still asking after {most} answers')
 
 # Panels
 
@@ -130,56 +111,105 @@ def test_every_picture_follows():
     seen = [[shown(o) for o in pictures]]
     for x in (1.,2.):
         p.controls['x'].value = x
-        p.wait()
         seen.append([shown(o) for o in pictures])
     for before,after in zip(seen, seen[1:]):
         for a,b in zip(before, after): assert not np.array_equal(a, b)
     for o,last in zip(pictures, seen[-1]): assert np.array_equal(o.pixels(), last)
 
-def test_forty_quick_moves():
+def test_every_move_is_drawn_where_it_is_made():
     drawn = []
-    def draw(x):
-        drawn.append(x)
-        time.sleep(0.02)
-        return f'x is {x:g}'
-    p = a_panel(draw, values=range(41))
-    for i in range(1, 41): p.controls['x'].value = i
-    assert p.wait()=='x is 40' and drawn[-1]==40 and len(drawn)<=4
+    p = a_panel(lambda x: drawn.append((x, threading.current_thread())) or f'x is {x:g}', values=range(41))
+    for i in range(1, 41):
+        p.controls['x'].value = i
+        assert p.text==f'x is {i}'
+    assert drawn==[(i, threading.current_thread()) for i in range(41)]
+
+def two(draw, **kwargs):
+    controls = dict(x=slider('x', [0.,1.,2.], 0.), y=slider('y', [0.,1.,2.], 0.))
+    return Panel('test', 'A title', controls, [Picture(2, 1.5)], draw, **kwargs)
+
+def test_several_controls_are_drawn_once():
+    drawn = []
+    p = two(lambda x, y: drawn.append((x, y)) or 'drawn')
+    p.controls['x'].observe(lambda change: p.set(y=change['new']), 'value')
+    p.set(x=1., y=2.)
+    p.controls['x'].value = 2.
+    p.set(x=2.)
+    with pytest.raises(KeyError, match='z'): p.set(z=1)
+    p.controls['y'].value = 0.
+    assert drawn[0]==(0.,0.) and drawn[1][0]==1. and drawn[-2:]==[(2.,2.), (2.,0.)] and len(drawn)==4
+
+def test_a_control_that_moves_another_is_drawn_once():
+    drawn = []
+    controls = dict(x=slider('x', [0.,1.,2.], 0.), y=slider('y', [0.,1.,2.], 0.))
+    controls['x'].observe(lambda change: controls['y'].set_trait('value', change['new']), 'value')
+    p = Panel('test', 'A title', controls, [Picture(2, 1.5)], lambda x, y: drawn.append((x, y)) or 'drawn')
+    controls['x'].value = 1.
+    assert drawn==[(0.,0.), (1.,1.)] and p.text=='drawn'
 
 def test_settles_after_the_last_move():
     settled = []
-    p = a_panel(settle=lambda is_stale, x: settled.append(x) or f'exactly {x:g}', values=range(21))
-    for i in range(1, 21):
-        p.controls['x'].value = i
-        time.sleep(0.002)
-    assert p.wait()=='exactly 20' and settled==[0,20]
+    def settle(x):
+        settled.append(x)
+        yield f'exactly {x:g}'
+    p = a_panel(settle=settle, values=range(21))
+    for i in range(1, 21): p.controls['x'].value = i
+    assert p.text=='x is 20' and settled==[0] and front_end(p)>1
+    assert p.text=='exactly 20' and settled==[0,20] and front_end(p)==0
 
-def test_what_gave_up_is_not_shown():
-    p = a_panel(settle=lambda is_stale, x: None)
+def test_what_has_no_sentence_is_not_shown():
+    p = a_panel(settle=lambda x: iter([None, None]))
     assert p.text=='x is 0'
 
-def test_a_move_while_it_settles():
-    begun = threading.Event()
-    def settle(is_stale, x):
-        if x!=1: return f'exactly {x:g}'
-        begun.set()
-        while not is_stale(): time.sleep(0.001)
+def test_a_move_drops_the_work_that_is_left(monkeypatch):
+    monkeypatch.setattr(Panel, 'pause', 0)
+    def settle(x):
+        for i in range(5): yield f'{x:g}.{i}'
     p = a_panel(settle=settle)
     p.controls['x'].value = 1.
-    begun.wait()
+    for _ in range(3): show(p.echo)
+    assert p.text=='1.2'
     p.controls['x'].value = 2.
-    assert p.wait()=='exactly 2'
+    assert p.text=='x is 2' and front_end(p)>=5 and p.text=='2.4'
+
+def test_no_step_before_the_pause(monkeypatch):
+    monkeypatch.setattr(Panel, 'pause', 1000)
+    p = a_panel(settle=lambda x: iter(['settled']))
+    p.controls['x'].value = 1.
+    for _ in range(5): show(p.echo)
+    assert p.text=='x is 1' and p.echo.asked is not None and p.finish()=='settled'
+
+def test_nobody_looks_at_it():
+    "A panel that is not on a page does nothing, and goes on when it is shown"
+    p = a_panel(settle=lambda x: iter([None, 'settled']))
+    p.controls['x'].value = 1.
+    before = threading.active_count()
+    label, = p.echo.widget.children
+    assert p.text=='x is 1' and label._view_count==0 and threading.active_count()==before
+    front_end(p)
+    assert p.text=='settled'
+
+def test_an_error_in_a_step_is_said_once():
+    def settle(x):
+        yield None
+        if x: raise OSError('no disk')
+    p = a_panel(settle=settle)
+    p.controls['x'].value = 1.
+    with pytest.raises(OSError): front_end(p)
+    assert 'no disk' in p.text and p.echo.asked is None and p.finish()==p.text
+    p.controls['x'].value = 0.
+    front_end(p)
+    assert p.text=='x is 0'
 
 def test_an_error_is_a_sentence():
     def draw(x):
         if x: raise KeyError('<b>no such thing</b>')
         return 'fine'
     p = a_panel(draw)
-    p.controls['x'].value = 1.
-    with pytest.raises(KeyError): p.wait()
+    with pytest.raises(KeyError): p.controls['x'].value = 1.
     assert 'KeyError' in p.said.value and '<b>no such' not in p.said.value and '&lt;b&gt;' in p.said.value
     p.controls['x'].value = 0.
-    assert p.wait()=='fine'
+    assert p.text=='fine'
 
 def test_title_and_sentence_are_escaped():
     p = Panel('test', '<i>title</i>', dict(x=slider('x', [1.], 1.)), [Picture(2, 1)], lambda x: 'a < b & c')

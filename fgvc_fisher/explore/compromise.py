@@ -1,4 +1,4 @@
-"""An estimate of what every alpha and beta of equation (1) would give, from one fine-tuned model and a grid of merged models
+"""An estimate of what every alpha and strength of the penalty would give, from one fine-tuned model and a grid of merged models
 
 Docs: https://fgvc-fisher.github.io/fgvc_fisher/explore/compromise.html.md"""
 
@@ -9,13 +9,13 @@ __all__ = ['MEASURED', 'layer_of', 'Compromise', 'read_compromise']
 
 # %% ../../nbs/explore/compromise.ipynb #1f7a8eb4
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
 import numpy as np, pandas as pd, torch
 from torch import nn
-from torch.optim.swa_utils import update_bn
+from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm.auto import tqdm
 
 # %% ../../nbs/explore/compromise.ipynb #68fef7df
@@ -28,6 +28,7 @@ from ..data.tables import pick_split, read_aircraft, read_pictures
 from ..fisher.estimate import estimate_fisher
 from ..learner import normalise, source_dl
 from ..penalty.merging import merge
+from ..penalty.quadratic import QuadraticPenalty, find_new
 from ..retention import accuracy_on, source_parts, with_source_head
 from ..experiment.run import Run, do_run, load_run, run_source
 
@@ -48,14 +49,40 @@ MEASURED = 'last','retention_target_bn','retention_source_bn'
 
 # %% ../../nbs/explore/compromise.ipynb #d03d9101
 def _batches(batches, pixels=400_000):
-    "Small batches, so that `is_stale` is asked often, with channels last in memory: twice as fast on a CPU"
-    x,y = [torch.cat(o) for o in zip(*batches)]
+    "Small batches, so that a pause is never far, with channels last in memory: twice as fast on a CPU"
+    x,y = [torch.cat(o) for o in zip(*map(read_batch, batches))]
     n = max(1, pixels//x[0,0].numel())
     return list(zip(x.contiguous(memory_format=torch.channels_last).split(n), y.split(n)))
 
+# %% ../../nbs/explore/compromise.ipynb #d74017bd
+def _result(steps):
+    "Run a generator to its end; returns what it returns"
+    while True:
+        try: next(steps)
+        except StopIteration as e: return e.value
+def _accuracy(model, batches):
+    "Measure the accuracy"
+    right = n = 0
+    for batch in batches:
+        right += accuracy_on(model, [batch])*len(batch[1])
+        n += len(batch[1])
+        yield
+    return right/n
+def _update_bn(model, batches):
+    "Compute BatchNorm's statistics anew, as `torch.optim.swa_utils.update_bn` does"
+    momenta = {m: m.momentum for m in model.modules() if isinstance(m, _BatchNorm)}
+    for m in momenta: m.reset_running_stats()
+    for m in momenta: m.momentum = None                    # a plain mean over the batches
+    for batch in batches if momenta else ():
+        with torch.no_grad(): model.train()(read_batch(batch, model, labels=False)[0])
+        yield
+    for m,momentum in momenta.items(): m.momentum = momentum
+    return model.eval()
+
 # %% ../../nbs/explore/compromise.ipynb #d74017be
 class Compromise:
-    "Models between a source and a model that was fine-tuned from it, measured at any `alpha` and `beta`."
+    """Models between a source and a model that was fine-tuned from it, measured at any `alpha` and `strength`.
+    `beta_of_1` is the beta at strength 1. Raises `ValueError` if the Fisher of the shared parameters is zero."""
     def __init__(self,
         source:nn.Module, # The source model
         tuned:nn.Module, # The fine-tuned model
@@ -67,56 +94,51 @@ class Compromise:
         tuned_pictures:list|None=None, # `pictures` as the tuned model expects them; default: `pictures`
     ):
         self.source,self.tuned = [copy_module(o).to(memory_format=torch.channels_last) for o in (source, tuned)]
+        theta0 = dict(self.source.named_parameters())
+        new = find_new(self.tuned, self.source)
+        self.beta_of_1 = QuadraticPenalty(self.tuned, theta0, fisher_source, strength=1., new=new).beta
         self.training = _batches(training)
         self.target = _batches(target)
         self.fishers = fisher_source,fisher_target
         tuned_pictures = pictures if tuned_pictures is None else tuned_pictures
         self.pictures = dict(target=_batches(tuned_pictures), source=_batches(pictures))
         self.before = accuracy_on(self.source, self.pictures['source'])
-        self.tuned_is = self._measured(self.tuned.eval())
+        self.tuned_is = _result(self._measured(self.tuned.eval()))
         self.alphas = []
-        self.betas = []
+        self.strengths = []
         self.grid = {}
 
-    def _measured(self, model, is_stale=lambda: False):
-        "Accuracies `MEASURED` of a model, or None if the request is stale"
-        found = dict(last=_accuracy(model, self.target, is_stale))
+    def _measured(self, model):
+        "Measure the accuracies `MEASURED` of a model"
+        found = dict(last=(yield from _accuracy(model, self.target)))
         for norm,pictures in self.pictures.items():
-            if is_stale(): return None
             with_head = with_source_head(model, self.source, norm)
-            found[f'retention_{norm}_bn'] = _accuracy(with_head, pictures, is_stale)
-        return None if None in found.values() else found
+            found[f'retention_{norm}_bn'] = yield from _accuracy(with_head, pictures)
+        return found
+
+# %% ../../nbs/explore/compromise.ipynb #d74017bf
+@patch
+def _made(self:Compromise, alpha, strength):
+    "Make the merged model"
+    beta = strength*self.beta_of_1
+    merged = merge(self.source, self.tuned, *self.fishers, beta=2*beta, alpha=2*alpha)
+    return (yield from _update_bn(merged, self.training))
 
 # %% ../../nbs/explore/compromise.ipynb #4cf74ea1
 @patch
 def model(self:Compromise,
     alpha:float, # As in equation (1)
-    beta:float, # As in equation (1)
-    is_stale:Callable=lambda: False, # Has a later request come?
-)->nn.Module|None: # A new model, in evaluation mode; None if the request is stale
-    "The merged model at `alpha` and `beta`, with new BatchNorm statistics."
-    merged = merge(self.source, self.tuned, *self.fishers, beta=2*beta, alpha=2*alpha)
-    device = next(merged.parameters()).device
-    images = (read_batch(batch, labels=False)[0] for batch in self.training if not is_stale())
-    update_bn(images, merged, device=device)
-    return None if is_stale() else merged.eval()
-
-# %% ../../nbs/explore/compromise.ipynb #2249fa15
-def _accuracy(model, batches, is_stale):
-    "Accuracy, or None if the request is stale"
-    right = n = 0
-    for batch in batches:
-        if is_stale(): return None
-        n_images = len(read_batch(batch)[1])
-        right += accuracy_on(model, [batch])*n_images
-        n += n_images
-    return right/n
+    strength:float, # beta in units of the mean Fisher of the shared parameters
+)->nn.Module: # A new model, in evaluation mode
+    "The merged model at `alpha` and `strength`, with new BatchNorm statistics."
+    return _result(self._made(alpha, strength))
 
 # %% ../../nbs/explore/compromise.ipynb #beabe875
 @patch
 @torch.no_grad()
-def _layers(self:Compromise, model, alpha, beta):
+def _layers(self:Compromise, model, alpha, strength):
     "Relative distance of each layer from the source, and its terms of the penalty"
+    beta = strength*self.beta_of_1
     merged,tuned,theta0 = [dict(o.named_parameters()) for o in (model, self.tuned, self.source)]
     rows = {n: self._terms(n, p, tuned[n], theta0.get(n), alpha, beta) for n,p in merged.items()}
     table = pd.DataFrame(rows, index=['distance','tuned','alpha','beta']).T
@@ -134,19 +156,27 @@ def _terms(self:Compromise, name, p, tuned, theta0, alpha, beta):
     beta_term = beta*(self.fishers[0][name].to(d)*d).sum().item()
     return d.sum().item(), (tuned-theta0).square().sum().item(), alpha_term, beta_term
 
+# %% ../../nbs/explore/compromise.ipynb #05ce59a0
+@patch
+def steps(self:Compromise,
+    alpha:float, # As in equation (1)
+    strength:float, # beta in units of the mean Fisher of the shared parameters
+)->Generator: # Yields None after every batch, and returns what `at` returns
+    "Do what `at` does in steps: `found = yield from compromise.steps(alpha, strength)`."
+    model = yield from self._made(alpha, strength)
+    found = yield from self._measured(model)
+    return found | dict(layers=self._layers(model, alpha, strength))
+
 # %% ../../nbs/explore/compromise.ipynb #05ce59a1
 @patch
 def at(self:Compromise,
     alpha:float, # As in equation (1)
-    beta:float, # As in equation (1)
-    is_stale:Callable=lambda: False, # Has a later request come?
-)->dict|None: # `MEASURED`, from 0 to 1, and `layers`; None if the request is stale
-    """Make the model at `alpha` and `beta` and measure it. `layers` has a row per layer: `moved` (distance from the
+    strength:float, # beta in units of the mean Fisher of the shared parameters
+)->dict: # `MEASURED`, from 0 to 1, and `layers`
+    """Make the model at `alpha` and `strength` and measure it. `layers` has a row per layer: `moved` (distance from the
     source, relative to the tuned model's; NaN for new layers, and where fine-tuning changed nothing), `alpha` and
     `beta` (its terms of Omega)."""
-    model = self.model(alpha, beta, is_stale)
-    found = model and self._measured(model, is_stale)
-    return found and found | dict(layers=self._layers(model, alpha, beta))
+    return _result(self.steps(alpha, strength))
 
 # %% ../../nbs/explore/compromise.ipynb #49770e9f
 def _position(v, axis):
@@ -158,19 +188,19 @@ def _position(v, axis):
 @patch
 def measure_grid(self:Compromise,
     alphas:list=(0., 1e-5, 1e-4, 1e-3, 1e-2), # Ascending, the first is 0
-    betas:list=(0., 1e-4, 1e-3, 1e-2, 3e-2, 0.1, 0.3, 1., 3., 10., 100., 1e3), # Ascending, the first is 0
+    strengths:list=(0., 1e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1., 10.), # Ascending, the first is 0
     progress:bool=True, # Show a progress bar?
 )->'Compromise': # Itself
     "Measure all combinations of two lists of strengths. Raises `ValueError` for lists that do not ascend from 0."
-    for name,axis in dict(alphas=alphas, betas=betas).items():
+    for name,axis in dict(alphas=alphas, strengths=strengths).items():
         ascends = list(axis)==sorted(set(axis)) and len(axis)>=2 and axis[0]==0
         if not ascends: raise ValueError(f"{name}={axis}: give at least two ascending values, the first of which is 0")
-    pairs = list(product(alphas, betas))
+    pairs = list(product(alphas, strengths))
     points = [self.at(*pair) for pair in tqdm(pairs, desc='measuring merged models', disable=not progress)]
-    shape = len(alphas),len(betas)
+    shape = len(alphas),len(strengths)
     self.layer_names = list(points[0]['layers'].index)
     self.alphas = list(alphas)
-    self.betas = list(betas)
+    self.strengths = list(strengths)
     self.grid = {o: np.array([p[o] for p in points]).reshape(shape) for o in MEASURED}
     self.grid['layers'] = np.array([p['layers'].to_numpy() for p in points]).reshape(*shape, -1, 3)
     return self
@@ -179,11 +209,11 @@ def measure_grid(self:Compromise,
 @patch
 def estimate(self:Compromise,
     alpha:float, # As in equation (1); clipped to the range of the grid
-    beta:float, # As in equation (1); clipped to the range of the grid
+    strength:float, # beta in units of the mean Fisher; clipped to the range of the grid
 )->dict: # As of `at`
     "Interpolate in the grid, without making a model. Raises `ValueError` before `measure_grid`."
     if not self.grid: raise ValueError("there is no grid to interpolate in: call measure_grid() first")
-    at = _position(alpha, self.alphas),_position(beta, self.betas)
+    at = _position(alpha, self.alphas),_position(strength, self.strengths)
     found = {k: _between(v, at) for k,v in self.grid.items()}
     layers = pd.DataFrame(found.pop('layers'), self.layer_names, ['moved','alpha','beta'])
     return {k: float(v) for k,v in found.items()} | dict(layers=layers)

@@ -9,12 +9,11 @@ __all__ = ['Training']
 
 # %% ../../nbs/explore/live.ipynb #a13648b2
 import atexit, json, math, os, signal, subprocess, sys, threading, time, traceback
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryFile
+from tempfile import mkstemp
 import pandas as pd
 
 # %% ../../nbs/explore/live.ipynb #657cf644
@@ -22,9 +21,10 @@ from fastai.callback.core import Callback
 from fastai.torch_core import get_model, no_random
 from fastcore.basics import patch
 from filelock import FileLock, Timeout
+from ..callback import RecorderColumns
 from ..distributed.workers import python_path
 from ..experiment.results import read_curve
-from ..retention import Retention, accuracy_on, with_source_head
+from ..retention import accuracy_on, with_source_head
 from ..distributed.files import read_json
 from ..experiment.run import KeepEpochs, Run, run_source, do_claimed_run
 from ..experiment.store import read_result
@@ -47,10 +47,9 @@ class _Report(Callback):
         self.say(stage=f'{self.where()}, batch {done} of {self.n_iter}', batch=batch)
 
 # %% ../../nbs/explore/live.ipynb #791fa974
-class _RunRetention(Retention):
+class _RunRetention(RecorderColumns):
     "Retention of a run, measured as in its result"
     def __init__(self, run, shared):
-        super().__init__(None, None)
         self.made_from = replace(run, beta=0., strength=0.),shared         # without the Fisher
     def begin(self):
         with no_random(): found = run_source(*self.made_from, progress=False)
@@ -88,10 +87,9 @@ def _train(run, out, say):
     say(stage=_summary(row), over=True)
 
 # %% ../../nbs/explore/live.ipynb #972c9004
-def _speaker(pipe):
-    "A function that writes a message into a pipe"
-    file = os.fdopen(pipe, 'w', encoding='utf-8')
-    if hasattr(os, 'register_at_fork'): os.register_at_fork(after_in_child=partial(os.close, pipe))
+def _speaker(fd):
+    "A function that writes a message into the file of a descriptor"
+    file = os.fdopen(fd, 'w', encoding='utf-8')
     def say(**said): print(json.dumps(said), file=file, flush=True)
     return say
 
@@ -103,9 +101,9 @@ def _watch():
     os._exit(1)
 
 # %% ../../nbs/explore/live.ipynb #31a5b8c4
-def _serve(pipe):
+def _serve(fd):
     "Wait for a run, do it, and report its progress"
-    say = _speaker(pipe)
+    say = _speaker(fd)
     line = sys.stdin.buffer.readline()
     if not line: return
     message = json.loads(line)
@@ -119,158 +117,140 @@ def _serve(pipe):
         say(stage=f"failed: {type(e).__name__}: {first_line}", over=True)
 
 # %% ../../nbs/explore/live.ipynb #0ce1fbac
-_CODE = 'import os; pipe = os.dup(1); os.dup2(2, 1); from fgvc_fisher.explore.live import _serve; _serve(pipe)'
+_CODE = 'import os; said = os.dup(1); os.dup2(2, 1); from fgvc_fisher.explore.live import _serve; _serve(said)'
 _APART = dict(start_new_session=True) if os.name=='posix' else dict(creationflags=subprocess.CREATE_NEW_PROCESS_GROUP)
 class _Process:
     "A process that has imported the libraries and waits for a run"
-    def __init__(self, hear, ended):
-        self.printed = TemporaryFile()
-        env = os.environ | dict(PYTHONPATH=python_path())
-        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.printed)
-        self.popen = subprocess.Popen([sys.executable, '-c', _CODE], text=True, encoding='utf-8', env=env,
-                                      **pipes, **_APART)
-        threading.Thread(target=self.read, args=(hear,ended), daemon=True).start()
+    def __init__(self):
+        (out,self.said),(err,self.printed) = _file(),_file()
+        self.popen = subprocess.Popen([sys.executable, '-c', _CODE], text=True, encoding='utf-8',
+                                      env=os.environ|dict(PYTHONPATH=python_path()), stdin=subprocess.PIPE,
+                                      stdout=out, stderr=err, **_APART)
+        for file in (out, err): file.close()
+        self.rest = b''
     @property
     def alive(self): return self.popen.poll() is None
 
-    def read(self, hear, ended):
-        "Pass on every message, and call `ended` when the process has ended, for whatever reason"
-        for line in self.popen.stdout:
-            if line.endswith('\n'): hear(self, json.loads(line))      # a killed process may leave half a line
-        self.popen.wait()
-        self.kill(hard=True)                                              # processes that it has started may still run
-        ended(self)
-        for file in (self.printed, self.popen.stdout, self.popen.stdin):
-            with suppress(BrokenPipeError): file.close()
+    def news(self, everything):
+        "The messages since the last call; at most a megabyte, since more may come meanwhile, or `everything`"
+        *lines,self.rest = (self.rest+self.said.read(-1 if everything else 10**6)).split(b'\n')
+        return [json.loads(o) for o in lines]
 
-    def kill(self, hard=False):
-        "Send SIGTERM, or SIGKILL if `hard`, to the process and all that it has started"
-        if os.name!='posix': return self.popen.kill()
-        how = signal.SIGKILL if hard else signal.SIGTERM
-        with suppress(ProcessLookupError, PermissionError): os.killpg(self.popen.pid, how)
+    def tell(self, **told):
+        "Send the process its run. One that has just died does not get it"
+        with suppress(OSError): print(json.dumps(told), file=self.popen.stdin, flush=True)
 
-    def end(self):
-        "End the process, and wait until it has"
-        if not self.alive: return
-        self.kill()
-        try: self.popen.wait(2)
-        except subprocess.TimeoutExpired:
-            self.kill(hard=True)
-            self.popen.wait()
+    def _text(self):
+        "The last 20 kB that the process has printed"
+        self.printed.seek(max(0, self.printed.seek(0, os.SEEK_END)-20_000))
+        return self.printed.read().decode(errors='replace')
 
-# %% ../../nbs/explore/live.ipynb #9a79cc68
+# %% ../../nbs/explore/live.ipynb #0ce1fbad
+def _file():
+    "A temporary file, opened twice: to write and to read. Its name is given up where the system allows that"
+    fd,name = mkstemp(prefix='fgvc_fisher-')
+    files = os.fdopen(fd, 'wb'),open(name, 'rb')
+    with suppress(PermissionError): os.unlink(name)
+    return files
+
+# %% ../../nbs/explore/live.ipynb #0ce1fbae
 @patch
-def tell(self:_Process, **told):
-    "Send the process its run. If it has just died, `read` notices"
-    with suppress(OSError): print(json.dumps(told), file=self.popen.stdin, flush=True)
-
-# %% ../../nbs/explore/live.ipynb #6fe0f069
+def _kill(self:_Process, hard=False):
+    "Send SIGTERM, or SIGKILL if `hard`, to the process and all that it has started"
+    if os.name!='posix': return self.popen.kill()
+    how = signal.SIGKILL if hard else signal.SIGTERM
+    with suppress(ProcessLookupError, PermissionError): os.killpg(self.popen.pid, how)
 @patch
-def text(self:_Process)->str:
-    "The last 20 kB that the process has printed"
-    self.printed.seek(max(0, self.printed.seek(0, os.SEEK_END)-20_000))
-    return self.printed.read().decode(errors='replace')
+def end(self:_Process)->str:
+    "End the process, with all that it has started, and wait until it has; returns what it has printed"
+    if self.alive:
+        self._kill()
+        with suppress(subprocess.TimeoutExpired): self.popen.wait(2)
+    self._kill(hard=True)
+    self.popen.wait()
+    printed = self._text()
+    for file in (self.popen.stdin, self.said, self.printed):
+        with suppress(BrokenPipeError): file.close()
+    return printed
 
 # %% ../../nbs/explore/live.ipynb #51f10117
-@patch
-def why_ended(self:_Process)->str:
-    "Why the process has ended, as far as can be seen from outside"
-    code = self.popen.returncode
-    last_line = (self.text().strip().splitlines() or [''])[-1]
+def _why_ended(code, printed):
+    "Why a process has ended, as far as can be seen from outside"
+    last_line = (printed.strip().splitlines() or [''])[-1]
     if code>=0: return f'failed: the process ended with code {code}: {last_line}'
     reason = signal.strsignal(-code) or -code
     return f'failed: the process ended: {reason}' + (', perhaps because memory ran out' if code==-9 else '')
 
 # %% ../../nbs/explore/live.ipynb #1ff446e8
 class Training:
-    """Train in another process, one run at a time. Attributes that can be read at any time: `run`, the current run or
-    None; `stage`, its progress in a sentence; `log`, what the last process had printed when it ended; `problems`, a
-    sentence for each file that `known` could not read."""
+    """Train in another process, one run at a time. `stage`, `run` and `heard` can be read at any time; `log` is what
+    the last process had printed when it ended, `problems` a sentence for each file that `known` could not read."""
     def __init__(self,
         out:str|Path, # Folder of the experiment, as for `sweep`: contains `runs/ID/` and `sources/`
-        changed:Callable|None=None, # Called without arguments, in its own thread, after news; may call all methods
     ):
         self.out = Path(out).absolute()
-        self.changed = changed
-        self.run = None
-        self.stage = 'ready'
         self.log = ''
         self.problems = []
+        self._run = None
+        self._stage = 'ready'
+        self._heard = 0
         self._rows = []
         self._batches = {}
         self._closed = False
-        self._last_error = None
-        self._acting = threading.RLock()
-        self._lock = threading.RLock()
-        self._idle = threading.Event()
-        self._news = threading.Event()
-        self._idle.set()
-        self._process = self._fresh()
-        if changed: threading.Thread(target=self._notify, daemon=True).start()
+        self._lock = threading.RLock()                     # JupyterLab handles messages in a thread beside a cell's
+        self._process = _Process()
         atexit.register(self.close)
-    def _fresh(self): return None if self._closed else _Process(self._hear, self._ended)
     def __enter__(self): return self
     def __exit__(self, *args): self.close()
 
-    def _notify(self):
-        "Call `changed` once for all news since the last call; print its errors, but each only once in a row"
-        while not self._closed:
-            self._news.wait()
-            self._news.clear()
-            try: self.changed()
-            except Exception as e:
-                if repr(e)!=self._last_error: traceback.print_exc()
-                self._last_error = repr(e)
+    @property
+    def run(self)->Run|None:
+        "The run in training"
+        return self._hear()._run
+    @property
+    def stage(self)->str:
+        "The progress of the training in a sentence"
+        return self._hear()._stage
+    @property
+    def heard(self)->int:
+        "Number of messages, starts and ends so far: if it is the same, nothing has changed"
+        return self._hear()._heard
 
 # %% ../../nbs/explore/live.ipynb #57cffc15
 @patch
-def _over(self:Training, stage):
-    "Record the end of the current run"
-    self.log = self._process.text()
-    self.run = None
-    self.stage = stage
-    self._process = None
-    self._idle.set()
+def _over(self:Training, stage=None):
+    "Record the end of the current run, and prepare for the next; `stage` is a sentence, or None: as the process died"
+    self.log = self._process.end()
+    self._run = None
+    self._stage = stage or _why_ended(self._process.popen.returncode, self.log)
+    self._heard += 1
+    self._process = None if self._closed else _Process()
 
 # %% ../../nbs/explore/live.ipynb #4b39da32
 @patch
-def _hear(self:Training, process, said):
-    "Record a message, if it is from the current process"
+def _hear(self:Training):
+    "Record the news of the process; returns itself"
     with self._lock:
-        if process is not self._process or self.run is None: return
-        self.stage = said.get('stage', self.stage)
-        batches = self._batches[self.run.id]
-        if 'batch' in said: batches.append(tuple(said['batch']))
-        if 'epochs' in said:
-            self._rows = said['epochs']
-            batches[:] = [o for o in batches if o[0]<=len(self._rows)] # an interrupted epoch starts again
-        if 'over' in said:
-            self._over(self.stage)
-            process.popen.stdin.close()                               # ends the process, if it does not end by itself
-            self._process = self._fresh()
-    self._news.set()
+        if self._run is None: return self
+        has_ended = not self._process.alive                # asked first, so that then everything is there
+        for said in self._process.news(has_ended):
+            self._record(**said)
+            if 'over' in said: break
+        if self._run is not None and has_ended: self._over()
+        return self
 
 # %% ../../nbs/explore/live.ipynb #165592fb
 @patch
-def _ended(self:Training, process):
-    "Record that a process has died. A waiting one is replaced only when needed: the next might die as well"
-    with self._lock:
-        if process is not self._process: return
-        if self.run is None: self._process = None
-        else:
-            self._over(process.why_ended())
-            self._process = self._fresh()
-    self._news.set()
-
-# %% ../../nbs/explore/live.ipynb #e304fe7e
-@patch
-def _break_off(self:Training):
-    "End the process, in whatever state it is"
-    with self._lock:
-        old = self._process
-        if self.run is not None: self._over(f'stopped after {len(self._rows)} of {self.run.epochs} epochs')
-        self._process = None
-    if old: old.end()
+def _record(self:Training, stage=None, batch=None, epochs=None, over=False):
+    "Record a message"
+    self._heard += 1
+    self._stage = stage or self._stage
+    batches = self._batches[self._run.id]
+    if batch: batches.append(tuple(batch))
+    if epochs is not None:
+        self._rows = epochs
+        batches[:] = [o for o in batches if o[0]<=len(epochs)]                # an interrupted epoch starts again
+    if over: self._over(self._stage)
 
 # %% ../../nbs/explore/live.ipynb #e8b50584
 @patch
@@ -279,32 +259,28 @@ def start(self:Training,
 ):
     """Train a run, resume it, or read its result. Raises `ValueError` while another run is in training, after `close`,
     and if the run's files cannot be read."""
-    with self._acting, self._lock:
+    with self._lock:
         if self._closed: raise ValueError("this Training is closed: make a new one")
         if self.run is not None:
             current = f'{self.run.arm}, seed {self.run.seed}'
             raise ValueError(f"{current}, is still in training: stop it first, or wait for it")
         self._rows = self.epochs(run.id).to_dict('records')
         row = self.result(run.id)
-        if row: self.stage = _summary(row)
-        else:
-            if not (self._process and self._process.alive): self._process = self._fresh()
-            self.run = run
-            self.stage = 'starting'
-            self._batches.setdefault(run.id, [])
-            self._idle.clear()
-            self._process.tell(run=asdict(run), out=str(self.out), cwd=os.getcwd())
-    self._news.set()
+        self._heard += 1
+        self._stage = _summary(row) if row else 'starting'
+        if row: return
+        if not self._process.alive: self._process = _Process()               # it has died while it waited
+        self._run = run
+        self._batches.setdefault(run.id, [])
+        self._process.tell(run=asdict(run), out=str(self.out), cwd=os.getcwd())
 
 # %% ../../nbs/explore/live.ipynb #5e7193ef
 @patch
 def stop(self:Training):
     "Stop the current run within a batch. Complete epochs stay on the disk, and `start` resumes the run."
-    with self._acting:
+    with self._lock:
         if self.run is None: return
-        self._break_off()
-        with self._lock: self._process = self._fresh()
-    self._news.set()
+        self._over(f'stopped after {len(self._rows)} of {self._run.epochs} epochs')
 
 # %% ../../nbs/explore/live.ipynb #51d6bb67
 @patch
@@ -312,8 +288,11 @@ def wait(self:Training,
     timeout:float|None=None, # In seconds; None: as long as it takes
 )->str: # The last `stage`
     "Wait until the current run ends. Raises `TimeoutError`, which does not stop the training."
-    if not self._idle.wait(timeout):
-        raise TimeoutError(f"still in training after {timeout} s ({self.stage}): wait longer, or stop it")
+    end = math.inf if timeout is None else time.monotonic()+timeout
+    while self.run is not None:
+        if time.monotonic()>=end:
+            raise TimeoutError(f"still in training after {timeout} s ({self.stage}): wait longer, or stop it")
+        time.sleep(0.02)
     return self.stage
 
 # %% ../../nbs/explore/live.ipynb #eb4f5e50
@@ -321,10 +300,12 @@ def wait(self:Training,
 def close(self:Training):
     "Stop the current run, and end the waiting process. Called automatically when Python exits."
     atexit.unregister(self.close)
-    with self._acting:
+    with self._lock:
+        if self._closed: return
         self._closed = True
-        self._break_off()
-    self._news.set()
+        self.stop()
+        if self._process: self._process.end()
+        self._process = None
 
 # %% ../../nbs/explore/live.ipynb #5d597711
 @patch
@@ -332,7 +313,7 @@ def batches(self:Training,
     id:str, # Id of a run
 )->list: # Pairs of the number of epochs done, as a fraction, and the smoothed training loss
     "The training loss, a few times a second, of what was trained with this object."
-    with self._lock: return list(self._batches.get(id, []))
+    with self._lock: return list(self._hear()._batches.get(id, []))
 
 # %% ../../nbs/explore/live.ipynb #76e46cf6
 @patch
@@ -341,8 +322,8 @@ def epochs(self:Training,
 )->pd.DataFrame: # `epoch` from 0, `train_loss`, `valid_loss`, `accuracy`; with a source also `retention_*_bn`
     "The curve so far, a row per epoch. Raises `ValueError` if its file is broken."
     with self._lock:
-        is_current = self.run is not None and self.run.id==id
-        rows = self._rows if is_current else None
+        run = self.run
+        rows = self._rows if run is not None and run.id==id else None
     found = read_curve(self.out/'runs'/id/'curve.csv') if rows is None else pd.DataFrame(rows)
     return found if len(found) else pd.DataFrame(columns=['epoch','train_loss','valid_loss','accuracy'])
 

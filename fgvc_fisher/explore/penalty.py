@@ -1,4 +1,4 @@
-"""What a stronger penalty costs on the target and what it keeps of the source, for any alpha and beta
+"""What a stronger penalty costs on the target and what it keeps of the source, for any alpha and strength
 
 Docs: https://fgvc-fisher.github.io/fgvc_fisher/explore/penalty.html.md"""
 
@@ -14,6 +14,7 @@ from matplotlib.ticker import MaxNLocator
 
 # %% ../../nbs/explore/penalty.ipynb #121889ea
 from fastcore.basics import patch
+from ..callback import STRENGTH
 from .compromise import Compromise, MEASURED, read_compromise
 from ..experiment.run import Run
 from .panels import Panel, Picture, powers, slider
@@ -23,7 +24,7 @@ from .panels import FISHER_STYLE, L2_STYLE, PERCENT, PLAIN_STYLE, axis_limits
 
 # %% ../../nbs/explore/penalty.ipynb #8dc4353b
 class _PenaltyView:
-    "Draws a `Compromise` at any alpha and beta"
+    "Draws a `Compromise` at any alpha and strength"
     def __init__(self, compromise):
         self.compromise = compromise
         self.frontier = Picture(4.9, 3.7)
@@ -50,7 +51,7 @@ class _PenaltyView:
 
     def _move(self, found, alpha):
         "Move the points, lines and bars"
-        path = [self.compromise.estimate(alpha, o) for o in self.compromise.betas]
+        path = [self.compromise.estimate(alpha, o) for o in self.compromise.strengths]
         for line,point,name in zip(self.lines, self.points, MEASURED[1:]):
             line.set_data([o[name] for o in path], [o['last'] for o in path])
             point.set_data([found[name]], [found['last']])
@@ -98,37 +99,36 @@ def _draw_layers(self:_PenaltyView, names):
 
 # %% ../../nbs/explore/penalty.ipynb #b28bb3e0
 @patch
-def _say(self:_PenaltyView, alpha, beta, found, about):
+def _say(self:_PenaltyView, alpha, strength, found, about):
     "The result as a sentence"
     c = self.compromise
     accuracy,target_bn,source_bn = [f'{found[k]:.0%}' for k in MEASURED]
     tuned_accuracy,tuned_retention,_ = [f'{c.tuned_is[k]:.0%}' for k in MEASURED]
     n,m = [sum(len(y) for _,y in o) for o in (c.target, c.pictures['source'])]
-    return (f"alpha = {alpha:g}, beta = {beta:g}: {about}{accuracy} accuracy on the target (fine-tuned without "
-            f"penalty: {tuned_accuracy}), and {about}{target_bn} on the source, or {source_bn} with the source's "
-            f"BatchNorm statistics (fine-tuned without penalty: {tuned_retention}; before fine-tuning: "
-            f"{c.before:.0%}). Measured on {n} and {m} pictures.")
+    return (f"alpha = {alpha:g}, strength = {strength:g} (beta = {strength*c.beta_of_1:.3g}): {about}{accuracy} "
+            f"accuracy on the target (fine-tuned without penalty: {tuned_accuracy}), and {about}{target_bn} on the "
+            f"source, or {source_bn} with the source's BatchNorm statistics (fine-tuned without penalty: "
+            f"{tuned_retention}; before fine-tuning: {c.before:.0%}). Measured on {n} and {m} pictures.")
 @patch
-def draw(self:_PenaltyView, alpha, beta):
+def draw(self:_PenaltyView, alpha, strength):
     "Draw interpolated values; the sentence says *about*"
-    found = self.compromise.estimate(alpha, beta)
+    found = self.compromise.estimate(alpha, strength)
     self._move(found, alpha)
-    return self._say(alpha, beta, found, 'about ')
+    return self._say(alpha, strength, found, 'about ')
 @patch
-def settle(self:_PenaltyView, is_stale, alpha, beta):
-    "Draw measured values, or return None if the request is stale"
-    found = self.compromise.at(alpha, beta, is_stale)
-    if found is None: return
+def settle(self:_PenaltyView, alpha, strength):
+    "Measure, in steps, and draw measured values"
+    found = yield from self.compromise.steps(alpha, strength)
     self._move(found, alpha)
-    return self._say(alpha, beta, found, '')
+    yield self._say(alpha, strength, found, '')
 
 # %% ../../nbs/explore/penalty.ipynb #3d00da5f
 def explore_penalty(
     model:Run|Compromise, # A `Compromise`; or a run, which is trained first if it is not done yet
     out:str|Path='explored', # Folder of the experiment, for a run
     **kwargs # To `read_compromise`, for a run
-)->Panel: # Controls `alpha` and `beta`
-    """Show what alpha and beta do to a fine-tuned model. Measures a grid first, with a progress bar. Raises
+)->Panel: # Controls `alpha` and `strength`
+    """Show what alpha and the strength do to a fine-tuned model. Measures a grid first, with a progress bar. Raises
     `ValueError` for arguments of `read_compromise` beside a `Compromise`."""
     made = isinstance(model, Compromise)
     if made and kwargs: raise ValueError(f"{', '.join(kwargs)}: not used with a Compromise; "
@@ -136,7 +136,8 @@ def explore_penalty(
     c = model if made else read_compromise(model, out, **kwargs)
     if not c.grid: c.measure_grid(progress=kwargs.get('progress', True))
     view = _PenaltyView(c)
-    alphas,betas = [sorted({o for o in powers(-6, 4) if o<=axis[-1]} | set(axis)) for axis in (c.alphas, c.betas)]
-    controls = dict(alpha=slider('alpha, to zero', alphas, 0.), beta=slider('beta, to the source', betas, 0.1))
+    axes = [sorted({o for o in powers(-6, 4) if o<=axis[-1]} | set(axis)) for axis in (c.alphas, c.strengths)]
+    controls = dict(alpha=slider('alpha, to zero', axes[0], 0.),
+                    strength=slider('strength, to the source', axes[1], STRENGTH))
     title = 'What would the penalty keep, and what would it cost?'
     return Panel('penalty', title, controls, [view.frontier, view.layers], view.draw, view.settle)

@@ -27,7 +27,8 @@ from ..experiment.results import style
 from .panels import DASHES, PERCENT, svg_dashes
 
 # %% ../../nbs/explore/training.ipynb #82fdf5c8
-_ARMS = {'plain': {}, 'L2': dict(alpha=5e-4), 'L2-SP': dict(l2sp=1e-2), 'L2-SP-Fisher': dict(strength=STRENGTH, alpha=0.),
+_ARMS = {'plain': {}, 'L2': dict(alpha=5e-4), 'L2-SP': dict(l2sp=1e-2),
+         'L2-SP-Fisher': dict(strength=STRENGTH, alpha=0.),
          'as published': dict(alpha=0., beta=4e-4, l2sp=4e-3)} # the usual strengths
 _STRENGTHS = 'alpha','strength','beta','l2sp'
 # the marks of the arms as text, for the legend
@@ -144,7 +145,7 @@ def _finding(drawn):
 @patch
 def draw(self:_TrainingView, **values):
     "Draw all runs; returns the sentence"
-    runs = list(self.runs.values())                        # a button may change them in another thread
+    runs = list(self.runs.values())
     self._axes(max([o.epochs for o in runs], default=1))
     drawn = [(o,self._draw_run(o)) for o in runs]
     self._cut_off([o.train_loss.iloc[0] for _,o in drawn if len(o)])
@@ -202,7 +203,7 @@ class TrainingPanel(Panel):
         if previous := _newest.pop(out, None): previous.close()
         self.task = task
         self.epochs = epochs
-        self.training = Training(out, self._news)
+        self.training = Training(out)
         _newest[out] = self.training
         self.view = _TrainingView(self.training, task)
         controls = _training_controls(task)
@@ -214,21 +215,17 @@ class TrainingPanel(Panel):
         removal = widgets.HBox([self.chosen, self.buttons['remove']], layout=widgets.Layout(flex_flow='row wrap'))
         extra = [widgets.HBox([self.buttons['train'], self.buttons['stop']]), self.view.legend, removal]
         title = 'What does each arm learn, and what does it forget?'
-        super().__init__('training', title, controls, self.view.pictures, self._drawn, extra=extra)
+        super().__init__('training', title, controls, self.view.pictures, self._drawn, self._follow, extra=extra)
 
     def _set_strengths(self, arm):
         "Set the strengths to an arm's usual values"
-        for k in _STRENGTHS: self.controls[k].value = _ARMS[arm].get(k, 0.)
-
-    def _news(self):
-        "Redraw after news from the training, at most four times a second"
-        if hasattr(self, 'latest'): self.refresh()
-        time.sleep(0.25)
+        self.set(**{k: _ARMS[arm].get(k, 0.) for k in _STRENGTHS})
 
 # %% ../../nbs/explore/training.ipynb #e2ab4771
 @patch
 def _drawn(self:TrainingPanel, **values):
     "Draw, and enable the controls that can be used"
+    self.seen = self.training.heard
     text = self.view.draw(**values)
     in_training = self.training.run is not None
     for k in _STRENGTHS: self.controls[k].disabled = k not in _ARMS[values['arm']]
@@ -240,6 +237,14 @@ def _drawn(self:TrainingPanel, **values):
         self.chosen.options = options
     self.buttons['remove'].disabled = not options
     return text
+
+# %% ../../nbs/explore/training.ipynb #e2ab4772
+@patch
+def _follow(self:TrainingPanel, **values):
+    "What is left to do: draw after news, until the training is over; a look every 0.05 s at most"
+    while self.training.run is not None or self.training.heard!=self.seen:
+        if self.training.heard!=self.seen: yield self._drawn(**values)
+        else: yield time.sleep(0.05)
 
 # %% ../../nbs/explore/training.ipynb #0c0c1255
 @patch
