@@ -1,7 +1,8 @@
 """One callback or several, one training or several, finished or not: which model the penalty holds, from where its
 distance counts, and what the recorder's table shows"""
-import copy, math, pickle, warnings
+import copy, json, math, pickle, warnings
 from functools import partial
+from itertools import product
 import pandas as pd, pytest, torch
 from torch import nn
 from fastai.basics import Callback, CancelFitException, CrossEntropyLossFlat, DataLoaders, Learner, SGD, accuracy
@@ -11,6 +12,7 @@ from fastai.callback.core import CancelEpochException, CancelTrainException, Can
 from fgvc_fisher.callback import L2SPFisherCallback
 from fgvc_fisher.experiment.paper import AsPublished
 from fgvc_fisher.fisher import DiagFisher, estimate_fisher
+from fgvc_fisher.fisher.diagonal import parameter_digests
 from fgvc_fisher.retention import Retention
 
 def network(n_out):
@@ -206,6 +208,20 @@ def test_what_is_no_training_of_the_body(source, fisher, before, n_out):
     cb = L2SPFisherCallback(fisher=fisher)
     fit(learn, cb)
     assert cb.penalty.shared==[n for n,_ in source.named_parameters() if n[0]!='4']
+
+TYPES = torch.float32,torch.float16,torch.bfloat16,torch.float64
+ROUNDED_TWICE = {torch.float16, torch.bfloat16}
+
+@pytest.mark.parametrize('estimated_in,trained_in', [o for o in product(TYPES, TYPES) if set(o)!=ROUNDED_TWICE])
+@pytest.mark.parametrize('moved', ['0.weight', '1.weight', '3.bias', None])
+def test_a_small_change_is_seen_in_any_type(source, fisher, estimated_in, trained_in, moved):
+    "Also of a weight of 1 in BatchNorm, which is 1 in 16 bits before and after"
+    given = {n: p.detach().clone() for n,p in source.named_parameters()}
+    f = DiagFisher(fisher.sums, 1, 'exact')
+    digests = parameter_digests({n: p.to(estimated_in) for n,p in given.items()})
+    f.provenance['parameters_sha256'] = json.dumps(digests)
+    if moved: given[moved] += 0.1 if ROUNDED_TWICE & {estimated_in, trained_in} else 1e-3
+    assert f.other_values({n: p.to(trained_in) for n,p in given.items()})==([moved] if moved else [])
 
 def test_a_fisher_that_does_not_tell(source, fisher):
     "From an older file, or a plain dictionary: nothing is refused"

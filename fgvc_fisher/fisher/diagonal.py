@@ -91,28 +91,38 @@ def weights_sha256(
         h.update(v.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return h.hexdigest()
 
+# %% ../../nbs/fisher/diagonal.ipynb #fb90cbf5
+_TYPES = torch.float32,torch.float16,torch.bfloat16
+
 # %% ../../nbs/fisher/diagonal.ipynb #3a855e8e
 def parameter_digests(
     params:Mapping, # Parameter name -> tensor; sharded ones are gathered, so all processes have to call this
-)->dict: # Parameter name -> a hash of its values as float32, one as float16 and one as bfloat16, 12 digits each
+)->dict: # Parameter name -> three hashes of 12 digits: as float32, float16, bfloat16; '*': these are the very values
     "Hashes of the values of parameters, whatever their floating-point type."
-    def digest(t): return hashlib.sha256(t.contiguous().flatten().view(torch.uint8).numpy()).hexdigest()[:12]
+    def digest(t, dtype):
+        rounded = t.to(dtype)
+        content = rounded.contiguous().flatten().view(torch.uint8).numpy()
+        return hashlib.sha256(content).hexdigest()[:12] + '*'*torch.equal(rounded.to(t.dtype), t)
     def digests(p):
         t = (p.full_tensor() if is_sharded(p) else p).detach().cpu()
-        return ' '.join(digest(t.to(dtype)) for dtype in (torch.float32, torch.float16, torch.bfloat16))
+        return ' '.join(digest(t, dtype) for dtype in _TYPES)
     return {n: digests(p) for n,p in params.items()}
 
 # %% ../../nbs/fisher/diagonal.ipynb #38a7cb68
 @patch
 def other_values(self:DiagFisher,
     params:Mapping, # Parameter name -> tensor
-)->list: # Names of parameters; none for a Fisher whose file does not tell, or for which it is unknown
+)->list: # Names of parameters; none for a Fisher whose file does not tell
     "The parameters whose values are not those that this Fisher was estimated at."
     try: known = json.loads(self.provenance.get('parameters_sha256', '{}'))
     except ValueError: return []                           # a sum of Fishers of which one does not tell
-    known = match_names(known, params)
-    own = parameter_digests({n: p for n,p in params.items() if n in known})
-    return [n for n in own if not set(own[n].split()) & set(known[n].split())]
+    known = {n: digests.split() for n,digests in match_names(known, params).items() if n in params}
+    own = {n: digests.split() for n,digests in parameter_digests({n: params[n] for n in known}).items()}
+    def other(types): return [n for n,t in types.items() if own[n][t].rstrip('*')!=known[n][t].rstrip('*')]
+    def is_exact(digests, t): return all(o[t].endswith('*') for o in digests.values())
+    found = [other({n: _TYPES.index(params[n].dtype) if params[n].dtype in _TYPES else 0 for n in own})]
+    found += [other(dict.fromkeys(own, t)) for t in (1,2) if is_exact(own, t) or is_exact(known, t)]
+    return min(found, key=len)
 
 # %% ../../nbs/fisher/diagonal.ipynb #26ffb824
 def _to_half(sums):
