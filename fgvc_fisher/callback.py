@@ -50,8 +50,9 @@ class RecorderColumns(Callback):
     "A callback with columns in the recorder's table: `columns()` returns a function for each column name."
     order,run_valid,_only_train_loop = MixedPrecision.order+0.5,False,True
     not_pickled = ()                                          # names of the attributes that stay out of a pickle
-    _learn = position = home = None
-    def __getstate__(self): return {k: v for k,v in self.__dict__.items() if k not in (*self.not_pickled,'home')}
+    _learn = position = None
+    def __getstate__(self):
+        return {k: v for k,v in vars(self).items() if k not in self.not_pickled and not isinstance(v, weakref.ref)}
     @property
     def learn(self):
         "The Learner; a callback is taken from one when it is added to another."
@@ -132,6 +133,7 @@ class L2SPFisherCallback(RecorderColumns):
     invalid arguments: at once for numbers, at the start of training for a Fisher of another model, or of other weights
     than the model has then if there is no `anchor`."""
     not_pickled = ('fisher','anchor','penalty')
+    home = None                                                # a weak reference to the Learner of the last training
     def __init__(self,
         alpha:float=0., # Coefficient of the L2 term
         beta:float|None=None, # Coefficient of the Fisher term as in the paper, instead of `strength`
