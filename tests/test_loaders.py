@@ -64,27 +64,26 @@ def test_a_source_loader_can_be_pickled(transforms, drawn_source):
 SCRIPT = """
 import sys, torch
 from fgvc_fisher.data import aircraft_dls
-from fgvc_fisher.learner import aircraft_learner, source_dl
+from fgvc_fisher.learner import aircraft_learner
 from torch import multiprocessing
 
 if __name__=='__main__':
-    method,tree,source = sys.argv[1:]
+    method,tree = sys.argv[1:]
     multiprocessing.set_start_method(method)
     dls = aircraft_dls(tree, size=32, bs=4, transforms='published', cache=True, num_workers=1)
     learn = aircraft_learner(dls, 'test_resnet', None)
-    with learn.no_bar(), learn.no_logging():
-        learn.fit(1, 0.01)
-        learn.get_preds(dl=dls.test_dl([dls.valid.items[0].path]*3))
-    print(sum(len(x) for x,_ in source_dl(source, learn.model, 32, bs=4, num_workers=1)))
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, 0.01)
+    print(learn.train_iter)
 """
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize('method', ['spawn', 'forkserver'])
-def test_training_with_spawned_workers(method, tree, drawn_source, tmp_path):
+def test_training_with_spawned_workers(method, tree, tmp_path):
     (tmp_path/'train.py').write_text(SCRIPT)
-    command = [sys.executable, tmp_path/'train.py', method, tree, drawn_source]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    command = [sys.executable, tmp_path/'train.py', method, tree]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode==0, done.stderr
-    assert int(done.stdout.split()[-1])>0
+    assert int(done.stdout.split()[-1])==4
 
 # Pictures in no table
 

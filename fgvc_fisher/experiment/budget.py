@@ -22,6 +22,7 @@ from fastai.callback.core import Callback, CancelFitException, CancelTrainExcept
 from fastai.learner import Learner
 from fastai.torch_core import no_random
 from fastcore.basics import risinstance
+from ..distributed.wrappers import copy_module
 
 # %% ../../nbs/experiment/budget.ipynb #b8919259
 def picture_cost(
@@ -29,7 +30,7 @@ def picture_cost(
     size:int, # Side of the picture in pixels
 )->dict: # Per picture: operations, `forward` and `training`; `bytes` of a forward pass in float16, without weights
     "Operations and bytes that a network needs per picture. The network itself is not changed."
-    model = copy.deepcopy(model).to('meta').float()
+    model = copy_module(model).to('meta').float()
     moved = [0]
     def count(layer, inp, out):
         outputs = out if isinstance(out, tuple) else [out]

@@ -9,7 +9,7 @@ __all__ = ['RECIPES', 'Recipe', 'Run', 'read_target', 'make_learner', 'KeepEpoch
            'run_source', 'machine_name', 'do_claimed_run', 'do_run', 'load_run']
 
 # %% ../../nbs/experiment/run.ipynb #8b996043
-import copy, hashlib, io, json, math, platform, random, re, time
+import hashlib, io, json, math, platform, random, re, time
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, redirect_stdout
 from dataclasses import asdict, dataclass, fields, replace
@@ -35,6 +35,7 @@ from safetensors.torch import load_file
 # %% ../../nbs/experiment/run.ipynb #0515d626
 from ..distributed.files import shared_lock, write_text
 from ..distributed.ranks import on_rank0, processes
+from ..distributed.wrappers import copy_module
 from ..data.loaders import check_splits, table_dls
 from ..data.pictures import skip_bad
 from ..data.tables import pick_split, read_aircraft, read_pictures
@@ -203,7 +204,7 @@ def _penalty(run, learn, source, fisher):
         if processes()[0]>1:
             raise ValueError("step='published' depends on the whole batch, and each of several processes sees a part "
                              "of it: start a single process")
-        return AsPublished(copy.deepcopy(learn.model), run.alpha, run.beta, run.l2sp)
+        return AsPublished(copy_module(learn.model), run.alpha, run.beta, run.l2sp)
     fisher = fisher if run.needs_fisher else None
     return L2SPFisherCallback(run.alpha, run.beta, fisher, run.l2sp, run.step, new=head_names(source),
                               anchor=dict(source.named_parameters()), freeze_bn=run.freeze_bn,
@@ -458,7 +459,7 @@ def _test_accuracies(run, learn, target):
     dl = normalise(_run_dls(run, target, run.test).valid, learn.model)
     last = accuracy_on(learn.model, dl)
     if keep.best in (None, run.epochs-1): return dict(test=last, test_last=last)
-    chosen = copy.deepcopy(learn.model)
+    chosen = copy_module(learn.model)
     chosen.load_state_dict(load_file(keep.weights_of(keep.best)))
     return dict(test=accuracy_on(chosen, dl), test_last=last)
 
