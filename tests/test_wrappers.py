@@ -6,6 +6,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 from torch.optim.swa_utils import AveragedModel
 from fgvc_fisher.distributed.wrappers import match_names, unwrap
+from fgvc_fisher.explore.recognise import grad_cam, map_layer
 from fgvc_fisher.fisher import DiagFisher, estimate_fisher
 from fgvc_fisher.fisher.diagonal import weights_sha256
 from fgvc_fisher.penalty import QuadraticPenalty, find_new, interpolate, merge
@@ -89,6 +90,12 @@ def test_fisher_of_a_wrapped_model(models, wrap, tmp_path):
     assert got.provenance==fisher.provenance and all(torch.equal(got[n], fisher[n]) for n in fisher)
     assert weights_sha256(wrap(source))==weights_sha256(source)
     assert len(DiagFisher.load(fisher.save(tmp_path/'fisher.safetensors'), wrap(source)))==len(fisher)
+
+@known
+def test_where_the_evidence_is_in_a_wrapped_model(models, wrap):
+    tuned,x = models[1],models[2][0][0]
+    wanted,wrapped = grad_cam(tuned, x, map_layer(tuned, x), 1),wrap(tuned)
+    assert torch.allclose(grad_cam(wrapped, x, map_layer(wrapped, x), 1), wanted, atol=1e-5)
 
 def changed(model, how):
     "A copy of a network, changed"
