@@ -36,7 +36,7 @@ from .data.pictures import skip_bad
 from .data.tables import read_pictures
 from .data.transforms import MEAN, STD, InPlaceNormalize, Mix
 from .distributed.ranks import process_state, processes
-from .distributed.wrappers import copy_module, match_names, unwrap
+from .distributed.wrappers import copy_module, forget_kept, match_names, unwrap
 
 # %% ../nbs/learner.ipynb #0c0a7c08
 # Classes of objects in checkpoints that are left out
@@ -134,6 +134,7 @@ def _load_state(model, state, file):
     if found := [f"{kind}: {shorten(', '.join(sorted(names)), 300)}" for kind,names in wrong.items() if names]:
         raise ValueError(f"{file} has weights of another architecture than {type(model).__name__}; {'; '.join(found)}")
     model.load_state_dict(state, strict=False)
+    forget_kept(model)
 
 # %% ../nbs/learner.ipynb #55d43bf6
 def load_weights(

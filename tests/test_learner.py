@@ -236,3 +236,15 @@ def test_a_wrapped_source(wrap, drawn):
     assert learn.model.num_classes==learn.dls.c and model.num_classes==1000
     groups = aircraft_splitter(nn.DataParallel(learn.model))
     assert [len(g) for g in groups]==[len(g) for g in aircraft_splitter(learn.model)]
+
+def test_weights_are_used_by_a_model_that_has_kept_others(tmp_path):
+    "LeViT keeps the attention biases of an earlier pass"
+    new = timm.create_model('levit_128s').eval()
+    for n,p in new.named_parameters():
+        if 'attention_biases' in n: nn.init.normal_(p)
+    save_file(new.state_dict(), tmp_path/'w.safetensors')
+    model = timm.create_model('levit_128s').eval()
+    x = torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        model(x)
+        assert torch.equal(load_weights(model, tmp_path/'w.safetensors')(x), new(x)) and not model.training
