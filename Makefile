@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 BROWSER_READY := .venv/.browser-ready
 IPYWIDGETS7 := .venv/ipywidgets7
-PANEL_TESTS := tests/test_panels.py tests/test_explore.py
+PANEL_TESTS := tests/test_panels.py tests/test_explore.py tests/test_messages.py
 
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
@@ -37,8 +37,8 @@ browser: $(BROWSER_READY)    ## A headless Chromium, installed if there is none,
 test-browser: browser    ## The panels in a headless Chromium alone, under Voila and in JupyterLab
 	$(BIN)/python -m pytest tests/browser -m browser
 
-test-ipywidgets7: $(IPYWIDGETS7)    ## The panels' tests with the ipywidgets that Colab has
-	PYTHONPATH=$(CURDIR)/$(IPYWIDGETS7) $(BIN)/python -c "import ipywidgets; assert ipywidgets.__version__=='7.7.1', ipywidgets"
+test-ipywidgets7: $(IPYWIDGETS7)    ## The panels' tests with the ipywidgets and the kernel that Colab has
+	PYTHONPATH=$(CURDIR)/$(IPYWIDGETS7) $(BIN)/python -c "import ipykernel, ipywidgets; assert (ipywidgets.__version__, ipykernel.__version__)==('7.7.1', '6.17.1')"
 	PYTHONPATH=$(CURDIR)/$(IPYWIDGETS7) $(PYTEST) $(PANEL_TESTS)
 
 lint: $(READY)    ## Line length, names, bare excepts: modules, notebooks, tests, benchmarks
@@ -67,7 +67,7 @@ $(BROWSER_READY): $(READY)
 	touch $@
 
 $(IPYWIDGETS7): $(READY)
-	$(BIN)/pip install --quiet --upgrade --no-deps --target $@ ipywidgets==7.7.1 ipython-genutils==0.2.0
+	$(BIN)/pip install --quiet --upgrade --no-deps --target $@ ipywidgets==7.7.1 ipykernel==6.17.1 ipython-genutils==0.2.0
 
 clean:
 	rm -rf .venv demo screenshots build dist _proc _docs *.egg-info

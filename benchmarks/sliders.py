@@ -34,8 +34,8 @@ from fgvc_fisher.explore import explore_fisher, explore_penalty, explore_publish
 from fgvc_fisher.fisher import DiagFisher
 home = Path({home!r})
 compromise = read_compromise(Run(arm='plain', epochs=6, **draw_task(home)), home, progress=False)
-alphas,betas = [0., 1e-3],[0., 1e-3, 1e-2, 0.1, 1., 10., 100., 1e3]
-explore_penalty(compromise.measure_grid(alphas, betas, progress=False))
+alphas,strengths = [0., 1e-3],[0., 1e-4, 1e-3, 1e-2, 0.1, 1., 10.]
+explore_penalty(compromise.measure_grid(alphas, strengths, progress=False))
 ---
 explore_fisher(DiagFisher.load(next((home/'sources').glob('*.safetensors'))))
 ---
@@ -52,7 +52,7 @@ def moves(page, label, i, n, move):
     for k in range(n):
         settled(page, i, 1.)
         move(page, label, k)
-        if label=='beta, to the source':
+        if label=='strength, to the source':
             page.wait_for_function(ESTIMATED, polling='raf')
             measured.append(page.wait_for_function(MEASURED, polling='raf').json_value())
         steady(page, lambda: since_move(page, i), 0.1, ok=bool)
@@ -89,7 +89,7 @@ def main(
         page.set_default_timeout(120_000)
         open_panel(page, url)
         for o in ('penalty','fisher','published'): page.locator(f'.fgvc-{o} img').first.wait_for()
-        for panel,label,i,move in (('penalty', 'beta, to the source', 1, by_slider),
+        for panel,label,i,move in (('penalty', 'strength, to the source', 1, by_slider),
                                    ('fisher', 'parameter', 3, by_list),
                                    ('published', 'mean of epochs', 4, by_slider)):
             first,measured = moves(page, label, i, n, move)

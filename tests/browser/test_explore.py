@@ -9,8 +9,8 @@ from fgvc_fisher.experiment import Run, draw_task
 
 from .conftest import new_page, none_of
 from .drive import (
-    control, drag, fits, new_picture, open_notebook, open_panel, readout, run_cells, settled, shot_of, slide, steady,
-    upload
+    control, drag, fits, new_picture, open_notebook, open_panel, readout, run_cells, settled, shot, shot_of, slide,
+    steady, upload
 )
 
 pytestmark = pytest.mark.xdist_group('panels in a browser')
@@ -18,7 +18,7 @@ KERNEL = dict(kernelspec=dict(name='python3', display_name='Python 3', language=
 PANELS = ['penalty', 'fisher', 'published', 'training', 'classifier']
 CELLS = dict(
     penalty='explore_penalty(read_compromise(run, home, 24, 24, progress=False)'
-            '.measure_grid([0.,1e-2], [0.,0.1,10.], progress=False))',
+            '.measure_grid([0.,1e-2], [0.,1e-3,1.], progress=False))',
     fisher='explore_fisher(DiagFisher.load(next((home/"sources").glob("*.safetensors"))))',
     published='explore_published()', training='explore_training(task, home, epochs=300)',
     classifier='try_run(home/"runs"/run.id)')
@@ -82,12 +82,12 @@ def press(page, name): page.get_by_role('button', name=name, exact=True).click()
 
 def move_sliders(page):
     i = first(page, 'penalty')+1          # distances always change; accuracies on 24 pictures may not
-    with new_picture(page, i): slide(page, 'beta, to the source', 4)
+    with new_picture(page, i): slide(page, 'strength, to the source', 4)
     with new_picture(page, i): drag(page, 'alpha, to zero', 0.9)
     said = says(page, 'penalty', r'^(?!.*about).*alpha = 0\.\d+')                 # at rest: measured, not estimated
-    assert readout(page, 'alpha, to zero') in said and readout(page, 'beta, to the source') in said
-    slide(page, 'beta, to the source', -40)                                       # quick moves: the last value counts
-    def shows_last_value(text): return f"beta = {readout(page, 'beta, to the source')}: " in text
+    assert readout(page, 'alpha, to zero') in said and readout(page, 'strength, to the source') in said
+    slide(page, 'strength, to the source', -40)                                   # quick moves: the last value counts
+    def shows_last_value(text): return f"strength = {readout(page, 'strength, to the source')} (" in text
     steady(page, lambda: sentence(page, 'penalty'), 0.3, ok=shows_last_value)
     i = first(page, 'published')
     with new_picture(page, i): slide(page, 'mean of epochs', 5)
@@ -110,7 +110,7 @@ def train_stop_and_remove(page):
     with new_picture(page, i+1):
         press(page, 'Train')
         says(page, 'training', r'\b([2-9]|\d\d+)\D+300', seconds=90)
-    with new_picture(page, first(page, 'penalty')+1): drag(page, 'beta, to the source', 0.95)   # during the training
+    with new_picture(page, first(page, 'penalty')+1): drag(page, 'strength, to the source', 0.95)  # while it trains
     assert page.get_by_role('button', name='Stop').is_enabled()
     press(page, 'Stop')
     steady(page, page.get_by_role('button', name='Stop').is_disabled, ok=bool)
@@ -157,11 +157,11 @@ def test_every_choice(panel):
 def by_keyboard(page):
     "From one control to the next with Tab, and a slider moved with an arrow"
     control(page, 'alpha, to zero').locator('.noUi-handle').focus()
-    alpha,beta = readout(page, 'alpha, to zero'),float(readout(page, 'beta, to the source'))
+    alpha,strength = readout(page, 'alpha, to zero'),float(readout(page, 'strength, to the source'))
     for _ in range(2): page.keyboard.press('Tab')                                 # past its number, which can be edited
     with new_picture(page, first(page, 'penalty')+1):
         for _ in range(8): page.keyboard.press('ArrowLeft')
-    assert readout(page, 'alpha, to zero')==alpha and float(readout(page, 'beta, to the source'))<beta
+    assert readout(page, 'alpha, to zero')==alpha and float(readout(page, 'strength, to the source'))<strength
 
 def test_layout(panel):
     for width in (1200, 420):
@@ -200,6 +200,17 @@ def test_the_page_of_its_own(voila, page, home, tmp_path):
     assert fits(page, 1200)
     with new_picture(page): upload(page, 'Upload a photograph', photograph(tmp_path/'noise.png'))
     shot_of(page, 'classifier', 'app-1200')
+
+def test_the_page_to_play_in(voila, page, tmp_path):
+    "`nbs/explore.ipynb`, from an empty folder"
+    notebook = tmp_path/'explore.ipynb'
+    notebook.write_bytes((Path(__file__).parents[2]/'nbs/explore.ipynb').read_bytes())
+    opened(open_panel(page, voila(notebook)))
+    with new_picture(page, first(page, 'penalty')+1): drag(page, 'strength, to the source', 0.9)
+    says(page, 'penalty', r'^(?!.*about)')
+    for width in (1200, 420):
+        assert fits(page, width)
+        shot(page, f'explore-{width}')
 
 def test_in_lab(in_lab, tmp_path):
     move_sliders(in_lab)
