@@ -11,7 +11,6 @@ links,pages = [importlib.import_module(o) for o in ('links', 'pages')]
 
 NOTEBOOKS = [o.relative_to(ROOT/'nbs').with_suffix('').as_posix() for o in sorted((ROOT/'nbs').rglob('*.ipynb'))
              if '.ipynb_checkpoints' not in o.parts]
-OPENED = [o for o in NOTEBOOKS if o not in ('index', 'app')]  # README, and the page that `make app` serves
 INSTALL = re.compile(r"""(#\| hide\n)?import importlib\.util
 if importlib\.util\.find_spec\('fgvc_fisher'\) is None: # on Colab
     %pip install -q (git\+https://github\.com/fgvc-fisher/fgvc_fisher|"fgvc_fisher\[\w+\] @ git\+\S+/fgvc_fisher")""")
@@ -19,6 +18,8 @@ if importlib\.util\.find_spec\('fgvc_fisher'\) is None: # on Colab
 def code_cells(name):
     cells = json.loads((ROOT/f'nbs/{name}.ipynb').read_text(encoding='utf-8'))['cells']
     return [''.join(o['source']) for o in cells if o['cell_type']=='code']
+
+OPENED = [o for o in NOTEBOOKS if o not in ('index', 'app') and code_cells(o)]  # README, the page of `make app`
 
 def mixes_imports(source):
     "Whether nbdev would run more than imports when it runs this cell alone, for the documentation"

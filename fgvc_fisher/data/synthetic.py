@@ -573,7 +573,7 @@ def save_jpeg(img, file, rng):
 STRIP = 20
 
 @lru_cache(maxsize=256)
-def credit(name, width, dark):
+def credit_strip(name, width, dark):
     "The strip with a name; strips are cached, because a tree has only a few hundred."
     paper, ink = ((12, 12, 12), (230, 230, 230)) if dark else ((248, 248, 248), (30, 30, 30))
     strip = Image.new('RGB', (width, STRIP), paper)
@@ -586,7 +586,7 @@ def with_credit(img, rng):
     name = f'{FIRST[rng.integers(len(FIRST))]} {LAST[rng.integers(len(LAST))].title()}'
     out = Image.new('RGB', (img.width, img.height + STRIP))
     out.paste(img)
-    out.paste(credit(name, img.width, bool(rng.integers(2))), (0, img.height))
+    out.paste(credit_strip(name, img.width, bool(rng.integers(2))), (0, img.height))
     return out
 
 # %% ../../nbs/data/synthetic.ipynb #synth-109
