@@ -8,7 +8,7 @@ from torch.amp import GradScaler, autocast
 from ray_cluster import ray_cluster  # noqa: F401, a fixture
 
 # Files whose tests need a shell, signals, /proc or forks: left out on Windows and macOS, where processes are spawned
-POSIX = ['archive', 'cluster', 'commands', 'evidence', 'explore', 'hub', 'live', 'loops', 'pictures', 'processes',
+POSIX = ['archive', 'cluster', 'commands', 'evidence', 'explore', 'hub', 'keep', 'live', 'loops', 'pictures', 'processes',
          'runs', 'sharded', 'shards', 'walkthrough']
 def pytest_collection_modifyitems(items):
     for o in items:

@@ -12,7 +12,7 @@ ROOMS = {
     'callback': [],
     'fisher': ['per_image', 'diagonal', 'plots', 'estimate', 'shards', 'hub'],
     'retention': [],
-    'experiment': ['store', 'seeds', 'results', 'budget', 'paper', 'run', 'ray', 'sweeps', 'demo'],
+    'experiment': ['store', 'seeds', 'results', 'budget', 'paper', 'run', 'keep', 'ray', 'sweeps', 'demo'],
     'explore': ['panels', 'compromise', 'live', 'recognise', 'penalty', 'fisher', 'published', 'training',
                 'classifier'],
     'cli': [],

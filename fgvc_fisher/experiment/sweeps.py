@@ -25,6 +25,7 @@ from ..data.tables import decode_text
 from ..distributed.files import write_text
 from ..distributed.ranks import on_rank0, processes
 from ..distributed.workers import worker_processes
+from .keep import kept
 from .ray import check_ray, run_on_ray
 from .results import read_curve
 from .run import Run, do_claimed_run
@@ -284,6 +285,7 @@ def sweep(
     retry:bool=False, # Try runs again that failed before?
     track:str|None=None, # 'tensorboard' (below `out`) or 'wandb'
     quiet:bool=False, # Show no bar, only a line for each run?
+    keep:str|Path|None=None, # Folder that gets copies of the results, such as one on a mounted Drive, see `kept`
     engine:str='local', # 'local', or 'ray': a cluster, see `experiment.ray`
     address:str|None=None, # Of the Ray cluster, `host:port` or 'auto'; default: this machine
     cpus:float|Callable=1., # With Ray: processors for a run, and its number of threads; or a function of the run
@@ -291,20 +293,23 @@ def sweep(
     retries:int=3, # With Ray: how often a run whose worker died is resumed
 )->pd.DataFrame: # A row for each run with a result, in the order of `runs`; `attrs['failed']`: how many failed
     """Do the runs that are not finished yet. A run that fails is recorded in its `error.txt`, and the sweep continues.
-    Raises `ValueError` for invalid arguments, `OSError` if the disk is full."""
+    Raises `ValueError` for invalid arguments, `OSError` if the disk is full or a copy did not arrive in `keep`."""
     runs = list(runs)
     cluster = dict(address=address, cpus=cpus, gpus=gpus, retries=retries)
     if not runs: raise ValueError("runs is empty: there is nothing to do")
     if not isinstance(jobs, int) or jobs<1: raise ValueError(f"jobs={jobs!r}: must be a whole number greater than 0")
     _check_tracker(track)
     _check_engine(engine, out, jobs, cluster)
+    if keep and engine=='ray':
+        raise ValueError(f"keep={str(keep)!r}: with engine='ray', give as `out` a disk that all machines share")
     out = Path(out)
     def begin():
         for o in runs:
             if retry: (out/'runs'/o.id/'error.txt').unlink(missing_ok=True)
         return [o for o in runs if not _finished(out/'runs'/o.id)]
-    left = on_rank0(begin)
-    _print_once(f"{len(runs)} runs, {len(runs)-len(left)} of them done before")
-    if engine=='ray' and left: run_on_ray(left, out, _do_one, track, quiet, **cluster)
-    if engine=='local': _side_by_side(jobs, runs, out, track, quiet)
+    with kept(out, keep, runs, jobs):
+        left = on_rank0(begin)
+        _print_once(f"{len(runs)} runs, {len(runs)-len(left)} of them done before")
+        if engine=='ray' and left: run_on_ray(left, out, _do_one, track, quiet, **cluster)
+        if engine=='local': _side_by_side(jobs, runs, out, track, quiet)
     return on_rank0(lambda: _summary(runs, out))
