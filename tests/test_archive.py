@@ -1,5 +1,5 @@
 "Downloading and unpacking the archive, against a server that fails in the ways that servers and networks do"
-import gzip, io, random, re, signal, subprocess, tarfile, time
+import gzip, io, random, re, shutil, signal, subprocess, tarfile, time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 import pytest
@@ -186,6 +186,31 @@ def test_an_archive_on_disk_stays(tmp_path):
     file.write_bytes(ARCHIVE)
     untar_aircraft(tmp_path/'dest', file, quiet=True)
     assert is_whole(tmp_path/'dest') and file.read_bytes()==ARCHIVE
+
+@pytest.mark.parametrize('size', [None, len(ARCHIVE)])
+def test_kept_in_a_folder_that_lasts(server, tmp_path, size):
+    "Downloaded once; the local disk of the next session is empty. A copy of another length is not used"
+    drive = tmp_path/'drive'
+    drive.mkdir()
+    for session in 'abc':
+        tree = untar_aircraft(tmp_path/session, server.url, size=size, quiet=True, keep=drive)
+        assert {f'{NAME}/data/{o}': (tree/'data'/o).read_bytes() for o in NAMES}==FILES
+        assert [o.name for o in drive.iterdir()]==[f'{NAME}.tar.gz'] and server.asked==[0]
+    (drive/f'{NAME}.tar.gz').write_bytes(ARCHIVE[:-9])
+    if size is None:
+        with pytest.raises(ValueError, match='drive.*damaged'):
+            untar_aircraft(tmp_path/'d', server.url, keep=str(drive))
+    else:
+        untar_aircraft(tmp_path/'d', server.url, size=size, quiet=True, keep=str(drive))
+        assert (drive/f'{NAME}.tar.gz').read_bytes()==ARCHIVE
+
+def test_a_folder_that_cannot_keep_it(server, tmp_path, monkeypatch):
+    with pytest.raises(FileNotFoundError, match='nowhere'):
+        untar_aircraft(tmp_path/'a', server.url, keep=tmp_path/'nowhere')
+    monkeypatch.setattr(shutil, 'disk_usage', lambda folder: shutil._ntuple_diskusage(10, 9, 1))
+    with pytest.raises(OSError, match='and 1 are free'):
+        untar_aircraft(tmp_path/'a', server.url, size=len(ARCHIVE), keep=tmp_path)
+    assert not server.asked
 
 @pytest.mark.parametrize('kb,named', [(100, r'tar\.gz\.part'), (250, r'tar\.gz\b')])
 def test_a_full_disk(server, tmp_path, kb, named):

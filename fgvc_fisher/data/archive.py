@@ -18,6 +18,7 @@ from urllib.request import Request, urlopen
 from fastai.data.external import fastai_path
 from filelock import FileLock
 from tqdm.auto import tqdm
+from ..distributed.files import copy_file
 
 # %% ../../nbs/data/archive.ipynb #5d2eeb34
 URL = 'https://www.robots.ox.ac.uk/~vgg/data/fgvc-aircraft/archives/fgvc-aircraft-2013b.tar.gz'
@@ -125,20 +126,34 @@ def _install(file, dest, quiet):
         raise OSError(e.errno, message) from e
     finally: shutil.rmtree(temporary, ignore_errors=True)
 
+# %% ../../nbs/data/archive.ipynb #2d0fc8d3
+def _check_room(folder, size):
+    "`OSError` if the archive does not fit into a folder."
+    free = shutil.disk_usage(folder).free
+    if size and size>free:
+        message = f"keep={folder}: the archive takes {size:,} bytes, and {free:,} are free; make room or leave out keep"
+        raise OSError(errno.ENOSPC, message)
+
 # %% ../../nbs/data/archive.ipynb #5c2a9c64
-def _download_and_install(url, dest, size, timeout, quiet):
+def _download_and_install(url, dest, size, timeout, quiet, keep):
     "Download `url` and unpack it to `dest`. A local archive is unpacked and left where it is."
+    kept = keep and keep/f'{NAME}.tar.gz'
+    if kept and kept.is_file() and size in (None, kept.stat().st_size): url = kept
     if Path(url).is_file(): return _install(Path(url), dest, quiet)
     if not str(url).startswith(('http://','https://')):
         raise FileNotFoundError(f"{url} is neither a file nor an address that starts with http:// or https://")
     file = dest/f'{NAME}.tar.gz'
     if not quiet: print(TERMS, flush=True)
+    if kept: _check_room(keep, size)
     if not file.is_file(): _download(url, file, size, timeout, quiet)
     try: _install(file, dest, quiet)
     except ValueError as e:
         file.unlink()
         raise ValueError(f"{e}. It was deleted; call again to download it anew") from e
-    file.unlink()
+    try:
+        if kept:
+            with open(file, 'rb') as f: copy_file(f, kept)
+    finally: file.unlink()
 
 # %% ../../nbs/data/archive.ipynb #cc524a45
 def untar_aircraft(
@@ -147,14 +162,18 @@ def untar_aircraft(
     size:int|None=None, # Expected bytes of the archive; default: known for the official `url`, else not checked
     timeout:float=30., # Seconds to wait for the server
     quiet:bool|None=None, # Print nothing? Default: only in CI, where the environment variable CI is set
+    keep:str|Path|None=None, # Folder that keeps the archive, such as one on a mounted Drive, and has it the next time
 )->Path: # The folder of the data set, for `read_aircraft`
     """Download and unpack FGVC-Aircraft, unless it is there already. The next call resumes an interrupted download.
     Raises `FileNotFoundError` if there is nothing at `url`, `ConnectionError` if the download fails, `ValueError` if
-    the archive is damaged, unsafe or another one, and `OSError` if the disk is full."""
+    the archive is damaged, unsafe or another one, and `OSError` if a disk is full or the copy did not arrive."""
     dest = Path(dest or fastai_path('data'))
     if quiet is None: quiet = bool(os.environ.get('CI'))
     if size is None and url==URL: size = SIZE
+    keep = Path(keep) if keep else None
+    if keep and not keep.is_dir():
+        raise FileNotFoundError(f"keep={keep}: there is no such folder; mount the Drive, or make the folder")
     dest.mkdir(parents=True, exist_ok=True)
     with FileLock(dest/f'.{NAME}.lock'):
-        if not (dest/NAME).is_dir(): _download_and_install(url, dest, size, timeout, quiet)
+        if not (dest/NAME).is_dir(): _download_and_install(url, dest, size, timeout, quiet, keep)
     return dest/NAME
