@@ -1,6 +1,7 @@
 "The modes of the walkthrough that need the archive, downloads and a T4: on drawn pictures, with random weights"
-import json, math, re
+import json, math, re, shutil, sys
 from pathlib import Path
+from types import SimpleNamespace
 import matplotlib, pytest, torch
 from fastai.callback import fp16
 from fgvc_fisher.experiment import Run, run_arm
@@ -35,7 +36,7 @@ def settings(drawn_source, tmp_path, monkeypatch):
     "What the archive, the network, its weights, the downloads and the hours are replaced by"
     monkeypatch.setattr(matplotlib, 'use', lambda *a, **k: None)
     tree = draw_aircraft(tmp_path/'aircraft', n_variants=8, n_per_split=4, size=48)
-    return {"data=untar_aircraft(), source=untar_data(URLs.IMAGENETTE_320), arch='inception_v4'":
+    return {"data=untar_aircraft(keep=keep), source=untar_data(URLs.IMAGENETTE_320), arch='inception_v4'":
                 f"data='{tree}', source='{drawn_source}', arch='conftest:narrow_inception', weights=True, "
                 "num_workers=0",
             "OUT   = ''": f"OUT   = '{tmp_path}/out'", 'SEEDS = [1, 2, 3]': 'SEEDS = [1]', 'seconds=30': 'seconds=0.1'}
@@ -58,6 +59,28 @@ def test_strong(settings):
     rows = walk(settings | small | {"MODE  = 'demo'": "MODE  = 'strong'"})['rows']
     assert rows['last'].isna().all() and rows.test.notna().all() and (rows.train=='trainval').all()
     assert rows.arm.tolist()==['plain', 'L2-SP-Fisher, strength = 0.5']
+
+def test_two_sessions_with_a_drive(tmp_path, monkeypatch, capsys):
+    "The local disk of the second is empty, and it has nothing left to train"
+    monkeypatch.setattr(matplotlib, 'use', lambda *a, **k: None)
+    mounted = []
+    drive = SimpleNamespace(mount=mounted.append)
+    monkeypatch.setitem(sys.modules, 'google.colab', SimpleNamespace(drive=drive))
+    (tmp_path/'drive').mkdir()
+    changes = {"OUT   = ''": f"OUT   = '{tmp_path}/drive/fgvc_fisher'", 'SEEDS = [1, 2, 3]': 'SEEDS = [1, 2]',
+               "OUT.startswith('/content/drive')": f"OUT.startswith('{tmp_path}/drive')",
+               "Path('/content/fgvc_fisher')": f"Path('{tmp_path}/local')", 'seconds=30': 'seconds=0.1',
+               'n_variants=6, n_per_split=24, n_source=40': 'n_variants=3, n_per_split=4, n_source=6, size=32',
+               'dict(epochs=6)': 'dict(epochs=1)'}
+    first = walk(changes)
+    shutil.rmtree(tmp_path/'local')
+    capsys.readouterr()
+    second = walk(changes)
+    said = capsys.readouterr().out
+    assert len(mounted)==2 and 'MB are free' in said and f"{len(second['runs'])} of them done before" in said
+    assert second['rows'].equals(first['rows']) and second['row']==first['row']
+    names = [o.name for o in (tmp_path/'drive/fgvc_fisher').rglob('*') if o.is_file()]
+    assert len(names)==4*len(second['runs'])+4                            # weights, Fisher, accuracy before, SHA256SUMS
 
 @pytest.mark.parametrize('arch', ['conftest:narrow_inception', pytest.param('inception_v4', marks=pytest.mark.slow)])
 def test_float16_of_the_whole_network(arch, drawn, monkeypatch):
