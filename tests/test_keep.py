@@ -1,5 +1,5 @@
 "Results that outlast the disk they were made on: a Drive with a bin, that fills up, goes away, and loses bytes"
-import errno, os, shutil
+import errno, os, random, shutil, time
 from dataclasses import replace
 from pathlib import Path
 import pytest
@@ -9,6 +9,7 @@ from fgvc_fisher.distributed.files import copy_file, settle_copies
 from fgvc_fisher.experiment import do_run, kept, space_needed, sweep
 from fgvc_fisher.experiment import keep as module
 from fgvc_fisher.experiment.run import KeepEpochs
+from forks import Forked
 from test_runs import same
 
 class Drive:
@@ -77,7 +78,7 @@ def test_the_last_copy_counts_when_a_session_dies(run, tiny_done, drive, tmp_pat
     def waits():
         for _ in range(600):
             if f'runs/{run.id}/checkpoint.pt' in drive.names(): return dies()
-            module.time.sleep(0.05)
+            time.sleep(0.05)
         pytest.fail(f'no copy came: {drive.names()}')
     do_kept(run, tmp_path/'out', drive, [Stop(1, waits)], every=0.1)
     shutil.rmtree(tmp_path/'out')
@@ -88,6 +89,32 @@ def test_the_last_copy_counts_when_a_session_dies(run, tiny_done, drive, tmp_pat
     do_kept(run, tmp_path/'out', drive, [trained])
     same(tiny_done, tmp_path/'out/runs'/run.id)
     assert trained.epochs and 0 not in trained.epochs and drive.bin==0
+
+def keep_sweep(runs, out, drive, jobs=1):
+    with kept(out, drive, runs, jobs, every=0.1): sweep(runs, out, jobs, quiet=True)
+
+def test_killed_at_any_moment_with_its_disk(run, tiny_done, tmp_path):
+    "Also while it copies"
+    drive = tmp_path/'drive'
+    for i in range(6):
+        process = Forked(keep_sweep, [run], tmp_path/f'{i}/out', drive)
+        end = time.monotonic()+60
+        while process.poll() is None and time.monotonic()<end and i<5:
+            if (tmp_path/f'{i}/out/runs'/run.id/'checkpoint.pt').exists(): break
+            time.sleep(0.01)
+        if i<5:
+            time.sleep(random.uniform(0, 0.4))
+            process.kill()
+    assert process.wait()==0, process.err
+    same(tiny_done, tmp_path/'5/out/runs'/run.id)
+    same(tiny_done, drive/'runs'/run.id)
+    assert not [*drive.rglob('*.copying'), *drive.rglob('*.before')]
+
+def test_two_jobs_are_kept(run, tmp_path):
+    runs = [replace(run, seed=o, epochs=2) for o in (1,2)]
+    rows = sweep(runs, tmp_path/'out', 2, quiet=True, keep=tmp_path/'drive')
+    shutil.rmtree(tmp_path/'out')
+    assert sweep(runs, tmp_path/'out', 2, quiet=True, keep=tmp_path/'drive').equals(rows)
 
 def test_a_checkpoint_is_kept_at_most_every_so_often(run, drive, tmp_path, monkeypatch):
     copied = []
@@ -118,6 +145,24 @@ def test_what_fails_is_kept_and_tried_again(run, drive, tmp_path):
     assert len(sweep([bad], tmp_path/'out', quiet=True, keep=drive.folder))==0
     assert len(sweep([bad], tmp_path/'out', quiet=True, keep=drive.folder, retry=True))==1
     assert f'runs/{bad.id}/error.txt' not in drive.names() and drive.bin==0
+
+def test_a_checkpoint_is_copied_with_its_weights(tmp_path, monkeypatch):
+    "A new checkpoint comes, and the weights of the epoch that was the best go, while the files are opened"
+    folder = tmp_path/'runs/a'
+    folder.mkdir(parents=True)
+    for name in ('checkpoint.pt','epoch-0.safetensors'): (folder/name).write_bytes(b'0')
+    later = iter([1])
+    def names(root, folder, real=module._names):
+        found = real(root, folder)
+        for epoch in later:
+            (root/folder/f'epoch-{epoch}.safetensors').write_bytes(b'1')
+            (root/folder/'new').write_bytes(b'1')
+            os.replace(root/folder/'new', root/folder/'checkpoint.pt')
+            (root/folder/'epoch-0.safetensors').unlink()
+        return found
+    monkeypatch.setattr(module, '_names', names)
+    with module._opened(tmp_path, Path('runs/a')) as files: found = {k: f.read() for k,f in files.items()}
+    assert found=={'epoch-1.safetensors': b'1', 'checkpoint.pt': b'1'}
 
 # A Drive that does not do what it should
 
@@ -155,7 +200,7 @@ def test_a_problem_is_printed_once_while_training_continues(run, drive, tmp_path
     def waits():
         for _ in range(600):
             if len(said)>2: return
-            module.time.sleep(0.05)
+            time.sleep(0.05)
     def raises(*args):
         said.append(args)
         raise OSError(errno.ENOSPC, 'full')

@@ -98,6 +98,9 @@ def _read_sums(keep):
 def _say(text):
     "Print a line, also while a bar is shown."
     with tqdm.external_write_mode(): print(text, flush=True)
+def _reason(e):
+    "What an `OSError` says, with the name of its file."
+    return f'{e.filename}: {e.strerror}' if e.filename else e.strerror or str(e)
 
 # %% ../../nbs/experiment/keep.ipynb #fb2fd30d
 class _Copies:
@@ -182,12 +185,12 @@ class _Mirror:
         self.thread = threading.Thread(target=self.watch, daemon=True)
         self.thread.start()
     def watch(self):
-        while not self.ended.wait(max(0.1, min(5., self.every))):
+        while not self.ended.wait(max(0.1, min(60. if self.problem else 5., self.every))):
+            problem = ''
             try: self.copy()
-            except OSError as e:
-                if str(e)!=self.problem: _say(f'NOT KEPT: {e.strerror or e}. Work continues, and it is tried again.')
-                self.problem = str(e)
-            else: self.problem = ''
+            except OSError as e: problem = _reason(e)
+            if problem not in ('', self.problem): _say(f'NOT KEPT: {problem}. Work continues, and it is tried again.')
+            self.problem = problem
     def copy(self, everything=False):
         "Copy what is due. Raises the first `OSError`, after all folders were tried."
         copies,problems = self.copies,[]
@@ -261,7 +264,7 @@ def kept(
     def end():
         try: mirrors[0].end()
         except OSError as e:
-            message = f"NOT KEPT: {e.strerror or e}. All results are in {out}; make room in {keep}, and call again"
+            message = f"NOT KEPT: {_reason(e)}. All results are in {out}; make room in {keep}, and call again"
             raise OSError(e.errno, message) from e
     on_rank0(begin)
     try: yield
