@@ -52,7 +52,7 @@ def moves(page, label, i, n, move):
     for k in range(n):
         settled(page, i, 1.)
         move(page, label, k)
-        if label=='strength, to the source':
+        if label=='strength, to source':
             page.wait_for_function(ESTIMATED, polling='raf')
             measured.append(page.wait_for_function(MEASURED, polling='raf').json_value())
         steady(page, lambda: since_move(page, i), 0.1, ok=bool)
@@ -89,7 +89,7 @@ def main(
         page.set_default_timeout(120_000)
         open_panel(page, url)
         for o in ('penalty','fisher','published'): page.locator(f'.fgvc-{o} img').first.wait_for()
-        for panel,label,i,move in (('penalty', 'strength, to the source', 1, by_slider),
+        for panel,label,i,move in (('penalty', 'strength, to source', 1, by_slider),
                                    ('fisher', 'parameter', 3, by_list),
                                    ('published', 'mean of epochs', 4, by_slider)):
             first,measured = moves(page, label, i, n, move)

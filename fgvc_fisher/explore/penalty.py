@@ -137,6 +137,6 @@ def explore_penalty(
     view = _PenaltyView(c)
     axes = [sorted({o for o in powers(-6, 4) if o<=axis[-1]} | set(axis)) for axis in (c.alphas, c.strengths)]
     controls = dict(alpha=slider('alpha, to zero', axes[0], 0.),
-                    strength=slider('strength, to the source', axes[1], 0.01))
+                    strength=slider('strength, to source', axes[1], 0.01))
     title = 'What would the penalty keep, and what would it cost?'
     return Panel('penalty', title, controls, [view.frontier, view.layers], view.draw, view.settle)

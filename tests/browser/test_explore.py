@@ -82,12 +82,12 @@ def press(page, name): page.get_by_role('button', name=name, exact=True).click()
 
 def move_sliders(page):
     i = first(page, 'penalty')+1          # distances always change; accuracies on 24 pictures may not
-    with new_picture(page, i): slide(page, 'strength, to the source', 4)
+    with new_picture(page, i): slide(page, 'strength, to source', 4)
     with new_picture(page, i): drag(page, 'alpha, to zero', 0.9)
     said = says(page, 'penalty', r'^(?!.*about).*alpha = 0\.\d+')                 # at rest: measured, not estimated
-    assert readout(page, 'alpha, to zero') in said and readout(page, 'strength, to the source') in said
-    slide(page, 'strength, to the source', -40)                                   # quick moves: the last value counts
-    def shows_last_value(text): return f"strength = {readout(page, 'strength, to the source')} (" in text
+    assert readout(page, 'alpha, to zero') in said and readout(page, 'strength, to source') in said
+    slide(page, 'strength, to source', -40)                                   # quick moves: the last value counts
+    def shows_last_value(text): return f"strength = {readout(page, 'strength, to source')} (" in text
     steady(page, lambda: sentence(page, 'penalty'), 0.3, ok=shows_last_value)
     i = first(page, 'published')
     with new_picture(page, i): slide(page, 'mean of epochs', 5)
@@ -99,7 +99,7 @@ def train_stop_and_remove(page):
     assert page.get_by_role('button', name='Stop').is_disabled()
     select(page, 'arm', 'as published')
     steady(page, lambda: readout(page, 'beta, as published'), ok=lambda o: o=='0.0004')
-    for o in ('alpha','strength','beta, as published','l2sp','learning rate'):
+    for o in ('alpha','beta, as published','l2sp','learning rate'):
         before = readout(page, o)
         slide(page, o)
         assert readout(page, o)!=before
@@ -110,7 +110,7 @@ def train_stop_and_remove(page):
     with new_picture(page, i+1):
         press(page, 'Train')
         says(page, 'training', r'\b([2-9]|\d\d+)\D+300', seconds=90)
-    with new_picture(page, first(page, 'penalty')+1): drag(page, 'strength, to the source', 0.95)  # while it trains
+    with new_picture(page, first(page, 'penalty')+1): drag(page, 'strength, to source', 0.95)  # while it trains
     assert page.get_by_role('button', name='Stop').is_enabled()
     press(page, 'Stop')
     steady(page, page.get_by_role('button', name='Stop').is_disabled, ok=bool)
@@ -157,11 +157,11 @@ def test_every_choice(panel):
 def by_keyboard(page):
     "From one control to the next with Tab, and a slider moved with an arrow"
     control(page, 'alpha, to zero').locator('.noUi-handle').focus()
-    alpha,strength = readout(page, 'alpha, to zero'),float(readout(page, 'strength, to the source'))
+    alpha,strength = readout(page, 'alpha, to zero'),float(readout(page, 'strength, to source'))
     for _ in range(2): page.keyboard.press('Tab')                                 # past its number, which can be edited
     with new_picture(page, first(page, 'penalty')+1):
         for _ in range(8): page.keyboard.press('ArrowLeft')
-    assert readout(page, 'alpha, to zero')==alpha and float(readout(page, 'strength, to the source'))<strength
+    assert readout(page, 'alpha, to zero')==alpha and float(readout(page, 'strength, to source'))<strength
 
 def test_layout(panel):
     for width in (1200, 420):
@@ -206,7 +206,7 @@ def test_the_page_to_play_in(voila, page, tmp_path):
     notebook = tmp_path/'explore.ipynb'
     notebook.write_bytes((Path(__file__).parents[2]/'nbs/explore.ipynb').read_bytes())
     opened(open_panel(page, voila(notebook)))
-    with new_picture(page, first(page, 'penalty')+1): drag(page, 'strength, to the source', 0.9)
+    with new_picture(page, first(page, 'penalty')+1): drag(page, 'strength, to source', 0.9)
     says(page, 'penalty', r'^(?!.*about)')
     for width in (1200, 420):
         assert fits(page, width)
