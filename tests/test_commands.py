@@ -10,8 +10,8 @@ from fgvc_fisher.fisher import DiagFisher
 from forks import BIN, shell
 
 HELP = {'fgvc-demo': ['--out', '--seed'], 'fgvc-sweep': ['--grid', '--out', '--jobs', '--retry', '--track', 'TOML'],
-        'fgvc-finetune': ['--data', '--level', '--arch', '--weights', '--source', '--alpha', '--strength', '--beta', '--epochs',
-                          '--size', '--out', 'labels.csv', 'variant, family or manufacturer']}
+        'fgvc-finetune': ['--data', '--level', '--arch', '--weights', '--source', '--alpha', '--strength', '--beta',
+                          '--epochs', '--size', '--out', 'labels.csv', 'variant, family or manufacturer']}
 
 @pytest.mark.parametrize('command', HELP)
 def test_help(command):

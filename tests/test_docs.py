@@ -1,7 +1,9 @@
 "The documentation: its pages and links, and notebooks that are opened without the repository"
-import ast, importlib, json, os, re, shutil, subprocess, sys
+import ast, importlib, json, re, shutil, sys
 from pathlib import Path
 import pytest
+from elsewhere import run_elsewhere
+from forks import Forked
 from fgvc_fisher.experiment import results
 from fgvc_fisher.experiment.results import results_file
 
@@ -48,21 +50,13 @@ def test_install_cell(name):
     first = next(o for o in code_cells(name) if not o.startswith('#| default_exp'))
     assert INSTALL.fullmatch(first)
 
-@pytest.fixture(scope='module')
-def package_alone(tmp_path_factory):
-    "A folder with the package and nothing else of the repository"
-    folder = tmp_path_factory.mktemp('alone')
-    shutil.copytree(ROOT/'fgvc_fisher', folder/'fgvc_fisher', ignore=shutil.ignore_patterns('__pycache__'))
-    return folder
-
 @pytest.mark.slow
 @pytest.mark.parametrize('name', OPENED)
-def test_from_an_empty_folder(name, package_alone, tmp_path):
+def test_from_an_empty_folder(name, tmp_path):
+    "The process has the package already; what is not there is the repository around the notebook"
     shutil.copy(ROOT/f'nbs/{name}.ipynb', tmp_path)
-    command = [sys.executable, ROOT/'tests/elsewhere.py', tmp_path/f'{Path(name).name}.ipynb', ROOT/'results']
-    env = os.environ | dict(PYTHONPATH=str(package_alone))
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
-    assert done.returncode==0, (done.stdout+done.stderr)[-3000:]
+    process = Forked(run_elsewhere, tmp_path/f'{Path(name).name}.ipynb', ROOT/'results', cwd=tmp_path)
+    assert process.wait(300)==0, (process.out+process.err)[-3000:]
 
 @pytest.fixture
 def elsewhere(tmp_path, monkeypatch):

@@ -70,7 +70,7 @@ def draw_task(
 
 # %% ../../nbs/experiment/demo.ipynb #c600efff
 ARMS = [dict(arm='plain'), dict(arm='L2-SP', l2sp=[0.02,0.1,0.5]),
-        dict(arm='L2-SP-Fisher', strength=[STRENGTH/5,STRENGTH,5*STRENGTH])]
+        dict(arm='L2-SP-Fisher', strength=[0.02,0.1,STRENGTH])]
 
 # %% ../../nbs/experiment/demo.ipynb #6c1d7a02
 TARGET,RETENTION = 'test_last','retention_target_bn'
