@@ -240,7 +240,7 @@ def shown_until(p, holds):
 def test_curves_follow_the_training(training):
     training.epochs = 1000
     training.train()
-    def epoch(): return int((re.search(r'epoch (\d+) of 1000', training.text) or [0, 0])[1])
+    def epoch(): return int((re.search(r'Epoch (\d+) of 1000', training.text) or [0, 0])[1])
     shown_until(training, epoch)
     sent = bytes(training.pictures[0].widget.value)
     training.controls['seed'].value = 7               # a move meanwhile does not lose the training
