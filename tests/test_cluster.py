@@ -84,7 +84,7 @@ def test_a_full_disk_is_no_fault_of_the_run(tmp_path, monkeypatch):
     def full(*args): raise OSError(errno.ENOSPC, 'No space left')
     monkeypatch.setattr('fgvc_fisher.experiment.sweeps.do_claimed_run', full)
     (tmp_path/'runs'/RUN.id).mkdir(parents=True)
-    with pytest.raises(OSError, match='No space left'): _attempt(RUN, tmp_path, None, True)
+    with pytest.raises(OSError, match='No space left'): _attempt(RUN, tmp_path, None)
     assert not list(tmp_path.rglob('error.txt'))
 
 def trial_of(said, file=None, failures=0):

@@ -20,7 +20,7 @@ def test_quick_start(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     exec(code('from fgvc_fisher.callback', small), {})
     said = capsys.readouterr().out
-    assert re.findall(r'(\w+): target [\d.]+%, retention', said)==['plain','L2SPFisher']
+    assert re.findall(r'(\w+): [\d.]+% of the aircraft, [\d.]+% of the source', said)==['plain','L2SPFisher']
     assert 'beta F on' in said                                # as the README's printed output, what the callback says
 
 def test_ten_lines_on_the_archive(drawn, drawn_source, tmp_path, monkeypatch):

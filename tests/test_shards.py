@@ -167,7 +167,7 @@ def test_empty_shards(net, pictures, tars, tmp_path):
 def test_without_labels(net, pictures, tmp_path):
     shards = tar_shards(write_tar(tmp_path/'a.tar', pictures[:3], labels=False))
     assert run(net, shards, tmp_path/'a').n_images==3
-    with pytest.raises(RuntimeError, match='empirical'): run(net, shards, tmp_path/'b', kind='empirical', retries=0)
+    with pytest.raises(RuntimeError, match='no labels'): run(net, shards, tmp_path/'b', kind='empirical', retries=0)
 
 # Interrupted
 

@@ -52,8 +52,8 @@ def pretrain(
 def draw_task(
     out:str|Path, # Folder for `source/`, `source.safetensors` and `aircraft/`; files that exist are kept
     n_variants:int=12, # Aircraft variants to draw; two of each family
-    n_per_split:int=30, # Pictures of each variant in each split
-    n_source:int=100, # Pictures of each source class in each split
+    n_per_split:int=24, # Pictures of each variant in each split
+    n_source:int=60, # Pictures of each source class in each split
     size:int=64, # Side of the network's pictures in pixels
     seed:int=0, # Of the pictures and the pretraining
     num_workers:int|None=None, # Processes that decode pictures; default: one for each core
@@ -69,7 +69,7 @@ def draw_task(
                 test='test', size=size, bs=16, lr=0.05, num_workers=num_workers)
 
 # %% ../../nbs/experiment/demo.ipynb #c600efff
-ARMS = [dict(arm='plain'), dict(arm='L2-SP', l2sp=[0.02,0.1,0.5]),
+ARMS = [dict(arm='plain'), dict(arm='L2-SP', l2sp=[0.1,0.5,2.]),
         dict(arm='L2-SP-Fisher', strength=[0.02,0.1,STRENGTH])]
 
 # %% ../../nbs/experiment/demo.ipynb #6c1d7a02
@@ -106,7 +106,7 @@ REPORT = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{t
 <meta name="viewport" content="width=device-width, initial-scale=1"><style>
 body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 56rem; margin: 2rem auto; padding: 0 1rem; color: #222 }}
 img {{ max-width: 100% }} .wide {{ overflow-x: auto }} table {{ border-collapse: collapse; white-space: nowrap }}
-th,td {{ padding: .3rem .8rem; border-bottom: 1px solid #ddd; text-align: right }}
+th,td {{ padding: .3rem .5rem; border-bottom: 1px solid #ddd; text-align: right }}
 th:first-child,td:first-child {{ text-align: left }} figure {{ margin: 2rem 0 }} figcaption {{ color: #555 }}
 </style></head><body><h1>{title}</h1>{about}<div class="wide">{table}</div>{figures}</body></html>
 """
@@ -169,7 +169,7 @@ def demo(
     out:str|Path='demo', # Folder for the task, the runs, the table, the pictures and `report.html`
     epochs:int=8, # Passes over the training split, for each run
     seed:int=0, # Of the pictures and the pretraining; the runs count on from it. The same seed gives the same table
-    n_seeds:int=5, # Runs of each arm
+    n_seeds:int=4, # Runs of each arm
     jobs:int|None=None, # Processes that work side by side; default: one for each core, at most 4
     **kwargs # To `draw_task`
 )->tuple: # The table, from `table`, and the conclusions, a list of sentences
