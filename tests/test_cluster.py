@@ -81,7 +81,7 @@ def test_what_ends_a_sweep_and_what_is_tried_again(tmp_path):
 
 def test_a_full_disk_is_no_fault_of_the_run(tmp_path, monkeypatch):
     "It is not recorded as one"
-    def full(*args): raise OSError(errno.ENOSPC, 'No space left')
+    def full(*args, **kwargs): raise OSError(errno.ENOSPC, 'No space left')
     monkeypatch.setattr('fgvc_fisher.experiment.sweeps.do_claimed_run', full)
     (tmp_path/'runs'/RUN.id).mkdir(parents=True)
     with pytest.raises(OSError, match='No space left'): _attempt(RUN, tmp_path, None)
