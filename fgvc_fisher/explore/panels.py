@@ -91,22 +91,28 @@ class Echo:
     ):
         self.answered = answered
         self.asked = None
-        self.labels = [widgets.Label(_view_count=0) for _ in range(2)]
-        self.widget = widgets.Box(self.labels[:1], layout=widgets.Layout(display='none'))
-        for label in self.labels: label.observe(self._counted, '_view_count')
+        self.labels = []                                       # the last is the one that is shown
+        self.widget = widgets.Box(layout=widgets.Layout(display='none'))
+        self._new_label()
 
     def _counted(self, change):
         "A label is shown, or no longer"
-        if change['new']<change['old'] or change['owner'] is not self.labels[0]: return
+        if change['new']<change['old'] or change['owner'] is not self.labels[-1]: return
         self.asked = None
         self.answered()
+
+    def _new_label(self):
+        "Show a label that has never been shown: its first view is always told"
+        self.labels.append(widgets.Label(_view_count=0))
+        self.labels[-1].observe(self._counted, '_view_count')
+        self.widget.children = self.labels[-1:]
+        if len(self.labels)>4: self.labels.pop(0).close()      # the front end has let go of it by now
 
     def ask(self):
         "Ask for a message, unless one is on its way."
         if self.asked is not None and time.monotonic()<self.asked+self.patience: return
         self.asked = time.monotonic()
-        self.labels.reverse()
-        self.widget.children = self.labels[:1]
+        self._new_label()
 
 # %% ../../nbs/explore/panels.ipynb #1a91a3e2
 def powers(
