@@ -112,11 +112,16 @@ class Retention(RecorderColumns):
                              "pass the pretrained model, or a copy made before the training")
         with no_random():
             accuracy_on(with_source_head(model, self.source), islice(self.pictures, 1))
+    def pictures_for(self,
+        norm:str, # BatchNorm's statistics: 'target' or 'source'
+    ): # Batches (x, y)
+        "The pictures that are measured with these statistics."
+        return self.pictures
     def columns(self)->dict: # Column name -> function
         "Functions that measure the two retentions."
         def measure(norm):
             with no_random():
-                return accuracy_on(with_source_head(self.learn.model, self.source, norm), self.pictures)
+                return accuracy_on(with_source_head(self.learn.model, self.source, norm), self.pictures_for(norm))
         return {f'retention_{norm}_bn': partial(measure, norm) for norm in ('target','source')}
 
 # %% ../nbs/retention.ipynb #bc687c04

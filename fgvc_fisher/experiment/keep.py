@@ -30,9 +30,7 @@ def _bytes(arch):
 # %% ../../nbs/experiment/keep.ipynb #7e43c54f
 def _fisher_of(run):
     "Runs with the same answer share a Fisher."
-    target = (run.data, run.level, run.train) if run.fisher_from=='target' else ()
-    pictures = (run.n_fisher, run.seed) if run.n_fisher else ()
-    return run.arch, run.weights, run.source, run.size, run.kind, run.fisher_from, target, pictures
+    return run.arch, run.weights, run.source, run.size, run.kind, run.fisher_pictures
 
 # %% ../../nbs/experiment/keep.ipynb #3ecad78f
 def space_needed(

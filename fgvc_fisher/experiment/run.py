@@ -167,6 +167,11 @@ def id(self:Run)->str: # Such as 'l2-sp-fisher-beta-10-42-1f3c9a2b'
 def needs_fisher(self:Run)->bool:
     "Whether the run's penalty has a Fisher term whose Fisher is estimated beforehand."
     return bool(self.beta or self.strength) and self.step!='published'
+@patch(as_prop=True)
+def fisher_pictures(self:Run)->tuple:
+    "What says which pictures the Fisher is estimated on; empty for all source pictures."
+    of = (self.fisher_from, self.data, self.level, self.train) if self.fisher_from=='target' else ()
+    return of+(self.n_fisher, self.seed) if self.n_fisher else of
 
 # %% ../../nbs/experiment/run.ipynb #b1c8fe92
 def read_target(
@@ -381,8 +386,7 @@ def _key(*values): return hashlib.sha256(json.dumps(values).encode()).hexdigest(
 # %% ../../nbs/experiment/run.ipynb #eb64611b
 def _fisher_file(run, key):
     "The name of the file of the run's Fisher."
-    of = (run.fisher_from, run.data, run.level, run.train) if run.fisher_from=='target' else ()
-    if run.n_fisher: of += (run.n_fisher, run.seed)
+    of = run.fisher_pictures
     pictures = f'-{_key(*of)}' if of else ''
     return f"{key}-{run.kind}{pictures}.safetensors"
 

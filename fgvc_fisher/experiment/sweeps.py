@@ -166,7 +166,7 @@ class _TickEpochs(Callback):
 
 # %% ../../nbs/experiment/sweeps.ipynb #5ac8e942
 def _attempt(run, out, track, tick=None):
-    "Do a run, or record why it failed. Returns a sentence about it."
+    "Do a run, or record why it failed."
     folder = out/'runs'/run.id
     n,rank = processes()
     try:
@@ -177,7 +177,6 @@ def _attempt(run, out, track, tick=None):
         if getattr(e, 'errno', None)==errno.ENOSPC: raise
         write_text(folder/'error.txt', traceback.format_exc())
         if n>1: raise                                                   # the others wait for this one
-    return _outcome(folder)
 
 # %% ../../nbs/experiment/sweeps.ipynb #70eeaf72
 def _outcome(folder):
@@ -232,7 +231,9 @@ def _do_one(run, out, track):
     folder = out/'runs'/run.id
     while True:
         with _claimed(folder) as mine:
-            if mine: return _attempt(run, out, track)
+            if mine:
+                _attempt(run, out, track)
+                return _outcome(folder)
         if _finished(folder): return 'done by another process'
         time.sleep(1)
 

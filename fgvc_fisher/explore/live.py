@@ -11,20 +11,18 @@ __all__ = ['Training']
 import atexit, json, math, os, signal, subprocess, sys, threading, time, traceback
 from contextlib import suppress
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 from tempfile import mkstemp
 import pandas as pd
 
 # %% ../../nbs/explore/live.ipynb #657cf644
 from fastai.callback.core import Callback
-from fastai.torch_core import get_model, no_random
+from fastai.torch_core import no_random
 from fastcore.basics import patch
 from filelock import FileLock, Timeout
-from ..callback import RecorderColumns
 from ..distributed.workers import python_path
 from ..experiment.results import read_curve
-from ..retention import accuracy_on, with_source_head
+from ..retention import Retention
 from ..distributed.files import read_json
 from ..experiment.run import KeepEpochs, Run, run_source, do_claimed_run
 from ..experiment.store import read_result
@@ -47,20 +45,16 @@ class _Report(Callback):
         self.say(stage=f'{self.where()}, batch {done} of {self.n_iter}', batch=batch)
 
 # %% ../../nbs/explore/live.ipynb #791fa974
-class _RunRetention(RecorderColumns):
+class _RunRetention(Retention):
     "Retention of a run, measured as in its result"
     def __init__(self, run, shared):
         self.made_from = replace(run, beta=0., strength=0.),shared         # without the Fisher
+        self.source = self.pictures = None                                 # until a training begins
     def begin(self):
         with no_random(): found = run_source(*self.made_from, progress=False)
         self.source = found.model
         self.pictures = dict(target=found.tuned_pictures, source=found.pictures)
-    def columns(self):
-        def measure(norm):
-            with no_random():
-                model = with_source_head(get_model(self.learn.model), self.source, norm)
-                return accuracy_on(model, self.pictures[norm])
-        return {f'retention_{norm}_bn': partial(measure, norm) for norm in ('target','source')}
+    def pictures_for(self, norm): return self.pictures[norm]
 
 # %% ../../nbs/explore/live.ipynb #2a6cc295
 def _summary(row):

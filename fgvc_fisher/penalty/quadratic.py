@@ -188,6 +188,10 @@ def _mean_fisher(fisher, params):
     "The mean over all values of a Fisher"
     sums = reduce_over_shards({k: v.sum(dtype=torch.float64) for k,v in fisher.items()}, params)
     return sum(v.item() for v in sums.values())/max(sum(params[k].numel() for k in fisher), 1)
+def _as_beta(strength, mean_fisher):
+    "The beta of a strength; `ValueError` if there is none"
+    if mean_fisher: return strength/mean_fisher
+    raise ValueError(f"strength={strength}: the Fisher of all parameters under it is zero, and so is its mean")
 
 # %% ../../nbs/penalty/quadratic.ipynb #087ed016
 class QuadraticPenalty:
@@ -227,10 +231,7 @@ class QuadraticPenalty:
         self.max_fisher = _max_fisher(self.fisher, self.params)
         chosen = {n: self.fisher[n] for n in self.shared if n in self.anchored}
         self.mean_fisher = _mean_fisher(chosen, self.params)
-        if not strength: return
-        if not self.mean_fisher:
-            raise ValueError(f"strength={strength}: the Fisher of all parameters under it is zero, and so is its mean")
-        self.beta = strength/self.mean_fisher
+        if strength: self.beta = _as_beta(strength, self.mean_fisher)
 
 # %% ../../nbs/penalty/quadratic.ipynb #d52a6ff5
 def _is_anchored(penalty, name):
