@@ -6,7 +6,7 @@ import pytest, fgvc_fisher
 
 ROOMS = {
     'distributed': ['ranks', 'files', 'sharded', 'wrappers', 'workers'],
-    'data': ['batches', 'archive', 'tables', 'pictures', 'check', 'transforms', 'loaders', 'synthetic'],
+    'data': ['batches', 'archive', 'tables', 'forms', 'pictures', 'check', 'transforms', 'loaders', 'synthetic'],
     'learner': [],
     'penalty': ['quadratic', 'merging'],
     'callback': [],

@@ -11,6 +11,7 @@ from .tables import (
     take_fraction as take_fraction,
     class_weights as class_weights,
 )
+from .forms import read_data as read_data
 from .check import check_aircraft as check_aircraft, without_duplicates as without_duplicates
 from .pictures import cache_images as cache_images
 from .loaders import (

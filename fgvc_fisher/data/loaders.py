@@ -23,7 +23,7 @@ from fastai.vision.all import PILImage, TensorImage
 from PIL import Image
 from .pictures import cache_table, common_folder, open_picture, skip_bad, to_rgb
 from fgvc_fisher.data.tables import (
-    crop_to_boxes, hold_out, pick_split, read_aircraft, read_image_folder, read_table, take_fraction
+    crop_to_boxes, pick_split, read_aircraft, read_image_folder, read_table, take_fraction, with_validation
 )
 from .transforms import Label, named_transforms
 
@@ -187,9 +187,9 @@ def aircraft_dls(
     return _split_dls(table, path, **kwargs)
 
 # %% ../../nbs/data/loaders.ipynb #2cf649c4
-def _with_validation(table, seed=0, **_):
-    "The table, with a validation split held out if it has no other split than 'train'"
-    return hold_out(table, seed=seed) if set(table.split)=={'train'} else table
+def _with_validation(table, train='train', valid='val', seed=0, **_):
+    "`with_validation`, with the arguments of `_split_dls`"
+    return with_validation(table, train, valid, seed)
 
 # %% ../../nbs/data/loaders.ipynb #65dee751
 @delegates(_split_dls)
