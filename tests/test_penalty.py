@@ -2,6 +2,7 @@
 import copy, math, re
 from itertools import product
 import pytest, timm, torch
+from fgvc_fisher.fisher import DiagFisher
 from fgvc_fisher.penalty import QuadraticPenalty, find_new
 from fgvc_fisher.penalty.quadratic import BUNCH
 
@@ -226,6 +227,40 @@ def test_an_invalid_fisher(tuned, bad):
     fisher['bn1.bias'] = torch.full_like(fisher['bn1.bias'], bad)
     with pytest.raises(ValueError, match='bn1.bias'):
         QuadraticPenalty(model, theta0, fisher, beta=1., new=new)
+
+@pytest.mark.parametrize('bad', [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize('where', ['dict', 'module', 'own', 'large'])
+def test_an_anchor_that_is_not_finite(tuned, bad, where):
+    "In one value; in a mapping, a module or the model itself; or only in the type that it is stored in"
+    model,theta0,fisher,new = tuned
+    source = copy.deepcopy(model)
+    source.bn1.bias.data[-1] = 1e6*(1 if bad>0 else -1) if where=='large' else bad
+    anchor = dict(source.named_parameters()) if where=='dict' else None if where=='own' else source
+    dtype = torch.float16 if where=='large' else None
+    with pytest.raises(ValueError, match='anchor.*bn1.bias'):
+        QuadraticPenalty(source if where=='own' else model, anchor, fisher, beta=1., new=new, dtype=dtype)
+
+def test_an_anchor_that_is_a_fisher(tuned):
+    model,theta0,fisher,new = tuned
+    estimate = DiagFisher(fisher, 1, 'exact')
+    for o in (None, estimate):
+        with pytest.raises(ValueError, match='anchor is a DiagFisher.*fisher='):
+            QuadraticPenalty(model, estimate, o, l2sp=1., new=new)
+    with pytest.raises(ValueError, match='negative'): QuadraticPenalty(model, theta0, theta0, beta=1., new=new)
+
+@pytest.mark.parametrize('dtype', [torch.int8, torch.bool, torch.complex128])
+@pytest.mark.parametrize('swap', [False, True])
+def test_values_that_are_no_real_numbers(tuned, dtype, swap):
+    model,theta0,fisher,new = tuned
+    changed = (fisher if swap else theta0) | {'bn1.bias': theta0['bn1.bias'].to(dtype)}
+    both = (theta0,changed) if swap else (changed,fisher)
+    with pytest.raises(ValueError, match=f"{'fisher' if swap else 'anchor'}.*bn1.bias is {dtype}"):
+        QuadraticPenalty(model, *both, beta=1., new=new)
+
+def test_an_anchor_without_values(tuned):
+    model,_,_,new = tuned
+    with pytest.raises(ValueError, match='anchor.*conv_stem.weight.*meta'):
+        QuadraticPenalty(model, copy.deepcopy(model).to('meta'), l2sp=1., new=new)
 
 def test_a_fisher_that_is_too_large_for_its_dtype(tuned):
     model,theta0,fisher,new = tuned

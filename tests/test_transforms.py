@@ -139,6 +139,39 @@ def test_every_name_trains(drawn, name):
     learn.validate()
     learn.get_preds()
 
+@pytest.fixture(scope='module')
+def mixing(drawn):
+    "A Learner whose training pictures are mixed, in batches that leave a rest without `drop_last`"
+    from fgvc_fisher.learner import aircraft_learner
+    dls = aircraft_dls(drawn, size=32, bs=6, transforms='published', num_workers=0)
+    learn = aircraft_learner(dls, 'test_resnet', weights=None)
+    with learn.no_bar(), learn.no_logging(): yield learn
+
+def test_training_pictures_are_evaluated_unmixed(mixing):
+    from fastai.interpret import ClassificationInterpretation
+    n,c = len(mixing.dls.train.items),mixing.dls.c
+    mixing.validate(ds_idx=0)
+    probs,y = mixing.get_preds(ds_idx=0)
+    assert n%6 and probs.shape==(n,c) and y.shape==(n,) and not y.is_floating_point()
+    _,y,_,losses = mixing.get_preds(ds_idx=0, with_decoded=True, with_loss=True)
+    assert y.shape==losses.shape==(n,)
+    assert ClassificationInterpretation.from_learner(mixing, ds_idx=0).confusion_matrix().sum()==n
+
+def test_metrics_of_mixed_pictures(mixing):
+    "The class with the larger share is the one that a metric gets: in training, and for a batch that is mixed already"
+    import matplotlib.pyplot as plt
+    mixing.recorder.train_metrics = True
+    mixing.fit(1, 0.01)
+    mixing.recorder.train_metrics = False
+    assert 0<=mixing.recorder.log[2]<=1
+    batch = mixing.dls.train.one_batch()
+    assert batch[1].shape==(6,mixing.dls.c)
+    probs,_ = mixing.get_preds(dl=[batch])
+    _,accuracy = mixing.validate(dl=[batch])
+    assert accuracy==pytest.approx((probs.argmax(1)==batch[1].argmax(1)).float().mean().item())
+    mixing.show_results(ds_idx=0)
+    plt.close('all')
+
 def test_show_batch_tells_both_labels(drawn):
     import matplotlib.pyplot as plt
     dls = aircraft_dls(drawn, size=64, bs=8, transforms='published', num_workers=0)

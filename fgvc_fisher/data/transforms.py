@@ -111,7 +111,8 @@ class _PairwiseMixup(Mixup):
 
 # %% ../../nbs/data/transforms.ipynb #1d0eea94
 class Mix(ItemTransform):
-    "timm's `Mixup` on `(x, y)`: x (B, 3, H, W) floats, y (B,) class numbers -> (B, `n_out`) probabilities; B is even."
+    """timm's `Mixup` on `(x, y)`: x (B, 3, H, W) floats, y (B,) class numbers -> (B, `n_out`) probabilities; B is even.
+    Under `torch.no_grad` x and y stay as they are."""
     order = IntToFloatTensor.order+1
     def __init__(self,
         n_out:int, # Outputs of the network
@@ -122,6 +123,7 @@ class Mix(ItemTransform):
         self.mixup = _PairwiseMixup(mixup_alpha=alpha, label_smoothing=smoothing, num_classes=n_out)
     def encodes(self, xy):
         x,y = xy
+        if not torch.is_grad_enabled(): return x,y
         if len(x)>1: return self.mixup(x, y)
         # fastai sends a batch of one picture to learn the types
         return x, mixup_target(y, self.mixup.num_classes, smoothing=self.mixup.label_smoothing)

@@ -44,6 +44,8 @@ def mismatched_parameters(
     def difference(name):
         if name not in source: return 'is not in the source'
         if not isinstance(value := source[name], Tensor): return f'is a {type(value).__name__} in the source, no tensor'
+        if own[name].is_floating_point() and not value.is_floating_point(): return f'is {value.dtype} in the source'
+        if value.is_meta and not own[name].is_meta: return 'has no values in the source, on the device meta'
         ours,theirs = own[name].shape,value.shape
         if ours!=theirs: return f'is {tuple(ours)}, in the source {tuple(theirs)}'
     differences = {n: difference(n) for n in own}
@@ -157,12 +159,12 @@ def _check_terms(penalty, alpha_on, beta_on):
         if coef and not names: raise ValueError(f"{on} chooses none of the {len(penalty.params)} parameters")
 
 # %% ../../nbs/penalty/quadratic.ipynb #e6f65fba
-def _clone_shared(model, source, new, dtype, device):
+def _clone_shared(model, source, name, new, dtype, device):
     "Local clones of the tensors that `source` has for the shared parameters, with the parameters' memory layout"
     source = named_like(source, model)
     mismatched = {k: v for k,v in mismatched_parameters(model, source) if not is_new(k, new)}
     if wrong := [f'{k} {v}' for k,v in mismatched.items()]:
-        raise ValueError(f"this Fisher or anchor belongs to another model: {shorten(', '.join(wrong), 400)}; "
+        raise ValueError(f"{name} belongs to another model: {shorten(', '.join(wrong), 400)}; "
                          f"{mismatch_advice(mismatched, 'name them in `new` if they are new on purpose')}")
     on_cpu = device is not None and torch.device(device).type=='cpu'
     def clone(p, value):
@@ -171,16 +173,18 @@ def _clone_shared(model, source, new, dtype, device):
     return {n: clone(p.detach(), source[n]) for n,p in model.named_parameters() if not is_new(n, new)}
 
 # %% ../../nbs/penalty/quadratic.ipynb #75c5033b
-def _max_fisher(fisher, params):
-    "The largest Fisher value of each parameter; `ValueError` names parameters with negative or non-finite values"
+def _max_values(stored, params, lowest, name, advice):
+    "The largest value of each parameter; `ValueError` names parameters with values below `lowest`, or not finite"
     def largest(v):
-        valid = v.isfinite().all() and (v>=0).all()
+        if v.is_meta: return torch.zeros((), dtype=torch.float64)
+        valid = v.isfinite().all() and (v>=lowest).all()
         return torch.tensor((v.max().item() if v.numel() else 0.) if valid else math.inf, dtype=torch.float64)
-    largests = reduce_over_shards({k: largest(v) for k,v in fisher.items()}, params, 'max')
+    largests = reduce_over_shards({k: largest(v) for k,v in stored.items()}, params, 'max')
     largests = {k: v.item() for k,v in largests.items()}
     if bad := [k for k,v in largests.items() if v==math.inf]:
-        raise ValueError(f"the Fisher of {shorten(', '.join(bad), 400)} has negative or non-finite values in "
-                         f"{fisher[bad[0]].dtype}: estimate it again, or pass another dtype")
+        wrong = 'non-finite' if lowest<0 else 'negative or non-finite'
+        raise ValueError(f"the {name} of {shorten(', '.join(bad), 400)} has {wrong} values in {stored[bad[0]].dtype}: "
+                         f"{advice}, or pass another dtype")
     return largests
 
 # %% ../../nbs/penalty/quadratic.ipynb #44ce1e9f
@@ -213,6 +217,9 @@ class QuadraticPenalty:
         check_coefficients(fisher, alpha=alpha, beta=beta, l2sp=l2sp, strength=strength)
         if dtype is not None and not dtype.is_floating_point:
             raise ValueError(f"dtype={dtype}: anchor and Fisher need a floating-point type")
+        if hasattr(anchor, 'n_images'):
+            raise ValueError(f"anchor is a {type(anchor).__name__}, squared gradients instead of parameters: pass it "
+                             "as fisher=, and the source model or its state_dict as anchor=")
         model = unwrap(model)
         reshard(model)
         new = _check_new(model, new)
@@ -224,11 +231,12 @@ class QuadraticPenalty:
         self.decayed = _choose(model, new, 'alpha', alpha_on)
         self.anchored = _choose(model, new, 'beta', beta_on).intersection(self.shared)
         _check_terms(self, alpha_on, beta_on)
-        self.anchor = _clone_shared(model, self.params if anchor is None else anchor, new, dtype, device)
+        self.anchor = _clone_shared(model, self.params if anchor is None else anchor, 'anchor', new, dtype, device)
+        _max_values(self.anchor, self.params, -math.inf, 'anchor', 'pass the source model')
         self.fisher,self.max_fisher,self.mean_fisher = None,{},0.
         if fisher is None: return
-        self.fisher = _clone_shared(model, fisher, new, dtype, device)
-        self.max_fisher = _max_fisher(self.fisher, self.params)
+        self.fisher = _clone_shared(model, fisher, 'fisher', new, dtype, device)
+        self.max_fisher = _max_values(self.fisher, self.params, 0., 'Fisher', 'estimate it again')
         chosen = {n: self.fisher[n] for n in self.shared if n in self.anchored}
         self.mean_fisher = _mean_fisher(chosen, self.params)
         if strength: self.beta = _as_beta(strength, self.mean_fisher)
