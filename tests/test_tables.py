@@ -365,6 +365,16 @@ def test_a_box_that_is_none(box, drawn, tmp_path):
 def test_a_csv_that_is_none(text, said, listed):
     with pytest.raises(ValueError, match=said): read_table(listed(text))
 
+@pytest.mark.parametrize('header', ['path,label,label', 'path,label, label ', 'path,label,"label"', 'label,path,label'])
+def test_a_column_twice(header, listed):
+    with pytest.raises(ValueError, match="2 columns 'label'"): read_table(listed(f'{header}\na.jpg,b.jpg,x\n'))
+    columns = [o.strip(' "') for o in header.split(',')]
+    twice = pd.DataFrame([['a.jpg','b.jpg','x']], columns=columns)
+    with pytest.raises(ValueError, match="2 columns 'label'"): read_table(twice)
+
+def test_another_column_twice_is_no_error(listed):
+    assert list(read_table(listed('path,label,note,note,label.1\na.jpg,x,1,2,y\n')).label)==['x']
+
 def test_compressed_and_with_row_names(listed, tmp_path):
     "As pandas reads them, and R writes them"
     import bz2, gzip, lzma
