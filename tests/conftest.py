@@ -5,6 +5,7 @@ import pytest, timm, torch
 from fastai.callback.fp16 import MixedPrecision
 from safetensors.torch import save_file
 from torch.amp import GradScaler, autocast
+from pretend import pretend
 from ray_cluster import ray_cluster  # noqa: F401, a fixture
 
 # Files whose tests need a shell, signals, /proc or forks: left out on Windows and macOS, where processes are spawned
@@ -56,6 +57,11 @@ def tiny_done(tiny_run, tmp_path_factory):
     out = tmp_path_factory.mktemp('done')
     do_run(tiny_run, out/'run', out/'sources', quiet=True)
     return out/'run'
+
+@pytest.fixture
+def device():
+    "A pretended accelerator"
+    with pretend() as device: yield device
 
 def mobilenet(**kw):
     "MobileNet-v1 0.75 as its ImageNet weights in FGVC_FISHER_PHOTOS want it: depthwise and `Conv2dSame`"

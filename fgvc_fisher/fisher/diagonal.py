@@ -48,16 +48,17 @@ KINDS = ('sampled', 'empirical', 'exact')
 class DiagFisher(Mapping):
     "The diagonal Fisher information of a classifier: parameter name -> tensor of its shape, the mean over images."
     def __init__(self,
-        sums:dict, # Parameter name -> tensor of its shape: the sum over images
+        sums:dict, # Parameter name -> tensor of its shape: the sum over images; moved to the CPU
         n_images:int, # How many images were summed
         kind:str, # 'exact', 'sampled' or 'empirical', see `estimate_fisher`
         provenance:dict|None=None, # How it was made: architecture, weights, seed, versions, ...; strings
         moments:Tensor|None=None, # (parameters + 1,): sum over images of the squared total of each parameter and of all
         rules:dict|None=None, # Parameter name -> the functions that its gradients came from
     ):
-        self.sums,self.n_images,self.kind = sums,n_images,kind
+        self.sums = {k: v.cpu() for k,v in sums.items()}
+        self.n_images,self.kind = n_images,kind
         self.provenance,self.rules = dict(provenance or {}),dict(rules or {})
-        self.moments = moments
+        self.moments = None if moments is None else moments.cpu()
     def __getitem__(self, name): return self.sums[name]/self.n_images
     def __contains__(self, name): return name in self.sums
     def __iter__(self): return iter(self.sums)

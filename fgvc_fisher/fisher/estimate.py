@@ -164,8 +164,8 @@ class Estimate:
         "The estimate over the images so far."
         header = dict(self.provenance)
         if self.plan.kind=='exact' and self.n_images: header['mass_left'] = repr(self.uncovered_mass/self.n_images)
-        sums = {k: v.cpu() for k,v in self.total.sums.items()}
-        return DiagFisher(sums, self.n_images, self.plan.kind, header, self.moments.clone(), self.total.coverage)
+        sums,moments = self.total.sums,self.moments.clone()
+        return DiagFisher(sums, self.n_images, self.plan.kind, header, moments, self.total.coverage)
 
 # %% ../../nbs/fisher/estimate.ipynb #77db31c7
 @patch
