@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 import pandas as pd, pytest, torch
 from fastai.callback.core import Callback
+from fgvc_fisher.data import read_pictures
 from fgvc_fisher.fisher import DiagFisher
 from fgvc_fisher.learner import source_model
 from fgvc_fisher.distributed.ranks import shutdown_processes, processes
@@ -57,7 +58,7 @@ def test_the_numbers_are_those_of_one_process(run, together, tmp_path):
     one,two = [DiagFisher.load(next(o.glob('*sampled*.safetensors'))) for o in (tmp_path/'run', together)]
     for k,v in one.items(): torch.testing.assert_close(two[k], v, rtol=1e-6, atol=1e-6*v.max().item())
     assert one.n_images==two.n_images
-    learn = load_run(run, together, source_model(run.arch, run.weights))
+    learn = load_run(together, pictures=True)
     assert there['last']==pytest.approx(accuracy_on(learn.model, learn.dls.valid), abs=1e-12)
 
 def test_if_one_dies_the_run_ends_and_can_be_resumed(run, together, tmp_path):
@@ -138,3 +139,32 @@ def test_a_failed_run_ends_a_sweep_and_the_next_sweep_does_the_rest(run, tmp_pat
 def test_what_several_processes_cannot_do(run, monkeypatch, kw, named):
     monkeypatch.setattr('fgvc_fisher.experiment.run.processes', lambda: (2,0))
     with pytest.raises(ValueError, match=named): make_learner(replace(run, **kw), source_model(run.arch, run.weights))
+
+def skip(table, folder):
+    "Leaves out bad pictures, and writes down which of them this process opened"
+    from fgvc_fisher.data import pictures
+    _,i = processes()
+    opened,open_picture = [],pictures.open_picture
+    def counted(path, **kwargs):
+        opened.append(path.name)
+        return open_picture(path, **kwargs)
+    pictures.open_picture = counted
+    good, = pictures.skip_bad([table])
+    try: pictures.skip_bad([table[:1]])
+    except OSError as e: said = str(e)
+    (folder/f'{i}.json').write_text(json.dumps(dict(opened=sorted(opened), good=[o.name for o in good.path], said=said)))
+    shutdown_processes()
+
+def test_one_process_looks_for_bad_pictures(drawn_source, tmp_path):
+    table = read_pictures(drawn_source)[:4]
+    names = [o.name for o in table.path]
+    bad = tmp_path/names[0]
+    bad.write_bytes(b'')
+    table = table.assign(path=[bad, *table.path[1:]])
+    processes = ranks(skip, table, tmp_path)
+    succeed(processes)
+    first,second = [json.loads((tmp_path/f'{i}.json').read_text()) for i in range(2)]
+    assert first['opened']==sorted([*names, names[0]]) and second['opened']==[]
+    assert first['good']==second['good']==names[1:]
+    assert first['said']==second['said'] and names[0] in first['said']
+    assert [o.err.count('skipping 1 of 4') for o in processes]==[1,0]

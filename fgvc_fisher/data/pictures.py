@@ -25,7 +25,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2.functional import resize
 from .tables import read_aircraft
 from ..distributed.files import replace_file
-from ..distributed.ranks import processes
+from ..distributed.ranks import on_rank0, processes
 
 # %% ../../nbs/data/pictures.ipynb #97a2b715
 def _full_scale(img, low, high):
@@ -108,24 +108,27 @@ def _why_bad(path):
     try: open_picture(path, name=str(path))
     except OSError as e: return str(e)
     return ''
+def _bad_pictures(paths):
+    "The pictures that cannot be decoded, each with the reason"
+    with ThreadPoolExecutor(defaults.cpus) as pool:
+        return {path: reason for path,reason in zip(paths, pool.map(_why_bad, paths)) if reason}
 
 # %% ../../nbs/data/pictures.ipynb #1ce37bf0
 def skip_bad(
     tables:list, # Tables with a column `path`, such as those of the splits
     on_bad:str='skip', # 'skip' leaves out what cannot be decoded; 'error' changes nothing, so that reading it raises
 )->list: # The tables, with the rows whose picture can be decoded
-    """Leave out the pictures that cannot be decoded, with one warning that names them. Raises `OSError` if none of a
-    table can be decoded, `ValueError` for another `on_bad`."""
+    """Leave out the pictures that cannot be decoded, with one warning that names them. Of several processes, all have to
+    call this; the first one decodes. Raises `OSError` if none of a table can be decoded, `ValueError` for another
+    `on_bad`."""
     if on_bad not in ('error', 'skip'): raise ValueError(f"unknown on_bad={on_bad!r}; choose 'error' or 'skip'")
     paths = list(dict.fromkeys(path for table in tables for path in table.path))
     if on_bad=='error' or not paths: return tables
-    with ThreadPoolExecutor(defaults.cpus) as pool: reasons = dict(zip(paths, pool.map(_why_bad, paths)))
-    bad = [path for path in paths if reasons[path]]
+    bad = on_rank0(lambda: _bad_pictures(paths))
     if not bad: return tables
     for table in tables:
         if len(table) and table.path.isin(bad).all():
-            first = reasons[table.path.iloc[0]]
-            raise OSError(f"none of {len(table)} pictures can be decoded; the first: {first}")
+            raise OSError(f"none of {len(table)} pictures can be decoded; the first: {bad[table.path.iloc[0]]}")
     names = shorten(', '.join(sorted(map(str, bad))), 400)
     message = f"skipping {len(bad)} of {len(paths)} pictures, which cannot be decoded: {names}"
     if not processes()[1]: warnings.warn(message)
