@@ -8,6 +8,7 @@ As on a GPU, these work: `.cpu()`, `.item()`, `.tolist()`, copies between the tw
 without dimensions as an operand. As there, these raise errors: `.numpy()`, stacking tensors of both.
 With `float64=False` the device has no float64, as Apple's.
 It says nothing about streams, pinned memory, kernels, speed or memory: for those see `test_cuda`."""
+from collections.abc import Callable
 from contextlib import contextmanager
 from unittest.mock import patch
 import torch
@@ -37,6 +38,7 @@ class Pretend(Tensor):
         self.raw = raw
         return self
     def __repr__(self): return f'Pretend({self.raw!r})'
+    is_meta = False
     def __reduce_ex__(self, protocol): return self.raw.__reduce_ex__(protocol)  # as `map_location='cpu'` reads it
     def data_ptr(self): return self.raw.data_ptr()
     def tolist(self): return self.raw.tolist()
@@ -55,7 +57,9 @@ def subclass(cls):
     "The pretended tensor of a class such as fastai's `TensorImage`"
     if issubclass(cls, Pretend): return cls
     if cls in (Tensor,nn.Parameter): return Pretend
-    if cls not in SUBCLASSES: SUBCLASSES[cls] = type(f'Pretend{cls.__name__}', (cls,Pretend), {})
+    if cls not in SUBCLASSES:
+        bases = [subclass(o) for o in cls.__bases__ if issubclass(o, Tensor)]
+        SUBCLASSES[cls] = type(f'Pretend{cls.__name__}', (cls,*bases), {})
     return SUBCLASSES[cls]
 
 def refuse_mixing(func, tensors):
@@ -111,6 +115,12 @@ def moving(make):
         return make(*args, **kwargs).to(device) if is_there(device) else make(*args, device=device, **kwargs)
     return made
 
+def load(file, map_location=None, original=torch.load, **kwargs):
+    "`torch.load`, which takes the device for one without numbers"
+    if isinstance(map_location, (dict,Callable)) or not is_there(map_location):
+        return original(file, map_location=map_location, **kwargs)
+    return tree_map(lambda o: o.to(DEVICE) if isinstance(o, Tensor) else o, original(file, 'cpu', **kwargs))
+
 IN_HALF = {
     F.linear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, torch.matmul,
     torch.mm, torch.bmm, Tensor.matmul, Tensor.__matmul__, Tensor.mm, Tensor.bmm, F.scaled_dot_product_attention}
@@ -153,7 +163,7 @@ def pretend(
     torch.autograd.set_multithreading_enabled(False)           # another thread would not be inside
     torch.__future__.set_swap_module_params_on_conversion(True)
     try:
-        with (patch.multiple(torch, autocast=autocast, as_subclass=as_subclass, tensor=moving(torch.tensor),
+        with (patch.multiple(torch, autocast=autocast, as_subclass=as_subclass, load=load, tensor=moving(torch.tensor),
                              as_tensor=moving(torch.as_tensor)), Operations(float64)): yield DEVICE
     finally:
         torch.__future__.set_swap_module_params_on_conversion(swaps)

@@ -1,15 +1,30 @@
 "Every path that touches a device, on a pretended one: its numbers are the CPU's, and its tensors do not meet the CPU's"
-import copy, warnings
-import pytest, torch
+import copy, random, warnings
+from dataclasses import replace
+from pathlib import Path
+import fastai.optimizer, fastai.torch_core, numpy as np, pandas as pd, pytest, torch
+from PIL import Image
+from fastai.basics import Callback, CrossEntropyLossFlat, DataLoaders, Learner, accuracy
+from fastai.data.load import DataLoader
 from torch import nn
 from torch.nn import functional as F
+import fgvc_fisher.data.loaders, fgvc_fisher.experiment.run
+from fgvc_fisher.callback import L2SPFisherCallback
+from fgvc_fisher.data import aircraft_dls
+from fgvc_fisher.experiment import do_run
+from fgvc_fisher.explore.recognise import Recogniser
 from fgvc_fisher.fisher import DiagFisher, estimate_fisher
 from fgvc_fisher.fisher.per_image import PerImage
+from fgvc_fisher.learner import aircraft_learner, nesterov, source_model
+from fgvc_fisher.penalty import QuadraticPenalty
+from fgvc_fisher.penalty.merging import interpolate, merge
+from fgvc_fisher.retention import Retention, retention, with_source_head
 from pretend import DEVICE, Pretend, pretend
 from test_fisher import (
     Branches, Pooled, Routed, SequenceFirst, Shared, TwoInputs, Uses, WAYS, Words, conv1ds, conv2ds, conv3ds, named,
     randomised
 )
+from test_loops import problem
 
 def agree(a, b, tol=1e-12):
     "Mappings from names to tensors, wherever they are"
@@ -164,3 +179,161 @@ def test_a_fisher_from_the_device(device, tmp_path):
     assert there.summary().equals(fisher.summary())
     there.plot_histogram()
     there.check(model.to(device))
+
+# The penalty
+
+PENALTIES = {
+    'beta': dict(beta=3.), 'strength': dict(strength=0.5), 'all terms': dict(alpha=0.02, beta=3., l2sp=0.1),
+    'l2sp': dict(l2sp=0.1), 'alpha on the head': dict(alpha=0.1, alpha_on='new'), 'weights': dict(beta=1., beta_on='weights'),
+    'in bfloat16': dict(beta=3., dtype=torch.bfloat16), 'in float16': dict(strength=1., l2sp=0.1, dtype=torch.float16),
+    'on the CPU': dict(beta=3., l2sp=0.1, device='cpu'),
+    'in bfloat16 on the CPU': dict(alpha=0.1, strength=1., dtype=torch.bfloat16, device='cpu')}
+
+def steps(model, penalty, data, device='cpu'):
+    "Train by hand, a step of each kind for each batch; what the penalty says on the way"
+    optimizer,said = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9),[]
+    for x,y in data:
+        optimizer.zero_grad()
+        (F.cross_entropy(model(x.to(device)), y.to(device)) + 0.01*penalty.value()).backward()
+        penalty.add_grad_(0.1)
+        optimizer.step()
+        penalty.prox_(optimizer)
+        said.append([penalty.value().item(), penalty.distance(), *penalty.stiffest(0.1)])
+    table = penalty.table()
+    return said,table.moved.tolist(),table.cost.tolist(),table.terms.tolist()
+
+@pytest.mark.parametrize('moved', ['before','after'])
+@pytest.mark.parametrize('name', PENALTIES)
+def test_penalty(device, name, moved):
+    "Made from tensors on the CPU or on the device, before or after the model is moved"
+    model,theta0,fisher,data = problem(n=12)
+    there,kw = copy.deepcopy(model),PENALTIES[name] | dict(new=['3'])
+    wanted = steps(model, QuadraticPenalty(model, theta0, fisher, **kw), data)
+    if moved=='before': there.to(device)
+    else: theta0 = {n: v.to(device) for n,v in theta0.items()}
+    penalty = QuadraticPenalty(there, theta0, fisher, **kw)
+    there.to(device)
+    found = steps(there, penalty, data, device)
+    agree(dict(there.named_parameters()), dict(model.named_parameters()), 1e-6)
+    for a,b in zip(found, wanted): assert str(a)==str(b) if a==found[-1] else torch.allclose(*map(numbers, (a,b)), equal_nan=True)
+    if 'CPU' in name: assert 'copied from cpu' in penalty.summary()
+
+def numbers(o):
+    "All numbers of nested lists, as a tensor"
+    return torch.tensor([v for row in o for v in (row if isinstance(row, list) else [row]) if isinstance(v, float)])
+
+def tuned_in_fastai(model, cb, data, device, n=2, **kw):
+    dls = DataLoaders(*[DataLoader(data, bs=4, num_workers=0) for _ in range(2)], device=device)
+    learn = Learner(dls, model, CrossEntropyLossFlat(), metrics=accuracy, cbs=cb, **kw)
+    with learn.no_bar(), learn.no_logging(): learn.fit(n, 0.1)
+    return learn
+
+CALLBACKS = {**PENALTIES, 'explicit': dict(alpha=0.02, beta=0.3, l2sp=0.1, step='grad'),
+             'explicit, on the CPU': dict(beta=0.3, step='grad', device='cpu'), 'without an anchor': dict(l2sp=0.1, anchor=None),
+             'frozen statistics': dict(beta=1., freeze_bn=True)}
+@pytest.mark.parametrize('name', CALLBACKS)
+def test_callback(device, name, capsys):
+    "fastai moves the model to the device when the training begins, after the callback was made"
+    model,theta0,fisher,data = problem(n=12)
+    data = [(o,t) for x,y in data for o,t in zip(x, y)]
+    kw = dict(anchor=theta0, fisher=fisher, new=['3'], beta=0. if 'strength' in CALLBACKS[name] else None) | CALLBACKS[name]
+    kw = {k: v for k,v in kw.items() if k!='beta' or v}
+    here,there = [tuned_in_fastai(copy.deepcopy(model), L2SPFisherCallback(**kw), data, o) for o in ('cpu', device)]
+    agree(dict(there.model.named_parameters()), dict(here.model.named_parameters()), 1e-6)
+    assert is_on_device(there.model) and here.recorder.metric_names==there.recorder.metric_names
+    assert torch.allclose(torch.tensor(there.recorder.values), torch.tensor(here.recorder.values), equal_nan=True)
+
+@pytest.mark.parametrize('opt_func', [nesterov, fastai.optimizer.Adam])
+def test_saved_and_resumed(device, opt_func, tmp_path, capsys):
+    "A training saved on the device resumes there and on the CPU, with its optimizer's state"
+    model,theta0,fisher,data = problem(n=12)
+    data = [(o,t) for x,y in data for o,t in zip(x, y)]
+    def learner(device, n):
+        cb = L2SPFisherCallback(beta=1., fisher=fisher, anchor=theta0)
+        return tuned_in_fastai(copy.deepcopy(model), cb, data, device, n, opt_func=opt_func, path=tmp_path)
+    wanted = learner('cpu', 3)
+    learner(device, 2).save('epoch-2')
+    for where in (device, 'cpu'):
+        learn = learner(where, 0).load('epoch-2')
+        with learn.no_bar(), learn.no_logging(): learn.fit(3, 0.1, start_epoch=2)
+        agree(dict(learn.model.named_parameters()), dict(wanted.model.named_parameters()), 1e-6)
+
+@pytest.mark.parametrize('there', ['source','tuned','both'])
+def test_merging(device, there):
+    torch.manual_seed(0)
+    source,tuned = small(),small()
+    fishers = [estimate_fisher(o, batches(SHAPE), progress=False) for o in (source, tuned)]
+    wanted = [merge(source, tuned, *fishers, beta=2., alpha=0.01), interpolate(source, tuned, 0.3)]
+    if there!='tuned': source.to(device)
+    if there!='source': tuned.to(device)
+    found = [merge(source, tuned, *fishers, beta=2., alpha=0.01), interpolate(source, tuned, 0.3)]
+    for a,b in zip(found, wanted): agree(a.state_dict(), b.state_dict())
+    assert all(is_on_device(o)==(there!='source') for o in found)
+
+# What the tuned model still knows
+
+@pytest.mark.parametrize('there', ['source','tuned','both'])
+def test_retention(device, there):
+    source,tuned,data = small(),small(),batches(SHAPE, n_classes=4)
+    wanted = retention(tuned, source, data)
+    if there!='tuned': source.to(device)
+    if there!='source': tuned.to(device)
+    assert retention(tuned, source, data)==wanted
+    assert is_on_device(with_source_head(tuned, source, 'source'))==(there!='source')
+
+def test_retention_while_training(device):
+    source,data = small(),batches(SHAPE, n_classes=4, dtype=torch.float32)
+    data = [(o,t) for x,y in data for o,t in zip(x, y)]
+    pictures = batches(SHAPE, n_classes=4)
+    def values(device):
+        torch.manual_seed(0)
+        return tuned_in_fastai(copy.deepcopy(source).float(), Retention(source, pictures), data, device).recorder.values
+    assert torch.allclose(torch.tensor(values(device)), torch.tensor(values('cpu')), atol=1e-5)
+
+@pytest.fixture
+def by_default(device, monkeypatch):
+    "The device, on which fastai and this package put things by default"
+    for module in (fastai.torch_core, fgvc_fisher.data.loaders, fgvc_fisher.experiment.run):
+        monkeypatch.setattr(module, 'default_device', lambda use=-1: device)
+    return device
+
+@pytest.mark.parametrize('transforms', ['plain','published','fastai'])
+def test_batches_of_pictures(by_default, drawn, tiny_weights, transforms):
+    "Bytes are normalised, mixed and erased on the device"
+    def batch(device):
+        torch.manual_seed(0)
+        np.random.seed(0)
+        random.seed(0)
+        dls = aircraft_dls(drawn, size=32, bs=4, num_workers=0, transforms=transforms)
+        learn = aircraft_learner(dls.to(device), 'test_resnet', str(tiny_weights))
+        return [*learn.dls.train.one_batch(), *learn.dls.valid.one_batch()]
+    there,here = batch(by_default),batch('cpu')
+    assert all(isinstance(o, Pretend) for o in there) and not any(isinstance(o, Pretend) for o in here)
+    for a,b in zip(there, here): assert torch.allclose(a.cpu().float(), b.float(), atol=1e-5)
+
+@pytest.mark.parametrize('recipe', ['one-cycle','published'])
+@pytest.mark.parametrize('step', ['prox','published'])
+def test_whole_runs(by_default, tiny_run, tmp_path, recipe, step, monkeypatch):
+    "Interrupted after two epochs and resumed: the same result as on the CPU"
+    run = replace(tiny_run, recipe=recipe, step=step, **dict(beta=1e-5) if step=='published' else {})
+    class Stop(Callback):
+        def after_epoch(self):
+            if self.epoch==1: raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt): do_run(run, tmp_path/'there', cbs=[Stop()], quiet=True)
+    found = do_run(run, tmp_path/'there', quiet=True)
+    for module in (fastai.torch_core, fgvc_fisher.data.loaders, fgvc_fisher.experiment.run):
+        monkeypatch.setattr(module, 'default_device', lambda use=-1: torch.device('cpu'))
+    wanted = do_run(run, tmp_path/'here', quiet=True)
+    assert found['last']==wanted['last'] and found['retention_target_bn']==wanted['retention_target_bn']
+
+def test_recogniser(by_default, drawn, tiny_weights):
+    picture = next(Path(drawn).rglob('*.jpg'))
+    source = source_model('test_resnet', str(tiny_weights))
+    def recognised(device):
+        torch.manual_seed(0)
+        learn = aircraft_learner(aircraft_dls(drawn, size=64, bs=4, num_workers=0).to(device), source)
+        learn.model.to(device)
+        return Recogniser(learn, source)(Image.open(picture))
+    there,here = recognised(by_default),recognised('cpu')
+    assert (there.seen==here.seen).all() and np.allclose(there.heat, here.heat, atol=1e-4)
+    for name in ('variants','source'): pd.testing.assert_frame_equal(getattr(there, name), getattr(here, name), rtol=1e-4)

@@ -152,7 +152,9 @@ STD = 0.22388883112804625, 0.21641635409388751, 0.24615605842636115
 class InPlaceNormalize(Normalize):
     "fastai's `Normalize`, in place: `IntToFloatTensor` has just created the batch, and nothing else refers to it."
     order = Normalize.order
-    def encodes(self, x:TensorImage): return x.sub_(self.mean).div_(self.std)
+    def encodes(self, x:TensorImage):
+        self.mean,self.std = self.mean.to(x.device),self.std.to(x.device)     # made where fastai puts things by default
+        return x.sub_(self.mean).div_(self.std)
 
 # %% ../../nbs/data/transforms.ipynb #8eee812e
 def _copy_side(size, train): return floor(size*1.5 if train else size/0.875)
