@@ -7,7 +7,7 @@ matplotlib.use('Agg')
 import matplotlib.pyplot as plt
 from fgvc_fisher.experiment import curves, differences, frontier, read_curves, read_runs, show_table, table
 from fgvc_fisher.experiment.results import (
-    ACCURACIES, MEASURES, STYLES, at_retention, equal_retention, read_errors, style
+    ACCURACIES, DIVERGENCES, MEASURES, STYLES, at_retention, conclusions, equal_retention, read_errors, style
 )
 from fgvc_fisher.experiment.seeds import interval, paired, seeds_needed
 
@@ -310,6 +310,8 @@ class TestFrontier:
         assert 'mine' in [o.get_text() for o in ax.get_legend().get_texts()]
         assert ax.get_xlim()[1]>=0.9 and ax.get_ylim()[0]<=0.2
 
+    def test_one_arm(self): assert marks(frontier(rows(retention_target_bn=0.1)))==[[0.1,0.7]]
+
     def test_one_seed_without_the_sources_statistics(self):
         ax = frontier(rows(retention_target_bn=0.1) + rows('L2, 5e-4', retention_target_bn=0.2))
         assert list(texts(ax)) == ['5e-4']
@@ -361,7 +363,102 @@ def test_styles():
     assert {'plain','L2','L2-SP','L2-SP-Fisher','as published','last layer only','linear probe first',
             'LwF','linear probe'} < set(STYLES)
     assert style('of my own, 3')['marker'] not in {o for _,o in STYLES.values()}
-    assert set(MEASURES) == {*ACCURACIES,'seconds'}
+    assert set(MEASURES) == {*ACCURACIES,*DIVERGENCES,'seconds'}
+
+def agreed(agreement, both=False, **kwargs):
+    "What a run has without labels; `both`: with labels, as well"
+    found = dict(agreement_target_bn=agreement, agreement_source_bn=agreement/2, divergence_target_bn=3*(1-agreement),
+                 divergence_source_bn=4*(1-agreement))
+    return found | kwargs | (dict(retention_target_bn=0.9*agreement, retention_source_bn=0.4*agreement) if both else {})
+
+class TestWithoutLabels:
+    "Agreement with the source, instead of a retention or beside it"
+    NEW = *list(ACCURACIES)[-2:],*DIVERGENCES
+    OLD = 'retention_target_bn','retention_source_bn'
+
+    def runs(self, both=False):
+        return rows(seeds=(0,1), **agreed(0.2, both)) + rows('L2-SP, 1', (0,1), 0.6, **agreed(0.6, both))
+
+    def test_names(self): assert all(re.match('(agreement|divergence)_(target|source)_bn', o) for o in self.NEW)
+
+    def shown(self, runs): return [o for o in (*self.OLD,*self.NEW) if o in table(runs)]
+
+    def test_which_are_shown(self):
+        old = rows('old', **dict(retention_target_bn=0.3, retention_source_bn=0.2))
+        nothing = rows('none') + [dict(arm='lost', seed=0, last=None) | agreed(0.4)]
+        assert self.shown(self.runs())==[*self.NEW]
+        assert self.shown(self.runs(both=True))==self.shown(old)==self.shown(self.runs(both=True)+old)==[*self.OLD]
+        assert self.shown(self.runs()+old)==[*self.OLD,*self.NEW] and self.shown(nothing)==[]
+        assert self.shown(self.runs(both=True)+nothing[1:])==[*self.OLD]      # a diverged run has no agreement
+        assert [o for o in self.NEW if o in table(self.runs(both=True), self.NEW)]==[*self.NEW]
+
+    def test_a_table_names_them(self):
+        t = show_table(table(self.runs()))
+        assert t.loc['L2-SP, 1','agreement with the source']=='60.0 ± 0.0'
+        assert t.loc['L2-SP, 1','divergence from the source (nats)']=='1.200 ± 0.000'
+        assert not [o for o in t if 'retention' in o]
+
+    def test_some_arms_with_labels(self):
+        mixed = self.runs()[:2] + rows('old', (0,1), retention_target_bn=0.3)
+        t = show_table(table(mixed))
+        assert t.loc['plain','retention']==t.loc['old','agreement with the source']=='–'
+        assert t.loc['old','retention']=='30.0 ± 0.0' and t.loc['plain','agreement with the source']=='20.0 ± 0.0'
+
+    def test_diverged(self):
+        lost = dict(arm='plain', seed=1, last=math.nan) | agreed(0.)
+        t = table(rows(**agreed(0.4)) + [lost] + rows('L2', **agreed(0.5)))
+        assert t.loc['plain',[(o,'mean') for o in self.NEW]].isna().all()
+        assert t.loc['L2',('divergence_target_bn','mean')]==1.5
+
+    def test_differences(self):
+        d = differences(self.runs())
+        assert list(d.index)==[('L2-SP, 1',o) for o in ('last', *self.NEW[:2])]
+        assert d.loc[('L2-SP, 1','agreement_target_bn')].difference==pytest.approx(0.4)
+        nats = differences(self.runs(), measures='divergence_target_bn')
+        assert nats.difference.item()==pytest.approx(-1.2)
+        assert list(differences(self.runs(both=True)).index.get_level_values(1))==['last', *self.OLD]
+
+    def test_sentences(self):
+        last,agreement,_ = conclusions(self.runs())
+        assert 'agreement with the source' in agreement and '+40.0 points' in agreement and 'higher' in agreement
+        nats, = conclusions(self.runs(), measures='divergence_target_bn')
+        assert '-1.200 nats' in nats and 'lower' in nats and 'point' not in nats and '0.01 nats' in nats
+        missing = conclusions(self.runs() + rows('old', (0,1), retention_target_bn=0.3), measures='agreement_target_bn')
+        assert 'nan' not in ''.join(missing) and missing[1].startswith('old, agreement')
+
+    def test_frontier(self):
+        ax = frontier(self.runs())
+        assert marks(ax)==[pytest.approx(o) for o in ([0.2,0.705],[0.1,0.705],[0.6,0.605],[0.3,0.605])]
+        assert ax.get_xlabel().startswith('agreement') and 'agreement with the source' in ax.get_title()
+        assert 'retention' not in ax.get_xlabel()+ax.get_title()
+
+    def test_frontier_of_both(self):
+        both = self.runs(both=True)
+        assert frontier(both).get_xlabel()==frontier(both, source='retention').get_xlabel()
+        assert frontier(both).get_xlabel().startswith('retention')
+        assert marks(frontier(both, source='agreement'))==marks(frontier(self.runs()))
+        one_old = rows('old', retention_target_bn=0.3)
+        assert frontier(self.runs()+one_old).get_xlabel().startswith('agreement')
+        assert frontier(self.runs()[:1]+one_old).get_xlabel().startswith('retention')
+
+    def test_before_is_an_accuracy(self):
+        "So it is no line among agreements, unless it is given"
+        def lines_at(ax): return [o.get_xdata()[0] for o in ax.lines if list(o.get_ydata())==[0,1]]
+        runs = pd.DataFrame(self.runs(both=True)).assign(before=0.8)
+        assert lines_at(frontier(runs))==[pytest.approx(0.8)] and lines_at(frontier(runs, source='agreement'))==[]
+        assert lines_at(frontier(runs, before=1., source='agreement'))==[1.]
+
+    @pytest.mark.parametrize('bad,named', [
+        ('agreement', 'no agreement'), ('retention_target_bn', 'retention, agreement'), ('accuracy', 'accuracy')])
+    def test_what_is_not_there(self, out, bad, named):
+        with pytest.raises(ValueError, match=named): frontier(out, source=bad)
+
+    def test_at_equal_agreement(self):
+        strong = rows('L2-SP, 2', (0,1), 0.5, **agreed(0.8))
+        found = at_retention(self.runs()+strong, 0.4, retention='agreement_target_bn')
+        assert found['last'].tolist()==pytest.approx([0.65,0.66])
+        with pytest.raises(ValueError, match='agreement with the source 0.9'):
+            at_retention(self.runs()+strong, 0.9, retention='agreement_target_bn')
 
 class TestSeeds:
     def test_interval_as_scipy(self):
