@@ -149,6 +149,43 @@ def test_bad_tars(net, pictures, tars, tmp_path):
         shards = tar_shards(tmp_path/f'{name}.tar')
         with pytest.raises(RuntimeError, match=text): run(net, shards, tmp_path/name, retries=0)
 
+BAD = {'empty': lambda data: b'', 'cut short': lambda data: data[:-200], 'text': lambda data: b'404 not found',
+       'damaged': lambda data: bytes(40)+data[40:], 'zip': lambda data: b'PK\3\4'+bytes(99)}
+@pytest.mark.parametrize('kind', BAD)
+def test_a_picture_that_cannot_be_decoded(kind, net, pictures, tmp_path, capsys):
+    "It stops the estimate, which can go on without it; the Fisher is that of the others"
+    (data,label),out = pictures[1],tmp_path/'sums'
+    rows = [pictures[:2], [(BAD[kind](data), label), pictures[2]], pictures[3:5]]
+    shards = tar_shards([write_tar(tmp_path/f'{i}.tar', o) for i,o in enumerate(rows)])
+    with pytest.raises(RuntimeError, match=r'1 of 3 shards.*1.tar: 0000 .*on_bad'): run(net, shards, out, retries=0)
+    with pytest.warns(UserWarning, match=r'\b1 of 6\b.*1.tar: 0000$') as said:
+        fisher = run(net, shards, out, kind='sampled', on_bad='skip', quiet=False)
+    assert len(said)==1 and 'shard 1, ' in capsys.readouterr().out
+    good = tar_shards(write_tar(tmp_path/'good.tar', [*rows[0], rows[1][1], *rows[2]]))
+    assert fisher.n_images==5 and '1.tar: 0000' in fisher.provenance['skipped']
+    assert set(files(out))=={'000001.skipped','sum-000.safetensors'}
+    with pytest.warns(UserWarning, match='1 of 6'):
+        exact = run(net, shards, tmp_path/'b', kind='exact', on_bad='skip', jobs=2)
+    assert close(exact, run(net, good, tmp_path/'c', kind='exact'))
+    with pytest.raises(ValueError, match=r'sums.*1.tar: 0000.*on_bad'): run(net, shards, out)
+
+def test_shards_without_a_picture_that_can_be_decoded(net, pictures, tmp_path):
+    names = [write_tar(tmp_path/'a.tar', [(b'', 0), (b'?', 1)]), write_tar(tmp_path/'b.tar', pictures[:2])]
+    both,bad = tar_shards(names),tar_shards(names[0])
+    for _ in range(2):
+        with pytest.warns(UserWarning, match=r'2 of 4.*a.tar: 0000.*a.tar: 0001'):
+            assert run(net, both, tmp_path/'both', on_bad='skip').n_images==2
+    with pytest.raises(ValueError, match=r'2 cannot be decoded.*a.tar: 0000'):
+        run(net, bad, tmp_path/'bad', on_bad='skip')
+    for on_bad in ('ignore', '', None, True):
+        with pytest.raises(ValueError, match=f'on_bad={on_bad!r}'): run(net, both, tmp_path/'no', on_bad=on_bad)
+    assert not (tmp_path/'no').exists()
+
+def test_nothing_to_skip(net, tars, tmp_path, recwarn):
+    a,b = [run(net, drawn(tars, 3), tmp_path/on_bad, on_bad=on_bad) for on_bad in ('error','skip')]
+    assert close(a, b, 0) and a.provenance==b.provenance and files(tmp_path/'error')==files(tmp_path/'skip')
+    assert not [o for o in recwarn if o.category is UserWarning]
+
 def test_compressed(net, pictures, tars, tmp_path):
     url = write_tar(tmp_path/'a.tar.gz', pictures[:2], mode='w:gz')
     assert list(TarShard((url,)))[1].data==pictures[1][0]
@@ -206,9 +243,9 @@ def test_cut_while_a_sum_is_written(net, tars, tmp_path, monkeypatch, moment):
         if len(writes)==3 and moment=='before it is renamed': raise Cut
         real(a, b)
         if len(writes)==3 and moment=='after it was renamed': raise Cut
-    def add(self, i, fisher, real=PartialSums.add):
+    def add(self, i, fisher, skipped, real=PartialSums.add):
         if i==2 and not writes[2:] and moment=='before it is written': raise Cut
-        real(self, i, fisher)
+        real(self, i, fisher, skipped)
     monkeypatch.setattr(os, 'replace', replace)
     monkeypatch.setattr(PartialSums, 'add', add)
     with pytest.raises(Cut): run(net, logged, out)
@@ -244,7 +281,7 @@ def test_a_helper_is_killed(net, tars, tmp_path, capfd):
 def test_a_task_of_ray(net, tars, tmp_path):
     shards,out = odd(drawn(tars, 2), tmp_path),tmp_path/'a'
     settings = dict(kind='sampled', n_samples=1, mass=1., seed=0)
-    work = on_shards._Work(net, shards, out, settings, 32, 2, 1, 0, {}, True)
+    work = on_shards._Work(net, shards, out, settings, 32, 2, 1, 0, {}, True, 'error')
     with pytest.raises(FileNotFoundError, match=str(out)): on_shards._ray_shard(work, 0, False, 1)
     on_shards._check_folder(work)
     for _ in range(2): on_shards._ray_shard(work, 1, False, torch.get_num_threads())
@@ -392,6 +429,16 @@ def test_streams_of_other_kinds(drawn_source, tars, tmp_path):
     assert {o.label for o in stream_shards(some)[0]}=={label}
     with pytest.raises(ValueError, match=r'Image\(decode=False\)'):
         list(stream_shards(decoding.filter(lambda o: True))[0])
+
+def test_a_row_without_a_picture(net, drawn_source, tars, tmp_path):
+    datasets = pytest.importorskip('datasets')
+    images = [dict(bytes=o.data, path=None) for o in drawn(tars, 1)[0]]
+    rows = datasets.Dataset.from_list([dict(image=o) for o in (images[0], None, dict(bytes=b'', path=None), images[1])])
+    rows.cast_column('image', datasets.Image()).to_parquet(tmp_path/'a.parquet')
+    shards = stream_shards('parquet', data_files=str(tmp_path/'a.parquet'))
+    with pytest.raises(RuntimeError, match='picture 1 cannot be decoded'): run(net, shards, tmp_path/'a', retries=0)
+    with pytest.warns(UserWarning, match='2 of 4 .*picture 1, .*picture 2'):
+        assert run(net, shards, tmp_path/'a', on_bad='skip').n_images==2
 
 class Server(BaseHTTPRequestHandler):
     folder = None

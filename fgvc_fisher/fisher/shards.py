@@ -9,7 +9,7 @@ __all__ = ['LABEL', 'Sample', 'TarShard', 'tar_shards', 'StreamShard', 'stream_s
            'shard_fisher']
 
 # %% ../../nbs/fisher/shards.ipynb #1a51c53a
-import errno, gzip, importlib, json, os, time, traceback
+import errno, gzip, importlib, json, os, time, traceback, warnings
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +19,7 @@ from glob import glob
 from io import BytesIO
 from itertools import chain, count
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, NamedTuple
 
 # %% ../../nbs/fisher/shards.ipynb #157402b5
@@ -145,7 +146,8 @@ def tar_shards(
 
 # %% ../../nbs/fisher/shards.ipynb #69acccec
 def _bytes(picture):
-    "The bytes of an undecoded picture"
+    "The bytes of an undecoded picture; none if the row has no picture"
+    if picture is None: return b''
     if not isinstance(picture, dict):
         raise ValueError("the stream decodes its pictures: cast their column to datasets.Image(decode=False) "
                          "before you filter or map it")
@@ -208,9 +210,12 @@ def stream_shards(
     return [StreamShard(stream.shard(n, i), f'{name}, {i} of {n}', image, label) for i in range(n)]
 
 # %% ../../nbs/fisher/shards.ipynb #c5a628fd
-def _decode(sample, item):
-    "The pixels of a sample. Raises `OSError` that names a picture that cannot be decoded"
-    return item(open_picture(BytesIO(sample.data), name=sample.name))
+def _open(sample, skipped):
+    "The picture of a sample; None if it cannot be decoded and there is a list for the names of such pictures"
+    try: return open_picture(BytesIO(sample.data), name=sample.name)
+    except OSError as e:
+        if skipped is not None: return None
+        raise OSError(f"{e}; leave such pictures out with on_bad='skip' (command: --on-bad skip)") from e
 
 # %% ../../nbs/fisher/shards.ipynb #ef099f8a
 def _map_ahead(f, items, workers, n):
@@ -240,6 +245,7 @@ def shard_batches(
     size:int|None=None, # Side of the pictures in pixels; default: as in pretraining
     bs:int=32, # Batch size
     num_workers:int=1, # Threads that decode
+    skipped:list|None=None, # Gets the names of pictures that cannot be decoded, which are left out; None: they raise
 )->Iterator: # Batches `(x, y)` on the model's device: x (B, 3, size, size), normalised; y (B,), None without labels
     """The pictures of a shard in batches, as `source_dl` would make them. Raises `OSError` that names a picture that
     cannot be decoded."""
@@ -247,8 +253,14 @@ def shard_batches(
     item,on_batch,_ = named_transforms('plain', size or picture_stats(model)['size'], False, 1)
     item_pipe = Pipeline(item, split_idx=1)
     batch_pipe = Pipeline([*on_batch, _norm(model, device)], split_idx=1)
-    def decode(sample): return _decode(sample, item_pipe),sample.label
-    for batch in chunked(_map_ahead(decode, shard, num_workers, 2*bs), bs):
+    def decode(sample):
+        img = _open(sample, skipped)
+        return sample, None if img is None else item_pipe(img)
+    def labelled():
+        for sample,pixels in _map_ahead(decode, shard, num_workers, 2*bs):
+            if pixels is None: skipped.append(sample.name)
+            else: yield pixels,sample.label
+    for batch in chunked(labelled(), bs):
         x,y = zip(*batch)
         y = None if None in y else torch.tensor(y, device=device)
         yield batch_pipe(torch.stack(x).to(device)),y
@@ -291,6 +303,7 @@ class PartialSums:
 
     def _files(self): return sorted(self.folder.glob('sum-*.safetensors'))
     def _empty(self): return {int(file.stem) for file in self.folder.glob('*.empty')}
+    def _skipped_file(self, i): return self.folder/f'{i:06}.skipped'
 
     def done(self)->set: # Numbers of shards
         "The shards that are in a sum, or have no pictures."
@@ -299,13 +312,21 @@ class PartialSums:
             with _sum_lock(file): done.update(_read_sum(file, _shards_in) or ())
         return done
 
+    def skipped(self)->list: # Names
+        "The pictures that were left out of the shards that are done, because they cannot be decoded."
+        files = [file for i in sorted(self.done()) if (file := self._skipped_file(i)).exists()]
+        return [name for file in files for name in json.loads(file.read_text(encoding='utf-8'))]
+
 # %% ../../nbs/fisher/shards.ipynb #17f9e5d0
 @patch
 def add(self:PartialSums,
     i:int, # Number of a shard that is not done
     fisher:DiagFisher|None, # Its Fisher; None if it has no pictures
+    skipped:list|None=None, # Names of its pictures that were left out
 ):
     "Add a shard to the first sum that can be locked."
+    if skipped: write_text(self._skipped_file(i), json.dumps(skipped, indent=0))
+    else: self._skipped_file(i).unlink(missing_ok=True)                 # of an earlier attempt
     if fisher is None: return (self.folder/f'{i:06}.empty').touch()
     for k in count():
         file = self.folder/f'sum-{k:03}.safetensors'
@@ -358,6 +379,7 @@ class _Work:
     retries:int # How often a shard that fails is tried again
     about:dict # Provenance, for the header of the files
     quiet:bool # Print nothing for each shard?
+    on_bad:str # 'error', or 'skip' for pictures that cannot be decoded
     @property
     def sums(self): return PartialSums(self.folder)
     def error_file(self, i): return self.folder/f'{i:06}.error'
@@ -372,15 +394,17 @@ def _do_shard(work, i):
     "Estimate one shard, and add it to a running sum"
     began = time.perf_counter()
     shard,fisher = work.shards[i],None
-    batches = shard_batches(shard, work.model, work.size, work.bs, work.num_workers)
+    skipped = [] if work.on_bad=='skip' else None
+    batches = shard_batches(shard, work.model, work.size, work.bs, work.num_workers, skipped)
     if (first_batch := next(batches, None)) is not None:
         fisher = estimate_fisher(work.model, chain([first_batch], batches), **work.settings, image_offset=i<<32,
                                  progress=False, provenance=work.about)
         fisher.provenance.pop('first', None)                         # of one shard, not of the sum
-    work.sums.add(i, fisher)
+    work.sums.add(i, fisher, skipped)
     if work.quiet: return
     n_images = fisher.n_images if fisher else 0
-    print(f'shard {i}, {shard}: {n_images} pictures, {time.perf_counter()-began:.1f} s', flush=True)
+    left_out = f', {len(skipped)} skipped' if skipped else ''
+    print(f'shard {i}, {shard}: {n_images} pictures{left_out}, {time.perf_counter()-began:.1f} s', flush=True)
 
 # %% ../../nbs/fisher/shards.ipynb #5d7bef8c
 def _record_failure(work, i, e, trace):
@@ -413,6 +437,9 @@ def _check_folder(work):
             raise ValueError(f"{file} is not valid JSON ({e}): remove the folder, or name another one") from e
     if differs := _mismatch(was, now):
         raise ValueError(f"{work.folder} is for another estimate, with {differs}. Remove it, or name another folder.")
+    if work.on_bad=='error' and (skipped := work.sums.skipped()):
+        raise ValueError(f"{work.folder} has sums without {len(skipped)} pictures that cannot be decoded, such as "
+                         f"{skipped[0]}: pass on_bad='skip' again, or name another folder")
 
 # %% ../../nbs/fisher/shards.ipynb #ad764f41
 def _attempt(work, i):
@@ -499,8 +526,9 @@ def _by_ray(work, address, cpus, gpus):
                 except Exception as e: _record_failure(work, i, getattr(e, 'cause', None) or e, str(e))
 
 # %% ../../nbs/fisher/shards.ipynb #df424665
-def _check_call(shards, jobs, engine, retries, bs, address, cpus, gpus):
+def _check_call(shards, jobs, engine, retries, bs, address, cpus, gpus, on_bad):
     "Raises `ValueError` for invalid arguments"
+    if on_bad not in ('error','skip'): raise ValueError(f"unknown on_bad={on_bad!r}; choose 'error' or 'skip'")
     if int(os.environ.get('WORLD_SIZE', 1))>1:
         raise ValueError("start shard_fisher once, without torchrun or accelerate launch: jobs= starts more processes")
     if not shards: raise ValueError("there are no shards: name at least one file")
@@ -524,7 +552,15 @@ def _result(work):
         if file.exists(): why = json.loads(file.read_text(encoding='utf-8'))['said']
         raise RuntimeError(f"{len(missing)} of {n} shards failed; shard {i}, {work.shards[i]}: {why}. "
                            f"The others are stored in {work.folder}: the same call will estimate the rest.")
-    if total is None: raise ValueError(f"none of the {n} shards has a picture: check that they are the right files")
+    skipped = work.sums.skipped()
+    if total is None:
+        reason = f"{len(skipped)} cannot be decoded, the first is {skipped[0]}" if skipped else "they are empty"
+        raise ValueError(f"none of the {n} shards has a picture ({reason}): check that they are the right files")
+    if skipped:
+        of = f'{len(skipped)} of {total.n_images+len(skipped)} pictures, which cannot be decoded'
+        names = shorten(', '.join(skipped), 400)
+        warnings.warn(f'skipping {of}: {names}')
+        total.provenance['skipped'] = f'{of}: {names}'
     return total
 
 # %% ../../nbs/fisher/shards.ipynb #512a7cfd
@@ -546,16 +582,17 @@ def shard_fisher(
     gpus:float|None=None, # GPUs per shard, with Ray; default: one if the model is on a GPU
     provenance:dict|None=None, # More entries for the header: which pictures, their licence, ...
     quiet:bool=False, # Print nothing for each shard?
+    on_bad:str='error', # For a picture that cannot be decoded: 'error', or 'skip', with one warning that names them
 )->DiagFisher: # The mean over the pictures of all shards, on the CPU
     """The diagonal Fisher information over shards. Raises `ValueError` for invalid arguments and for a folder of
     another estimate; `RuntimeError` that names a shard that failed, after all others are done."""
     model,shards,out = unwrap(model),list(shards),Path(out).absolute()
     LabelPlan(kind, seed, n_samples, mass)                              # raises ValueError before anything is read
-    _check_call(shards, jobs, engine, retries, bs, address, cpus, gpus)
+    _check_call(shards, jobs, engine, retries, bs, address, cpus, gpus, on_bad)
     workers = cpus if engine=='ray' else max(1, (os.cpu_count() or 1)//jobs)
     settings = dict(kind=kind, n_samples=n_samples, mass=mass, seed=seed)
     size = size or picture_stats(model)['size']
-    work = _Work(model, shards, out, settings, size, bs, workers, retries, provenance or {}, quiet)
+    work = _Work(model, shards, out, settings, size, bs, workers, retries, provenance or {}, quiet, on_bad)
     _check_folder(work)
     for failure in out.glob('*.error'): failure.unlink(missing_ok=True)
     if engine=='ray': _by_ray(work, address, cpus, gpus)
