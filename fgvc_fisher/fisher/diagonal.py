@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn, Tensor
 from ..distributed.files import replace_file
-from ..distributed.sharded import check_whole, is_sharded
+from ..distributed.sharded import check_whole, for_float64, is_sharded
 from ..distributed.wrappers import match_names, unwrap
 
 # %% ../../nbs/fisher/diagonal.ipynb #426b7e33
@@ -241,7 +241,7 @@ def parameter_totals(
     sums:Mapping, # Parameter name -> tensor
 )->list: # A float per parameter
     "The sum of each parameter's values, added in float64."
-    return [v.double().sum().item() for v in sums.values()]
+    return [for_float64(v).double().sum().item() for v in sums.values()]
 
 # %% ../../nbs/fisher/diagonal.ipynb #c3a133ef
 @patch

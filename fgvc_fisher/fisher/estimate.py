@@ -25,7 +25,7 @@ import fgvc_fisher
 
 # %% ../../nbs/fisher/estimate.ipynb #c25146ae
 from ..distributed.ranks import processes
-from ..distributed.sharded import check_whole
+from ..distributed.sharded import check_whole, for_float64
 from ..distributed.wrappers import unwrap
 from ..data.batches import read_batch
 from .per_image import SquaredGradients
@@ -143,7 +143,7 @@ class Estimate:
 
     def _labels(self, logits, first, y):
         labels,weights = self.plan.labels(logits, first, y)
-        self.uncovered_mass += (1-weights.double().sum(1)).sum().item()
+        self.uncovered_mass += (1-for_float64(weights).double().sum(1)).sum().item()
         return labels,weights
 
     def add(self,

@@ -16,7 +16,9 @@ from textwrap import shorten
 import torch
 from torch import nn, Tensor
 from fastcore.basics import patch
-from ..distributed.sharded import local_tensor, is_sharded, matching_shard, reshard, reduce_over_shards
+from fgvc_fisher.distributed.sharded import (
+    for_float64, local_tensor, is_sharded, matching_shard, reshard, reduce_over_shards
+)
 from ..distributed.wrappers import match_names, mismatch_advice, unwrap
 
 # %% ../../nbs/penalty/quadratic.ipynb #846c006e
@@ -190,7 +192,7 @@ def _max_values(stored, params, lowest, name, advice):
 # %% ../../nbs/penalty/quadratic.ipynb #44ce1e9f
 def _mean_fisher(fisher, params):
     "The mean over all values of a Fisher"
-    sums = reduce_over_shards({k: v.sum(dtype=torch.float64) for k,v in fisher.items()}, params)
+    sums = reduce_over_shards({k: for_float64(v).sum(dtype=torch.float64) for k,v in fisher.items()}, params)
     return sum(v.item() for v in sums.values())/max(sum(params[k].numel() for k in fisher), 1)
 def _as_beta(strength, mean_fisher):
     "The beta of a strength; `ValueError` if there is none"
@@ -270,7 +272,8 @@ def _squared_distances(penalty):
     "Parameter name -> squared Euclidean distance from its anchor, of the shared parameters"
     def squared(name):
         p = local_tensor(penalty.params[name])
-        return torch.linalg.vector_norm(p-penalty.anchor[name].to(p), dtype=torch.float64).square()
+        away = for_float64(p-penalty.anchor[name].to(p))
+        return torch.linalg.vector_norm(away, dtype=torch.float64).square()
     return reduce_over_shards({n: squared(n) for n in penalty.shared}, penalty.params)
 
 # %% ../../nbs/penalty/quadratic.ipynb #2bbac7d6
