@@ -1,5 +1,5 @@
 "Every path that touches a device, on a pretended one: its numbers are the CPU's, and its tensors do not meet the CPU's"
-import copy, random, warnings
+import copy, io, random, warnings
 from dataclasses import replace
 from pathlib import Path
 import fastai.optimizer, fastai.torch_core, numpy as np, pandas as pd, pytest, torch
@@ -12,19 +12,22 @@ import fgvc_fisher.data.loaders, fgvc_fisher.experiment.run
 from fgvc_fisher.callback import L2SPFisherCallback
 from fgvc_fisher.data import aircraft_dls
 from fgvc_fisher.experiment import do_run
+from fgvc_fisher.cli import estimate_command
+from fgvc_fisher.explore.compromise import Compromise
 from fgvc_fisher.explore.recognise import Recogniser
-from fgvc_fisher.fisher import DiagFisher, estimate_fisher
+from fgvc_fisher.fisher import DiagFisher, estimate_fisher, shard_fisher, tar_shards
 from fgvc_fisher.fisher.per_image import PerImage
 from fgvc_fisher.learner import aircraft_learner, nesterov, source_model
 from fgvc_fisher.penalty import QuadraticPenalty
 from fgvc_fisher.penalty.merging import interpolate, merge
-from fgvc_fisher.retention import Retention, retention, with_source_head
+from fgvc_fisher.retention import Retention, compare_with_source, retention, with_source_head
 from pretend import DEVICE, Pretend, pretend
 from test_fisher import (
     Branches, Pooled, Routed, SequenceFirst, Shared, TwoInputs, Uses, WAYS, Words, conv1ds, conv2ds, conv3ds, named,
     randomised
 )
 from test_loops import problem
+from test_shards import write_tar
 
 def agree(a, b, tol=1e-12):
     "Mappings from names to tensors, wherever they are"
@@ -306,6 +309,18 @@ def test_retention(device, there):
     assert retention(tuned, source, data)==wanted
     assert is_on_device(with_source_head(tuned, source, 'source'))==(there!='source')
 
+@pytest.mark.parametrize('labels', ['with labels','labels on the device','no labels'])
+@pytest.mark.parametrize('there', ['source','tuned','both'])
+def test_comparison_with_the_source(device, there, labels):
+    source,tuned,data = small(),small(),batches(SHAPE, n_classes=4)
+    if labels=='no labels': data = [x for x,_ in data]
+    wanted = compare_with_source(tuned, source, data)
+    if there!='tuned': source.to(device)
+    if there!='source': tuned.to(device)
+    if labels=='labels on the device': data = [(x,y.to(device)) for x,y in data]
+    assert compare_with_source(tuned, source, data)==pytest.approx(wanted, rel=1e-12)
+    assert any('retention' in o for o in wanted)==(labels!='no labels')
+
 def test_retention_while_training(device):
     source,data = small(),batches(SHAPE, n_classes=4, dtype=torch.float32)
     data = [(o,t) for x,y in data for o,t in zip(x, y)]
@@ -336,8 +351,7 @@ def test_batches_of_pictures(by_default, drawn, tiny_weights, transforms):
     assert all(isinstance(o, Pretend) for o in there) and not any(isinstance(o, Pretend) for o in here)
     for a,b in zip(there, here): assert torch.allclose(a.cpu().float(), b.float(), atol=1e-5)
 
-@pytest.mark.parametrize('recipe', ['one-cycle','published'])
-@pytest.mark.parametrize('step', ['prox','published'])
+@pytest.mark.parametrize('recipe,step', [('one-cycle','prox'), ('published','published')])
 def test_whole_runs(by_default, tiny_run, tmp_path, recipe, step, monkeypatch):
     "Interrupted after two epochs and resumed: the same result as on the CPU"
     run = replace(tiny_run, recipe=recipe, step=step, **dict(beta=1e-5) if step=='published' else {})
@@ -363,3 +377,38 @@ def test_recogniser(by_default, drawn, tiny_weights):
     assert (there.seen==here.seen).all() and np.allclose(there.heat, here.heat, atol=1e-4)
     for name in ('variants','source'):
         pd.testing.assert_frame_equal(getattr(there, name), getattr(here, name), rtol=1e-4)
+
+def test_shards(device, tmp_path):
+    pictures = [(noise_png(seed), seed%4) for seed in range(6)]
+    tars = [write_tar(tmp_path/f'{i}.tar', pictures[2*i:2*i+2]) for i in range(3)]
+    def fisher(model, out):
+        return shard_fisher(model, tar_shards(tars), out, kind='empirical', size=8, bs=2, quiet=True)
+    model = small()
+    agree(fisher(copy.deepcopy(model).to(device), tmp_path/'there'), fisher(model, tmp_path/'here'), 1e-6)
+
+def noise_png(seed):
+    pixels = np.random.default_rng(seed).integers(0, 256, (12,12,3), dtype=np.uint8)
+    Image.fromarray(pixels).save(file := io.BytesIO(), 'PNG')
+    return file.getvalue()
+
+@pytest.mark.parametrize('n_out', [4,2])
+def test_compromise(device, n_out):
+    "The panel's merged models, whose pictures may be on either"
+    source,tuned = small().float(),small().float()
+    nn.init.normal_(tuned.layers[0].weight)
+    tuned.head = nn.Linear(6,n_out)
+    fishers = [{n: torch.rand_like(p) for n,p in o.named_parameters()} for o in (source,tuned)]
+    data = [batches(SHAPE, n_classes=n, dtype=torch.float32) for n in (n_out,n_out,4)]
+    def measured(device):
+        there = [[(x.to(device),y.to(device)) for x,y in o] for o in data[:2]]
+        return Compromise(*[copy.deepcopy(o).to(device) for o in (source,tuned)], *fishers, *there, data[2])
+    here,there = [measured(o).measure_grid([0.,0.1], [0.,1.], progress=False) for o in ('cpu', device)]
+    for k,v in here.grid.items():
+        if k!='layers': assert np.allclose(there.grid[k].astype(float), v.astype(float), atol=1e-5), k
+
+@pytest.mark.parametrize('options', [dict(kind='exact', mass=0.9), dict(target_error=0.9, half=True), dict(n_images=6)])
+def test_command(device, drawn_source, tiny_weights, tmp_path, options, capsys):
+    for where in (device.type, 'cpu'):
+        estimate_command('test_resnet', str(drawn_source), str(tmp_path/where), str(tiny_weights), size=32, bs=4,
+                         device=where, **dict(n_images=4) | options)
+    agree(*[DiagFisher.load(tmp_path/where) for where in (device.type, 'cpu')], 2e-3)
