@@ -17,6 +17,7 @@ from textwrap import shorten
 import pandas as pd, torch
 from torch import Tensor, nn
 from torch.utils.data import RandomSampler
+from fastcore.basics import patch
 from fastai.torch_core import no_random
 from .callback import RecorderColumns
 from .data.batches import has_labels, read_batch
@@ -209,19 +210,22 @@ class Retention(RecorderColumns):
     ): # Batches
         "The pictures that are measured with these statistics."
         return self.pictures
-    def columns(self)->dict: # Column name -> function
-        "Functions that measure the two retentions, or the agreements and divergences."
-        def accuracy(norm):
-            with no_random():
-                return accuracy_on(with_source_head(self.learn.model, self.source, norm), self.pictures_for(norm))
-        @cache
-        def compared():
-            pictures = [self.pictures_for(norm) for norm in ('source','target')]
-            with no_random(): return compare_with_source(self.learn.model, self.source, *pictures, labelled=False)
-        norms = 'target','source'
-        if self.labelled: return {f'retention_{norm}_bn': partial(accuracy, norm) for norm in norms}
-        names = [f'{o}_{norm}_bn' for o in ('agreement','divergence') for norm in norms]
-        return {name: lambda name=name: compared()[name] for name in names}
+
+# %% ../nbs/retention.ipynb #571dc251
+@patch
+def columns(self:Retention)->dict: # Column name -> function
+    "Functions that measure the two retentions, or the agreements and divergences."
+    norms = 'target','source'
+    def accuracy(norm):
+        with no_random():
+            return accuracy_on(with_source_head(self.learn.model, self.source, norm), self.pictures_for(norm))
+    @cache
+    def compared():
+        pictures = [self.pictures_for(norm) for norm in ('source','target')]
+        with no_random(): return compare_with_source(self.learn.model, self.source, *pictures, labelled=False)
+    if self.labelled: return {f'retention_{norm}_bn': partial(accuracy, norm) for norm in norms}
+    names = [f'{o}_{norm}_bn' for o in ('agreement','divergence') for norm in norms]
+    return {name: lambda name=name: compared()[name] for name in names}
 
 # %% ../nbs/retention.ipynb #bc687c04
 def halves(
