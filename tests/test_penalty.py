@@ -116,18 +116,6 @@ def test_the_summary_in_a_line(tuned):
     half = QuadraticPenalty(model.to('meta'), theta0, new=new, device='cpu').summary()
     assert re.search(f'{8*values/1e6:.1f} MB.*{8*values/1e6:.1f} MB.*cpu', half) and 'Fisher' not in half
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU here')
-def test_kept_on_the_cpu_for_a_gpu(tuned):
-    model,theta0,fisher,new = tuned
-    on_gpu = copy.deepcopy(model).cuda()
-    penalties = [QuadraticPenalty(o, theta0, fisher, 5e-4, 3., 0.02, new, device='cpu') for o in (model, on_gpu)]
-    for o in penalties:
-        o.add_grad_()
-        o.prox_(0.02)
-    assert penalties[1].fisher['bn1.weight'].device.type=='cpu' and 'cpu' in penalties[1].summary()
-    for p,q in zip(model.parameters(), on_gpu.parameters()):
-        assert torch.allclose(p, q.cpu(), rtol=1e-12) and torch.allclose(p.grad, q.grad.cpu(), rtol=1e-12)
-
 def test_stiffest_names_the_parameter(tuned):
     model,theta0,fisher,new = tuned
     fisher['bn1.weight'][3] = 1e5
