@@ -1,11 +1,14 @@
 "Every error in a tree is reported, and every picture that is in it twice"
-import re, shutil
+import io, re, shutil
+from threading import get_ident
 import numpy as np, pandas as pd, pytest
 from PIL import Image, ImageOps
-from fgvc_fisher.data import check_aircraft, without_duplicates
+from tqdm import tqdm
+from fgvc_fisher.data import cache_images, check_aircraft, without_duplicates
 from fgvc_fisher.data.check import look_at, near_pairs
 from fgvc_fisher.data import table_dls
 from fgvc_fisher.data import pick_split, read_aircraft
+from fgvc_fisher.distributed import ranks
 
 LEVELS = ('variant','family','manufacturer')
 
@@ -410,3 +413,33 @@ def test_a_turned_copy_is_a_duplicate(tree, first):
     img.transpose(Image.Transpose.ROTATE_180).save(jpg(tree, first['test']), quality=95, exif=exif)
     pair, = check(tree).across.itertuples()
     assert {pair.image_1, pair.image_2}=={first['train'], first['test']} and pair.kind==NEAR
+
+class Terminal(io.StringIO):
+    def isatty(self): return True
+
+@pytest.mark.parametrize('output,quiet,rank,shown', [(Terminal, False, 0, True), (io.StringIO, False, 0, False),
+                                                     (Terminal, True, 0, False), (Terminal, False, 1, False)])
+def test_bars(output, quiet, rank, shown, drawn, tmp_path, monkeypatch):
+    "In the terminal of the first process; nothing in a file, where each drawing would be a line"
+    written = output()
+    monkeypatch.setattr('sys.stderr', written)
+    monkeypatch.setattr(ranks, 'processes', lambda: (2, rank))
+    monkeypatch.setattr(ranks, 'IN_NOTEBOOK', False)
+    check_aircraft(drawn, quiet=quiet)
+    assert ('decoding' in written.getvalue())==shown
+    cache_images(drawn, 20, tmp_path, quiet=quiet)
+    assert ('smaller copies' in written.getvalue())==shown
+    if not shown: assert not written.getvalue()
+
+def test_a_bar_is_moved_by_one_thread(drawn, monkeypatch):
+    "Several threads could find at the same moment that it is time to draw it"
+    movers = set()
+    class Bar(tqdm):
+        def update(self, n=1):
+            movers.add(get_ident())
+            return super().update(n)
+    monkeypatch.setattr(ranks, 'tqdm', lambda *args, **kwargs: Bar(*args, mininterval=0, **kwargs))
+    monkeypatch.setattr('sys.stderr', Terminal())
+    monkeypatch.setattr(ranks, 'IN_NOTEBOOK', False)
+    check_aircraft(drawn)
+    assert movers=={get_ident()}

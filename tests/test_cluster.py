@@ -93,7 +93,7 @@ def trial_of(said, file=None, failures=0):
 
 def test_what_the_driver_says_and_writes(tmp_path, capsys):
     (tmp_path/'runs'/RUN.id).mkdir(parents=True)
-    outcome = on_cluster._Outcome(job_of(tmp_path, None), on_cluster.tqdm(disable=True))
+    outcome = on_cluster._Outcome(job_of(tmp_path, None), on_cluster.progress_bar(shown=False))
     (tmp_path/'trace').write_text('RayActorError: the actor died')
     outcome.resumes(trial_of({}))
     outcome.lost(trial_of({}, tmp_path/'trace', 2))
@@ -106,7 +106,7 @@ def test_what_the_driver_says_and_writes(tmp_path, capsys):
     assert 'the actor died' in error and error.strip().splitlines()[-1].startswith('WorkerDied')
 
 def test_what_ends_the_sweep_is_kept(tmp_path, capsys):
-    outcome = on_cluster._Outcome(job_of(tmp_path, None), on_cluster.tqdm(disable=True))
+    outcome = on_cluster._Outcome(job_of(tmp_path, None), on_cluster.progress_bar(shown=False))
     outcome.done(trial_of(dict(ended='No space left')))
     outcome.done(trial_of(dict(said='best 50.0 %')))
     assert outcome.ended=='No space left' and not capsys.readouterr().out

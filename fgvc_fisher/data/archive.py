@@ -17,8 +17,8 @@ from urllib.request import Request, urlopen
 # %% ../../nbs/data/archive.ipynb #36339fc9
 from fastai.data.external import fastai_path
 from filelock import FileLock
-from tqdm.auto import tqdm
 from ..distributed.files import copy_file
+from ..distributed.ranks import progress_bar
 
 # %% ../../nbs/data/archive.ipynb #5d2eeb34
 URL = 'https://www.robots.ox.ac.uk/~vgg/data/fgvc-aircraft/archives/fgvc-aircraft-2013b.tar.gz'
@@ -58,7 +58,7 @@ def _fetch_rest(url, part, size, timeout, quiet):
     length = None if n_rest is None else int(n_rest)+n_have
     if size and length not in (None, size):
         raise ValueError(f"{url} has {length:,} bytes instead of {size:,}, so it is not the expected archive")
-    bar = tqdm(total=length, initial=n_have, unit='B', unit_scale=True, desc=part.stem, disable=quiet)
+    bar = progress_bar(total=length, initial=n_have, unit='B', unit_scale=True, desc=part.stem, shown=not quiet)
     with response, open(part, 'r+b' if n_have else 'wb', buffering=0) as f, bar:
         f.seek(n_have)
         f.truncate()

@@ -9,16 +9,17 @@ __all__ = ['Look', 'look_at', 'near_pairs', 'AircraftCheck', 'check_aircraft', '
 
 # %% ../../nbs/data/check.ipynb #9fa61716
 import hashlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import shorten
 from typing import NamedTuple
 import imagehash, matplotlib.pyplot as plt, numpy as np, pandas as pd
 from PIL import Image, ImageOps
-from tqdm.contrib.concurrent import thread_map
 
 # %% ../../nbs/data/check.ipynb #47a7e0a7
 from fastcore.basics import patch
+from ..distributed.ranks import progress_bar
 from .archive import NAME
 from .pictures import open_picture, to_rgb
 from .tables import LEVELS, aircraft_root, is_hidden, pick_split, read_lines
@@ -307,7 +308,8 @@ def check_aircraft(
     missing = {name for _,finding,name,_ in found if finding=='listed but missing'}
     pictures = _list_pictures(lists[~lists.image.isin(missing)])
     paths = [root/f'images/{o}.jpg' for o in pictures.image]
-    looks = thread_map(look_at, paths, desc='Decoding', disable=quiet)
+    with ThreadPoolExecutor() as pool:
+        looks = list(progress_bar(pool.map(look_at, paths), total=len(paths), desc='decoding', shown=not quiet))
     found += [('error', 'cannot be decoded', o, look.error) for o,look in zip(pictures.image, looks) if look.error]
     findings = pd.DataFrame(found, columns=['severity','finding','name','detail'])
     return AircraftCheck(root, _count(lists), findings, _find_duplicates(pictures, looks, distance))

@@ -17,7 +17,6 @@ from threading import Lock
 import numpy as np, pandas as pd, torch
 from filelock import FileLock
 from PIL import Image, ImageOps, UnidentifiedImageError
-from tqdm.auto import tqdm
 
 # %% ../../nbs/data/pictures.ipynb #3877d9de
 from fastai.vision.all import PILImage, defaults
@@ -25,7 +24,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2.functional import resize
 from .tables import read_aircraft
 from ..distributed.files import replace_file
-from ..distributed.ranks import on_rank0, processes
+from ..distributed.ranks import on_rank0, processes, progress_bar
 
 # %% ../../nbs/data/pictures.ipynb #97a2b715
 def _full_scale(img, low, high):
@@ -118,9 +117,9 @@ def skip_bad(
     tables:list, # Tables with a column `path`, such as those of the splits
     on_bad:str='skip', # 'skip' leaves out what cannot be decoded; 'error' changes nothing, so that reading it raises
 )->list: # The tables, with the rows whose picture can be decoded
-    """Leave out the pictures that cannot be decoded, with one warning that names them. Of several processes, all have to
-    call this; the first one decodes. Raises `OSError` if none of a table can be decoded, `ValueError` for another
-    `on_bad`."""
+    """Leave out the pictures that cannot be decoded, with one warning that names them. If there are several processes,
+    all have to call this, and the first one decodes. Raises `OSError` if none of a table can be decoded, `ValueError`
+    for another `on_bad`."""
     if on_bad not in ('error', 'skip'): raise ValueError(f"unknown on_bad={on_bad!r}; choose 'error' or 'skip'")
     paths = list(dict.fromkeys(path for table in tables for path in table.path))
     if on_bad=='error' or not paths: return tables
@@ -211,7 +210,7 @@ def _make_copies(jobs, manifest, n_workers, quiet):
                 f.write(line+'\n')
                 f.flush()
         futures = [pool.submit(work, name, *job) for name,job in jobs.items()]
-        bar = tqdm(as_completed(futures), total=len(futures), desc='smaller copies', disable=quiet)
+        bar = progress_bar(as_completed(futures), total=len(futures), desc='smaller copies', shown=not quiet)
         try:
             for future in bar: future.result()
         except BaseException:

@@ -16,10 +16,10 @@ from math import isfinite
 from pathlib import Path
 from typing import NamedTuple
 import torch
-from tqdm.auto import tqdm
 
 # %% ../../nbs/experiment/ray.ipynb #2169a283
 from ..distributed.files import write_text
+from ..distributed.ranks import progress_bar
 from ..distributed.workers import ray_connection
 
 # %% ../../nbs/experiment/ray.ipynb #4d2c8dcd
@@ -164,7 +164,8 @@ def run_on_ray(
         for o in runs: (out/'runs'/o.id).mkdir(parents=True, exist_ok=True)
         threads = {k: max(1, int(v.get('CPU', 1))) for k,v in asked.items()}
         job = Job(str(out), attempt, {o.id: o for o in runs}, threads, track, os.getcwd())
-        with tqdm(total=len(runs), disable=quiet, unit='run') as bar: _fit(job, asked, retries, _Outcome(job, bar))
+        with progress_bar(total=len(runs), shown=not quiet, unit='run') as bar:
+            _fit(job, asked, retries, _Outcome(job, bar))
 
 # %% ../../nbs/experiment/ray.ipynb #de94e0be
 def check_ray(

@@ -16,14 +16,12 @@ from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 import pandas as pd
-from fastcore.imports import IN_NOTEBOOK
 from filelock import FileLock, Timeout
-from tqdm.auto import tqdm
 
 # %% ../../nbs/experiment/sweeps.ipynb #0cf370b5
 from ..data.tables import decode_text
 from ..distributed.files import write_text
-from ..distributed.ranks import on_rank0, processes
+from ..distributed.ranks import on_rank0, processes, progress_bar
 from ..distributed.workers import worker_processes
 from .keep import kept
 from .ray import check_ray, run_on_ray
@@ -199,8 +197,8 @@ class _Progress:
     def __init__(self, runs, out, quiet):
         self.folders = {run: out/'runs'/run.id for run in runs}
         self.left = [run for run in runs if not _finished(self.folders[run])]
-        hidden = True if quiet or processes()[1] else None if not IN_NOTEBOOK else False      # None: only in a terminal
-        self.bar = tqdm(total=sum(run.epochs for run in runs), initial=self.epochs(), unit='epoch', disable=hidden)
+        n_epochs = sum(run.epochs for run in runs)
+        self.bar = progress_bar(total=n_epochs, initial=self.epochs(), unit='epoch', shown=not quiet)
     def epochs(self):
         "How many epochs are done."
         def done(run, folder): return run.epochs if _finished(folder) else len(read_curve(folder/'curve.csv'))

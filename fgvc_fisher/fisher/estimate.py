@@ -20,11 +20,10 @@ from textwrap import shorten
 import torch
 from fastcore.basics import patch
 from torch import nn, Tensor
-from tqdm.auto import tqdm
 import fgvc_fisher
 
 # %% ../../nbs/fisher/estimate.ipynb #c25146ae
-from ..distributed.ranks import processes
+from ..distributed.ranks import processes, progress_bar
 from ..distributed.sharded import check_whole, for_float64
 from ..distributed.wrappers import unwrap
 from ..data.batches import read_batch
@@ -270,7 +269,7 @@ def estimate_fisher(
     with model_restored(model):
         estimate = Estimate(model, plan, about)
         if checkpoint: estimate.resume(checkpoint)
-        shown = tqdm(iter(data), total=_length(data), disable=not progress or rank>0)
+        shown = progress_bar(iter(data), progress, total=_length(data))
         batches = _batches(shown, model, kind=='empirical', n_images, n_processes, rank)
         _add_batches(estimate, batches, image_offset, target_error, checkpoint, checkpoint_every)
         if n_processes>1: estimate.gather()
