@@ -87,7 +87,7 @@ BETAS = [0.01, 0.03, 0.1, 0.3, 1.] # Fisher merging
 def merged_rows(run, folder, shared):
     "Merge a plain run with its source along both curves; one row per point"
     source = run_source(dataclasses.replace(run, beta=1.), shared, progress=False)      # with its Fisher
-    learn = load_run(run, folder, source.model)
+    learn = load_run(folder, pictures=True)
     train = pick_split(read_aircraft(run.data, run.level), run.train)
     train = train.sample(min(500, len(train)), random_state=run.seed).sort_index()
     train = normalise(picture_dl(train, run.size, run.bs, num_workers=run.num_workers), source.model)

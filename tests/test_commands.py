@@ -1,11 +1,11 @@
 "The commands, as somebody at a shell meets them"
 import json, re, shutil, subprocess, timm
 import pandas as pd, pytest
-from safetensors import safe_open
 from safetensors.torch import load_file
 from fgvc_fisher.cli import fgvc_sweep
 from fgvc_fisher.data.tables import pictures_in
 from fgvc_fisher.experiment.demo import demo
+from fgvc_fisher.experiment.saved import read_header
 from fgvc_fisher.fisher import DiagFisher
 from forks import BIN, shell
 
@@ -35,7 +35,7 @@ def test_finetune(drawn, drawn_source, tiny_weights, tmp_path):
     assert re.search(r'last +\d\.\d{3}', said.out) and re.search(r'before +\d\.\d{3}', said.out)
     files = {'model.safetensors', 'run.json', 'curve.csv', 'result.json', 'sources', 'lock'}
     assert {o.name for o in out.iterdir()}==files
-    with safe_open(out/'model.safetensors', 'pt') as f: classes = f.metadata()['classes'].split('\n')
+    classes = read_header(out/'model.safetensors').classes
     assert classes==(drawn/'data/families.txt').read_text().splitlines()
     timm.create_model('test_resnet', num_classes=len(classes)).load_state_dict(load_file(out/'model.safetensors'))
     fisher = DiagFisher.load(next(out.glob('sources/*-sampled.safetensors')))

@@ -133,7 +133,7 @@ def test_statistics_are_those_of_update_bn(compromise):
 def test_the_fine_tuned_model_is_the_one_that_was_trained(compromise, run, home):
     from fgvc_fisher.retention import accuracy_on
     from fgvc_fisher.experiment import load_run
-    learn = load_run(run, home/'runs'/run.id, compromise.source)
+    learn = load_run(home/'runs'/run.id, pictures=True)
     assert compromise.tuned_is['last']==pytest.approx(accuracy_on(learn.model, compromise.target))
 
 def test_settings_beside_a_compromise_are_refused(compromise):
@@ -394,7 +394,7 @@ def test_classifier_transparent(classifier, says_which):
 
 def test_classifier_without_source(compromise, run, home):
     from fgvc_fisher.experiment import load_run
-    p = try_classifier(load_run(run, home/'runs'/run.id, compromise.source))
+    p = try_classifier(load_run(home/'runs'/run.id, pictures=True))
     assert len(p.pictures)==2 and 'source' not in p.text
 
 def test_try_run_names_what_is_missing(tmp_path):

@@ -5,7 +5,7 @@ from fastai.callback.core import Callback
 from safetensors.torch import load_file
 from torch import nn
 from fgvc_fisher.experiment import do_run, fine_tune
-from fgvc_fisher.experiment.run import load_run
+from fgvc_fisher.experiment import load_run
 from fgvc_fisher.experiment.store import save_weights
 from fgvc_fisher.learner import head_names, source_model
 
@@ -42,7 +42,7 @@ def test_a_run(arch, heads, tune, run, tmp_path):
     assert do_run(run, tmp_path/'resumed', quiet=True)['last']==row['last']
     whole,resumed = [load_file(tmp_path/o/'model.safetensors') for o in ('whole','resumed')]
     assert all(torch.equal(v, resumed[k]) for k,v in whole.items())
-    learn = load_run(run, tmp_path/'whole', source := source_model(run.arch, None))
+    learn,source = load_run(tmp_path/'whole'),source_model(run.arch, None)
     assert head_names(learn.model)==head_names(source)==heads
     if arch=='tied': assert learn.model.first.weight is learn.model.second.weight
     assert all(torch.equal(v.cpu(), whole[k]) for k,v in learn.model.state_dict().items())

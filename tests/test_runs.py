@@ -185,13 +185,13 @@ def test_tables_are_read_once(run, tmp_path, monkeypatch):
     "Also with a test split and a Fisher of the target"
     from fgvc_fisher.experiment import run as module
     read = []
-    for name in ('read_aircraft','read_pictures'):
+    for name in ('read_data','read_folder'):
         def reads(*args, name=name, real=getattr(module, name)):
             read.append(name)
             return real(*args)
         monkeypatch.setattr(module, name, reads)
     do_run(replace(run, fisher_from='target', epochs=1), tmp_path, quiet=True)
-    assert sorted(read)==['read_aircraft','read_pictures']
+    assert sorted(read)==['read_data','read_folder']
 
 def test_a_missing_split_is_named(run, tmp_path):
     with pytest.raises(ValueError, match='exam'): do_run(replace(run, test='exam'), tmp_path/'run')

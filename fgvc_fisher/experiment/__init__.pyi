@@ -1,4 +1,5 @@
-from .run import Run as Run, do_run as do_run, load_run as load_run, fine_tune as fine_tune, run_arm as run_arm
+from .run import Run as Run, do_run as do_run, fine_tune as fine_tune, run_arm as run_arm
+from .predict import load_run as load_run, predict as predict
 from .keep import kept as kept, space_needed as space_needed
 from .sweeps import grid as grid, read_grid as read_grid, sweep as sweep
 from .results import (

@@ -9,7 +9,7 @@ __all__ = ['try_classifier', 'try_run']
 
 # %% ../../nbs/explore/classifier.ipynb #29ec712e
 from pathlib import Path
-import ipywidgets as widgets, numpy as np, pandas as pd
+import ipywidgets as widgets, numpy as np
 from torch import nn
 
 # %% ../../nbs/explore/classifier.ipynb #121889ea
@@ -17,13 +17,12 @@ from fastai.learner import Learner
 from fastai.torch_core import no_random
 from fastcore.basics import patch
 from ..data.loaders import open_item
-from ..experiment.run import Run
-from ..learner import n_outputs, source_model
+from ..experiment.predict import load_run
+from ..experiment.run import read_run
+from ..experiment.saved import read_header
+from ..learner import source_model
 from .panels import Panel, Picture, choice
 from .recognise import Recogniser, heat_picture, read_upload
-from ..distributed.files import read_json
-from ..experiment.run import load_run
-from ..data.tables import read_pictures
 
 # %% ../../nbs/explore/classifier.ipynb #c077c4b4
 from .panels import PERCENT
@@ -86,6 +85,9 @@ def _say(self:_ClassifierView, found):
     "The result as a sentence"
     best = found.variants.iloc[0]
     text = f'The fine-tuned model predicts {best.label}{_kin(best)} with a probability of {best.probability:.0%}.'
+    if best.probability<0.5:
+        text = (f'The fine-tuned model does not know: its most probable answer, {best.label}{_kin(best)}, has a '
+                f'probability of {best.probability:.0%}.')
     if found.source is None: return text
     before,after = [found.source.loc[found.source[o].idxmax()] for o in ('before','after')]
     return (f'{text} Its source predicts {before["name"]} ({before.before:.0%}); the fine-tuned model with the '
@@ -141,27 +143,25 @@ def try_classifier(
             return str(e)
     limit = widgets.HTML('<small>Photographs up to 10 MB; Jupyter ignores larger uploads.</small>')
     controls = dict(upload=upload, example=example)
-    return Panel('classifier', 'Which aircraft is it?', controls, view.pictures, draw, extra=[limit])
+    return Panel('classifier', 'What is it?', controls, view.pictures, draw, extra=[limit])
 
 # %% ../../nbs/explore/classifier.ipynb #04e01812
-def _source_names(run, n):
-    "The names of the source's `n` classes, or None if its pictures do not name all of them"
-    table = read_pictures(run.source) if run.source else pd.DataFrame()
-    if 'name' not in table: return
-    named = table.drop_duplicates('class_index').sort_values('class_index')
-    return list(named.name) if named.class_index.tolist()==list(range(n)) else None
+def _source_of(run):
+    "The source model of a run; None if its file of weights is missing"
+    if isinstance(run.weights, str) and not Path(run.weights).is_file(): return None
+    with no_random(): return source_model(run.arch, run.weights or None)         # the same random weights as in the run
 
 # %% ../../nbs/explore/classifier.ipynb #5e2377e3
 def try_run(
-    folder:str|Path, # Folder of a finished run, such as `out/runs/ID`
+    folder:str|Path, # Of a finished run: what `fgvc-finetune --out` names, or `out/runs/ID` of a sweep
     **kwargs # To `try_classifier`
 )->Panel: # Controls `upload` and `example`
-    """Try the classifier of a finished run. Raises `FileNotFoundError` if the folder or the run's pictures are
-    missing; relative paths in the run are relative to the folder in which it was started."""
+    """Try the classifier of a finished run. Raises the errors of `load_run`; relative paths in the run are relative to
+    the folder in which it was started."""
     folder = Path(folder)
-    if not (folder/'result.json').exists():
-        raise FileNotFoundError(f"{folder}: there is no result.json; finish this run, or give the folder of another")
-    run = Run(**read_json(folder/'run.json'))
-    with no_random(): source = source_model(run.arch, run.weights or None)       # the same random weights as in the run
-    n_classes = n_outputs(source)
-    return try_classifier(load_run(run, folder, source), source, _source_names(run, n_classes), **kwargs)
+    run = read_run(folder)
+    has_pictures = Path(run.data).exists()
+    learn = load_run(folder, pictures=has_pictures)
+    if not has_pictures: kwargs = dict(examples=[]) | kwargs
+    names = read_header(folder/'model.safetensors').source_classes
+    return try_classifier(learn, _source_of(run), names, **kwargs)

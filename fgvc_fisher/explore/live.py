@@ -54,17 +54,18 @@ class _RunRetention(Retention):
         with no_random(): found = run_source(*self.made_from, progress=False)
         self.source = found.model
         self.pictures = dict(target=found.tuned_pictures, source=found.pictures)
+        self.labelled = found.labelled
     def pictures_for(self, norm): return self.pictures[norm]
 
 # %% ../../nbs/explore/live.ipynb #2a6cc295
 def _summary(row):
     "The result of a run in a sentence"
-    columns = 'last','test_last','retention_target_bn'
+    columns = 'last','test_last','retention_target_bn','agreement_target_bn'
     found = {o: f'{100*row[o]:.1f} %' for o in columns if o in row and not math.isnan(row[o])}
     accuracy = found.get('last') or found.get('test_last')
-    retention = found.get('retention_target_bn')
+    kept = next((f", {o.partition('_')[0]} {found[o]}" for o in columns[2:] if o in found), '')
     if not accuracy: return 'done: the training diverged; a smaller learning rate may help'
-    return f'done: accuracy {accuracy}' + (f', retention {retention}' if retention else '')
+    return f'done: accuracy {accuracy}{kept}'
 
 # %% ../../nbs/explore/live.ipynb #07426b4f
 _PATIENCE = 2 # seconds to wait for a lock
@@ -313,7 +314,7 @@ def batches(self:Training,
 @patch
 def epochs(self:Training,
     id:str, # Id of a run
-)->pd.DataFrame: # `epoch` from 0, `train_loss`, `valid_loss`, `accuracy`; with a source also `retention_*_bn`
+)->pd.DataFrame: # `epoch` from 0, `train_loss`, `valid_loss`, `accuracy`; with a source also those of `Retention`
     "The curve so far, a row per epoch. Raises `ValueError` if its file is broken."
     with self._lock:
         run = self.run

@@ -14,7 +14,8 @@ from matplotlib.ticker import MaxNLocator
 
 # %% ../../nbs/explore/penalty.ipynb #121889ea
 from fastcore.basics import patch
-from .compromise import Compromise, MEASURED, read_compromise
+from .compromise import Compromise, read_compromise
+from ..experiment.results import ACCURACIES, SOURCE_LABELS
 from ..experiment.run import Run
 from .panels import Panel, Picture, powers, slider
 
@@ -35,14 +36,15 @@ class _PenaltyView:
         "Draw what does not change: axes, the source, the fine-tuned model"
         ax = self.frontier.axes
         tuned = c.tuned_is
+        names = c.measures[1:]
         ax.axvline(c.before, color='#888888', lw=1, ls='--', label='before fine-tuning')
-        ax.plot(tuned['retention_target_bn'], tuned['last'], ls='', ms=8, label='fine-tuned, no penalty', **PLAIN_STYLE)
+        ax.plot(tuned[names[0]], tuned['last'], ls='', ms=8, label='fine-tuned, no penalty', **PLAIN_STYLE)
         self.lines,self.points = _paths(ax, FISHER_STYLE['color'])
-        retentions = [c.grid[o].ravel() for o in MEASURED[1:]]
-        ax.set(xlim=axis_limits(*retentions, [c.before, tuned['retention_target_bn']]))
+        retentions = [c.grid[o].ravel() for o in names]
+        ax.set(xlim=axis_limits(*retentions, [c.before, tuned[names[0]]]))
         ax.set(ylim=axis_limits(c.grid['last'].ravel(), [tuned['last']]))
-        ax.set(xlabel='retention: accuracy on source pictures', ylabel='accuracy on the target')
-        ax.set_title('Accuracy against retention')
+        ax.set(xlabel=SOURCE_LABELS[names[0].partition('_')[0]], ylabel='accuracy on the target')
+        ax.set_title(f'Accuracy against {ACCURACIES[names[0]]}')
         for axis in (ax.xaxis, ax.yaxis): axis.set_major_formatter(PERCENT)
         self.frontier.only(*self.lines, *self.points)
         legend = dict(loc='outside lower center', ncols=2, frameon=False, fontsize=8)
@@ -51,7 +53,7 @@ class _PenaltyView:
     def _move(self, found, alpha):
         "Move the points, lines and bars"
         path = [self.compromise.estimate(alpha, o) for o in self.compromise.strengths]
-        for line,point,name in zip(self.lines, self.points, MEASURED[1:]):
+        for line,point,name in zip(self.lines, self.points, self.compromise.measures[1:]):
             line.set_data([o[name] for o in path], [o['last'] for o in path])
             point.set_data([found[name]], [found['last']])
         table = found['layers'].fillna(0.)
@@ -101,12 +103,13 @@ def _draw_layers(self:_PenaltyView, names):
 def _say(self:_PenaltyView, alpha, strength, found, about):
     "The result as a sentence"
     c = self.compromise
-    accuracy,target_bn,source_bn = [f'{found[k]:.0%}' for k in MEASURED]
-    tuned_accuracy,tuned_retention,_ = [f'{c.tuned_is[k]:.0%}' for k in MEASURED]
+    accuracy,target_bn,source_bn = [f'{found[k]:.0%}' for k in c.measures]
+    tuned_accuracy,tuned_retention,_ = [f'{c.tuned_is[k]:.0%}' for k in c.measures]
+    of = 'on the source' if 'retention_target_bn' in c.measures else 'agreement with the source model'
     n,m = [sum(len(y) for _,y in o) for o in (c.target, c.pictures['source'])]
     return (f"alpha = {alpha:g}, strength = {strength:g} (beta = {strength*c.beta_of_1:.3g}): {about}{accuracy} "
-            f"accuracy on the target (fine-tuned without penalty: {tuned_accuracy}), and {about}{target_bn} on the "
-            f"source, or {source_bn} with the source's BatchNorm statistics (fine-tuned without penalty: "
+            f"accuracy on the target (fine-tuned without penalty: {tuned_accuracy}), and {about}{target_bn} {of}, "
+            f"or {source_bn} with the source's BatchNorm statistics (fine-tuned without penalty: "
             f"{tuned_retention}; before fine-tuning: {c.before:.0%}). Measured on {n} and {m} pictures.")
 @patch
 def draw(self:_PenaltyView, alpha, strength):

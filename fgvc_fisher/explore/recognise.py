@@ -26,10 +26,10 @@ from fastai.learner import Learner
 from fastai.torch_core import to_device
 from fastai.vision.all import PILImage
 from fastcore.basics import patch
-from timm.data import ImageNetInfo
 from ..data.pictures import to_rgb
 from ..data.tables import read_aircraft
 from ..distributed.wrappers import unwrap
+from ..experiment.saved import class_names
 from ..fisher.estimate import model_restored
 from ..learner import n_outputs, picture_stats
 from ..retention import with_source_head
@@ -159,18 +159,6 @@ def grad_cam(
     top = heat.amax((1,2), keepdim=True)
     return torch.where(top>0, heat/top, 0.)
 
-# %% ../../nbs/explore/recognise.ipynb #ce9129e8
-def _names(source, names):
-    "The names of the source's classes. Raises `ValueError` for a wrong number of names"
-    n = n_outputs(source)
-    if names is None:
-        if n!=1000: return [f'class {i}' for i in range(n)]
-        info = ImageNetInfo('imagenet-1k')
-        return [info.index_to_description(i).split(',')[0] for i in range(n)]
-    if len(names)!=n:
-        raise ValueError(f"names: the source has {n} classes and there are {len(names)} names: give one per class")
-    return [str(o) for o in names]
-
 # %% ../../nbs/explore/recognise.ipynb #e1426211
 def read_kin(
     path:str|Path, # An FGVC-Aircraft tree
@@ -217,7 +205,7 @@ class Recogniser:
         self.lock = Lock()
         self.labels = [str(o) for o in learn.dls.vocab]
         self.kin = _kin(learn, kin)
-        self.names = None if source is None else _names(source, names)
+        self.names = None if source is None else class_names(n_outputs(source), names)
         self.tuned = None if source is None else with_source_head(learn.model, source)
 
     def _variants(self, p):
@@ -251,7 +239,8 @@ def _recognise(self:Recogniser, x):
     x = _on(model, x)
     n = len(self.labels)
     with model_restored(model), torch.no_grad(), _watched(model) as layers:
-        p = model(x)[0,:n].softmax(-1).cpu().numpy()
+        logits = model(x)[0,:n].float()/getattr(self.learn.loss_func, 'temperature', 1.)      # see `load_run`
+        p = logits.softmax(-1).cpu().numpy()
     layer = _last_map(layers, *x.shape[2:])
     if layer is None: return p, np.zeros(x.shape[2:], np.float32)
     return p, grad_cam(model, x, layer, int(p.argmax()))[0].cpu().numpy()

@@ -53,7 +53,7 @@ class _TrainingView:
         of_task = asdict(Run(**task))
         for run in training.known().values():
             if all(getattr(run, f)==of_task[f] for f in task): self.add(run)
-        self.loss,self.accuracy,self.retention = self.pictures = [Picture(3.2, 2.9) for _ in range(3)]
+        self.loss,self.accuracy,self.kept = self.pictures = [Picture(3.2, 2.9) for _ in range(3)]
         self.legend = widgets.HTML()
 
     def add(self, run):
@@ -69,8 +69,8 @@ class _TrainingView:
         epochs = self.training.epochs(run.id)
         row = self.training.result(run.id)
         if not row or not len(epochs): return epochs
-        for name,at_end in dict(accuracy='test_last', retention_target_bn='retention_target_bn').items():
-            if name not in epochs: epochs.loc[epochs.index[-1],name] = _number(row.get(at_end))
+        for name,at_end in dict(accuracy='test_last', **{o: o for o in _KEPT}).items():
+            if name not in epochs and at_end in row: epochs.loc[epochs.index[-1],name] = _number(row[at_end])
         return epochs
 
     def _cut_off(self, first):
@@ -79,29 +79,28 @@ class _TrainingView:
         if first and ax.get_ylim()[1]>3*min(first)>0: ax.set_ylim(0, 3*min(first))
 
 # %% ../../nbs/explore/training.ipynb #cf79bcc8
+_KEPT = { # Column of what is known of the source -> title of its picture
+    'retention_target_bn': 'Retention: accuracy on the source', 'agreement_target_bn': 'Agreement with the source'}
 def _number(v): return math.nan if v is None else float(v)
 
 # %% ../../nbs/explore/training.ipynb #7d60a35d
 @patch
-def _draw_run(self:_TrainingView, run):
-    "Draw a run in all pictures; returns its curve"
-    epochs = self._epochs(run)
+def _draw_run(self:_TrainingView, run, epochs, kept):
+    "Draw a run in all pictures"
     batches = self.training.batches(run.id)
     look = self.looks[run.id]
     thin = dict(color=look['color'], ls=look['ls'], lw=0.8, alpha=0.7)
     if batches: self.loss.axes.plot(*zip(*batches), **thin)
     elif len(epochs): self.loss.axes.plot(epochs.epoch+1, epochs.train_loss, **thin)
-    for picture,name in ((self.loss,'valid_loss'), (self.accuracy,'accuracy'), (self.retention,'retention_target_bn')):
+    for picture,name in zip(self.pictures, ('valid_loss','accuracy',kept)):
         if name in epochs: picture.axes.plot(epochs.epoch+1, epochs[name], ms=5, lw=1.5, **look)
-    return epochs
 
 # %% ../../nbs/explore/training.ipynb #83b1ea5b
 @patch
-def _axes(self:_TrainingView, epochs):
+def _axes(self:_TrainingView, epochs, kept):
     "Empty axes with their labels"
-    labels = (('Loss (thin: training)', 'cross-entropy in nats'), ('Accuracy on the target', ''),
-              ('Retention: accuracy on the source', ''))
-    for picture,(title,label) in zip((self.loss, self.accuracy, self.retention), labels):
+    labels = ('Loss (thin: training)', 'cross-entropy in nats'), ('Accuracy on the target', ''), (_KEPT[kept], '')
+    for picture,(title,label) in zip(self.pictures, labels):
         ax = picture.axes
         ax.clear()
         ax.set_title(title, fontsize=10)
@@ -119,10 +118,10 @@ def _key(look):
     mark = f'<text x="23" y="12" text-anchor="middle" fill="{color}">{_MARKS[look["marker"]]}</text>'
     return f'<svg width="46" height="14" aria-hidden="true"><line {line}/>{mark}</svg>'
 @patch
-def _entry(self:_TrainingView, run, epochs):
+def _entry(self:_TrainingView, run, epochs, kept):
     "A row of the legend, in HTML"
     last = epochs.iloc[-1] if len(epochs) else {}
-    measured = [_number(last.get(o)) for o in ('accuracy','retention_target_bn')]
+    measured = [_number(last.get(o)) for o in ('accuracy',kept)]
     diverged = ', diverged' if self.training.result(run.id) and len(epochs)<run.epochs else ''
     cells = [f'{run.arm}, seed {run.seed}', f'{len(epochs)} of {run.epochs}{diverged}']
     cells += ['–' if math.isnan(o) else f'{o:.1%}' for o in measured]
@@ -130,11 +129,11 @@ def _entry(self:_TrainingView, run, epochs):
     return f'<tr><td>{_key(self.looks[run.id])}</td>{columns}</tr>'
 
 # %% ../../nbs/explore/training.ipynb #c7fe131f
-def _finding(drawn):
-    "The complete runs with the highest accuracy and retention, if there are at least two"
+def _finding(drawn, kept):
+    "The complete runs with the highest accuracy and retention or agreement, if there are at least two"
     ends = {f'{run.arm}, seed {run.seed}': epochs.iloc[-1] for run,epochs in drawn if len(epochs)==run.epochs}
     sentences = []
-    for label,column in {'Highest accuracy': 'accuracy', 'Highest retention': 'retention_target_bn'}.items():
+    for label,column in {'Highest accuracy': 'accuracy', f"Highest {kept.partition('_')[0]}": kept}.items():
         values = {name: row[column] for name,row in ends.items() if not math.isnan(_number(row.get(column)))}
         if len(values)<2: continue
         best = max(values, key=values.get)
@@ -145,17 +144,18 @@ def _finding(drawn):
 @patch
 def draw(self:_TrainingView, **values):
     "Draw all runs; returns the sentence"
-    runs = list(self.runs.values())
-    self._axes(max([o.epochs for o in runs], default=1))
-    drawn = [(o,self._draw_run(o)) for o in runs]
+    drawn = [(run,self._epochs(run)) for run in list(self.runs.values())]
+    kept = next((o for o in _KEPT if any(o in epochs for _,epochs in drawn)), 'retention_target_bn')
+    self._axes(max([run.epochs for run,_ in drawn], default=1), kept)
+    for o in drawn: self._draw_run(*o, kept)
     self._cut_off([o.train_loss.iloc[0] for _,o in drawn if len(o)])
-    lines = [self._entry(*o) for o in drawn]
-    titles = '', 'run', 'epochs', 'accuracy', 'retention'
+    lines = [self._entry(*o, kept) for o in drawn]
+    titles = '', 'run', 'epochs', 'accuracy', kept.partition('_')[0]
     head = ''.join(f'<th style="text-align:left;padding:0 .8em 0 .3em">{o}</th>' for o in titles)
     rows = [f'<tr>{head}</tr>', *lines] if lines else []
     self.legend.value = f'<table style="line-height:1.5">{"".join(rows)}</table>'
     stage = self.training.stage
-    sentences = self.note, f'{stage[:1].upper()}{stage[1:]}.', _finding(drawn), *self.training.problems
+    sentences = self.note, f'{stage[:1].upper()}{stage[1:]}.', _finding(drawn, kept), *self.training.problems
     return ' '.join(o for o in sentences if o)
 
 # %% ../../nbs/explore/training.ipynb #55f366ae
