@@ -15,10 +15,10 @@ from forks import Forked
 def run(tiny_run): return tiny_run
 
 KEPT = ['retention_target_bn', 'retention_source_bn']
-def same(a, b):
+def same(a, b, kept=KEPT):
     "Do two folders have the same result, bit for bit, but for times and retention after every epoch?"
     rows = [json.loads((o/'result.json').read_text()) | dict(seconds=0) for o in (a, b)]
-    curves = [pd.read_csv(o/'curve.csv').drop(columns=['seconds', *KEPT], errors='ignore') for o in (a, b)]
+    curves = [pd.read_csv(o/'curve.csv').drop(columns=['seconds', *kept], errors='ignore') for o in (a, b)]
     assert rows[0]==rows[1]
     pd.testing.assert_frame_equal(*curves, check_exact=True)
     assert (a/'model.safetensors').read_bytes()==(b/'model.safetensors').read_bytes()
@@ -96,6 +96,21 @@ def test_retention_sees_pictures_as_the_tuned_model_expects_them(run, tmp_path):
     kept.begin()
     a,b = [next(iter(kept.pictures[o]))[0].as_subclass(torch.Tensor) for o in ('target','source')]
     assert not torch.allclose(a, b, atol=0.1)
+
+def test_source_pictures_without_labels(run, tmp_path):
+    "Have an agreement and a divergence, after every epoch and in the result, and nothing is called a retention"
+    unlabelled = tmp_path/'pictures'
+    shutil.copytree(run.source, unlabelled, ignore=shutil.ignore_patterns('labels.csv'))
+    run,heard = replace(run, epochs=2, source=str(unlabelled), transforms='published', recipe='published'),Heard()
+    row = do_run(run, tmp_path/'alone', tmp_path/'sources', quiet=True)
+    names = [f'{o}_{norm}_bn' for o in ('agreement','divergence') for norm in ('target','source')]
+    _train(run, tmp_path, heard)
+    same(tmp_path/'alone', tmp_path/'runs'/run.id, names)
+    assert math.isnan(row['before'])
+    assert {k: heard.of('epochs')[-1][-1][k] for k in names}=={k: row[k] for k in names}
+    assert not set(KEPT) & {*heard.of('epochs')[-1][-1], *row}
+    assert has(heard[-1]['stage'], 'agreement', f"{100*row['agreement_target_bn']:.1f} %")
+    assert 'retention' not in heard[-1]['stage']
 
 def test_what_is_told(watched):
     folder,heard,_ = watched

@@ -1,11 +1,16 @@
 "What a fine-tuned model still knows, with labels and without: against NumPy, and on what does not fit"
 import copy, math
+from types import SimpleNamespace
 import numpy as np, pandas as pd, pytest, timm, torch
 from fastai.basics import CrossEntropyLossFlat, DataLoaders, Learner
 from fastai.data.load import DataLoader as FastaiLoader
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, TensorDataset
+from fgvc_fisher.experiment import Run
+from fgvc_fisher.explore import explore_penalty
+from fgvc_fisher.explore.compromise import Compromise
+from fgvc_fisher.explore.training import _TrainingView
 from fgvc_fisher.retention import (
     Retention, accuracy_on, compare_with_source, halves, retention, source_parts, with_source_head
 )
@@ -371,3 +376,63 @@ def test_networks_of_timm(name):
 def test_parts_of_a_table_without_splits():
     table = pd.DataFrame(dict(path=list('abcde')))
     assert [list(o.path) for o in source_parts(table)]==[list(o.path) for o in halves(table)]==[list('ace'),list('bd')]
+
+# The points between two models
+
+def conv_net(n_classes):
+    body = nn.Conv2d(3,4,3), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    return nn.Sequential(*body, nn.Linear(4,n_classes))
+
+@pytest.fixture
+def between():
+    "`Compromise` of the pictures it is given, and those pictures"
+    torch.manual_seed(4)
+    source,tuned = conv_net(5),conv_net(2)
+    for p in tuned.parameters(): nn.init.normal_(p)
+    fishers = [{n: torch.rand_like(p) for n,p in o.named_parameters()} for o in (source, tuned)]
+    def batches(n): return [(torch.randn(m,3,6,6), torch.randint(n, (m,))) for m in (8,8,3)]
+    target,pictures = batches(2),batches(5)
+    return lambda *seen, **kw: Compromise(source, tuned, *fishers, target, target, *seen, **kw), pictures
+
+def test_points_have_an_agreement_without_labels(between):
+    make,pictures = between
+    seen = [0.5*x for x in images(pictures)]
+    dummy = [(x,torch.zeros(len(x))) for x in images(pictures)]
+    for c in (make(images(pictures), seen), make(dummy, seen, labelled=False)):
+        assert c.measures==('last', *columns('agreement')) and c.before==1
+        for point in ((0.,0.), (0.1,0.5)):
+            found,wanted = c.at(*point),compare_with_source(c.model(*point), c.source, images(pictures), seen)
+            assert [found[o] for o in c.measures[1:]]==pytest.approx([wanted[o] for o in c.measures[1:]])
+        assert list(c.tuned_is)==list(c.measures)
+    assert make(pictures).measures==('last', *columns('retention'))
+    assert make([*pictures[:2], pictures[2][0]]).measures==c.measures         # some labels are no labels
+    with pytest.raises(ValueError, match='19 and 16'): make(images(pictures), seen[:2])
+
+def test_the_panel_names_what_it_shows(between):
+    make,pictures = between
+    for seen,name in ((pictures,'retention'), (images(pictures),'agreement')):
+        c = make(seen).measure_grid([0.,0.1], [0.,1.], progress=False)
+        panel = explore_penalty(c)
+        assert ('agreement' in panel.finish())==(name=='agreement')
+        ax = panel.pictures[0].axes
+        assert ax.get_xlabel().startswith(name) and name in ax.get_title()
+        panel.set(strength=1.)
+        assert f"{c.at(**panel.values)[f'{name}_target_bn']:.0%}" in panel.finish()
+
+@pytest.mark.parametrize('in_curve', [True,False])
+@pytest.mark.parametrize('name', ['retention','agreement',''])
+def test_the_panel_of_trainings_names_what_it_shows(name, in_curve):
+    "Measured after every epoch, or only at the end; '': no source"
+    runs = {o.id: o for o in (Run('data', arm='plain', seed=s, epochs=2) for s in (0,1))}
+    measured = {f'{name}_target_bn': 0.25} if name else {}
+    curve = dict(epoch=[0,1], train_loss=2., valid_loss=2., accuracy=0.5)
+    training = SimpleNamespace(known=lambda: runs, batches=lambda id: [], stage='done', problems=[],
+                               epochs=lambda id: pd.DataFrame(curve | (measured if in_curve else {})),
+                               result=lambda id: dict(test_last=0.5) | measured)
+    view = _TrainingView(training, dict(data='data'))
+    text,shown = view.draw(),view.legend.value
+    ax = view.pictures[2].axes
+    assert ax.get_title().lower().startswith(name or 'retention')
+    assert [max(o.get_ydata()[-1:]) for o in ax.lines]==(2*[0.25] if name else [])
+    assert f'>{name or "retention"}<' in shown and ('25.0%' in shown)==bool(name)
+    assert (f'Highest {name}:' in text)==bool(name) and 'Highest accuracy' in text
