@@ -231,7 +231,10 @@ def columns(self:Retention)->dict: # Column name -> function
 def halves(
     table:pd.DataFrame, # From `read_pictures`
 )->tuple: # Two tables: for the Fisher, for the retention
-    "Every other picture to estimate the Fisher, the others to measure retention."
+    "Every other picture to estimate the Fisher, the others to measure retention. `ValueError` for a single picture."
+    if len(table)<2:
+        raise ValueError(f"there are too few source pictures, {len(table)}: one half is for the Fisher, the other for "
+                         "the retention, so pass two or more")
     return table[::2].reset_index(drop=True), table[1::2].reset_index(drop=True)
 
 # %% ../nbs/retention.ipynb #32e303e2

@@ -376,6 +376,9 @@ def test_networks_of_timm(name):
 def test_parts_of_a_table_without_splits():
     table = pd.DataFrame(dict(path=list('abcde')))
     assert [list(o.path) for o in source_parts(table)]==[list(o.path) for o in halves(table)]==[list('ace'),list('bd')]
+    for n in (0,1):
+        for parts in (halves, source_parts):
+            with pytest.raises(ValueError, match=f'too few source pictures, {n}'): parts(table[:n])
 
 # The points between two models
 
