@@ -22,7 +22,7 @@ from filelock import FileLock, Timeout
 from ..data.tables import decode_text
 from ..distributed.files import write_text
 from ..distributed.ranks import on_rank0, processes, progress_bar
-from ..distributed.workers import worker_processes
+from ..distributed.workers import keep_memory, worker_processes
 from .keep import kept
 from .ray import check_ray, run_on_ray
 from .results import read_curve
@@ -182,7 +182,8 @@ def _outcome(folder):
     if not (folder/'result.json').exists():
         return f"failed: {(folder/'error.txt').read_text(encoding='utf-8').strip().splitlines()[-1]}"
     row = read_result(folder)
-    measures = {k: row[k] for k in ('best','last','test','retention_target_bn') if k in row and row[k]==row[k]}
+    kept = 'retention_target_bn' if 'retention_target_bn' in row else 'agreement_target_bn'
+    measures = {k: row[k] for k in ('best','last','test',kept) if k in row and row[k]==row[k]}
     text = ', '.join(f'{k} {100*v:.1f} %' for k,v in measures.items())
     return f"{text or 'diverged'} ({row['seconds']:.0f} s)"
 
@@ -241,6 +242,7 @@ def _work_quietly(task): _work(*task)
 # %% ../../nbs/experiment/sweeps.ipynb #47d6d7f9
 def _side_by_side(jobs, runs, out, track, quiet):
     "Work with `jobs` processes, this one among them."
+    keep_memory()
     tasks = [(runs, out, track)]*(jobs-1)
     with worker_processes('fgvc_fisher.experiment.sweeps:_work_quietly', tasks, 'runs') as workers:
         progress = _Progress(runs, out, quiet)
