@@ -263,7 +263,7 @@ def columns(self:L2SPFisherCallback)->dict: # Column name -> function
     def penalty(): return self.penalty.value().item()
     def penalty_to_loss():
         loss = float(self.recorder.smooth_loss.value)                                      # NaN if there was no batch
-        return (torch.tensor(penalty(), dtype=torch.float64)/loss).item()                  # by zero is no error
+        return (torch.tensor(penalty(), dtype=torch.float64, device='cpu')/loss).item()    # by zero is no error
     return dict(penalty=penalty, penalty_to_loss=penalty_to_loss, distance=lambda: self.penalty.distance())
 
 # %% ../nbs/callback.ipynb #3ad0acae

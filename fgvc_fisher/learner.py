@@ -227,7 +227,8 @@ def _check_channels(model):
 # %% ../nbs/learner.ipynb #b12cf3cf
 def _has_stats(norm, mean, std):
     "Does a `Normalize` have this mean and standard deviation?"
-    return all(torch.equal(o.flatten().cpu(), torch.tensor(v)) for o,v in ((norm.mean, mean), (norm.std, std)))
+    pairs = (norm.mean, mean), (norm.std, std)
+    return all(torch.equal(o.flatten().cpu(), torch.tensor(v, device='cpu')) for o,v in pairs)
 
 # %% ../nbs/learner.ipynb #f7ea7611
 def normalise(

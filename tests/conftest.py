@@ -9,8 +9,8 @@ from pretend import pretend
 from ray_cluster import ray_cluster  # noqa: F401, a fixture
 
 # Files whose tests need a shell, signals, /proc or forks: left out on Windows and macOS, where processes are spawned
-POSIX = ['archive', 'cluster', 'commands', 'docs', 'evidence', 'explore', 'hub', 'keep', 'live', 'loops', 'pictures',
-         'processes', 'runs', 'sharded', 'shards', 'walkthrough']
+POSIX = ['accelerator', 'archive', 'cluster', 'commands', 'docs', 'evidence', 'explore', 'hub', 'keep', 'live', 'loops',
+         'pictures', 'processes', 'runs', 'sharded', 'shards', 'walkthrough']
 def pytest_collection_modifyitems(items):
     for o in items:
         if o.path.stem in [f'test_{name}' for name in POSIX]: o.add_marker('posix')

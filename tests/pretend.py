@@ -16,6 +16,7 @@ from fastai import torch_core  # noqa: F401, it makes `torch.as_subclass`
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+from torch.utils._device import _device_constructors
 from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -109,10 +110,13 @@ def as_subclass(t, cls, original=torch.as_subclass):
     out.__class__ = subclass(cls)
     return out
 
+TO_TENSOR = torch.as_tensor
+_device_constructors()                                         # remembers PyTorch's functions, before they are replaced
 def moving(make):
     "A function that makes a tensor from numbers, and moves it to the device afterwards"
-    def made(*args, device=None, **kwargs):
-        return make(*args, **kwargs).to(device) if is_there(device) else make(*args, device=device, **kwargs)
+    def made(o, device=None, **kwargs):
+        if device is None: device = o.device if isinstance(o, Tensor) and make is TO_TENSOR else make([]).device
+        return make(o, device='cpu', **kwargs).to(device) if is_there(device) else make(o, device=device, **kwargs)
     return made
 
 def load(file, map_location=None, original=torch.load, **kwargs):

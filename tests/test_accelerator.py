@@ -7,7 +7,6 @@ from fgvc_fisher.fisher.per_image import RULES, conv_rule
 
 ROOT = Path(__file__).parent.parent
 ROWS = dict(fisher=8, penalty=4, memory=6, training=6)
-pytestmark = pytest.mark.posix                                     # memory is read from /proc
 
 @pytest.fixture
 def accelerator(monkeypatch):

@@ -2,22 +2,25 @@
 import copy, io, random, warnings
 from dataclasses import replace
 from pathlib import Path
-import fastai.optimizer, fastai.torch_core, numpy as np, pandas as pd, pytest, torch
+import fastai.optimizer, fastai.torch_core, numpy as np, pandas as pd, pytest, timm, torch
 from PIL import Image
-from fastai.basics import Callback, CrossEntropyLossFlat, DataLoaders, Learner, accuracy
+from fastai.basics import Callback, CrossEntropyLossFlat, DataLoaders, Learner, accuracy, load_learner
 from fastai.data.load import DataLoader
 from torch import nn
 from torch.nn import functional as F
+from torchvision.models import squeezenet1_1
 import fgvc_fisher.data.loaders, fgvc_fisher.experiment.run
 from fgvc_fisher.callback import L2SPFisherCallback
 from fgvc_fisher.data import aircraft_dls
+from fgvc_fisher.data.transforms import MixedCrossEntropy
 from fgvc_fisher.experiment import do_run
 from fgvc_fisher.cli import estimate_command
 from fgvc_fisher.explore.compromise import Compromise
 from fgvc_fisher.explore.recognise import Recogniser
 from fgvc_fisher.fisher import DiagFisher, estimate_fisher, shard_fisher, tar_shards
+from fgvc_fisher.fisher.diagonal import KINDS as KINDS_OF_FISHERS
 from fgvc_fisher.fisher.per_image import PerImage
-from fgvc_fisher.learner import aircraft_learner, nesterov, source_model
+from fgvc_fisher.learner import aircraft_learner, n_outputs, nesterov, remake_head, source_model
 from fgvc_fisher.penalty import QuadraticPenalty
 from fgvc_fisher.penalty.merging import interpolate, merge
 from fgvc_fisher.retention import Retention, compare_with_source, retention, with_source_head
@@ -289,6 +292,9 @@ def test_fisher_without_float64(without_float64, name):
 @pytest.mark.parametrize('name', CALLBACKS)
 def test_training_without_float64(without_float64, name, capsys): test_callback(without_float64, name, capsys)
 
+def test_a_default_device_without_float64(without_float64, capsys):
+    with torch.device(without_float64): test_callback(without_float64, 'all terms', capsys)
+
 def test_the_rest_without_float64(without_float64):
     source,data = small().float(),batches(SHAPE, n_classes=4)
     fisher = estimate_fisher(source, data, progress=False)
@@ -353,11 +359,10 @@ def test_batches_of_pictures(by_default, drawn, tiny_weights, transforms):
 
 @pytest.mark.parametrize('recipe,step', [('one-cycle','prox'), ('published','published')])
 def test_whole_runs(by_default, tiny_run, tmp_path, recipe, step, monkeypatch):
-    "Interrupted after two epochs and resumed: the same result as on the CPU"
-    run = replace(tiny_run, recipe=recipe, step=step, **dict(beta=1e-5) if step=='published' else {})
+    "Interrupted after an epoch and resumed: the same result as on the CPU"
+    run = replace(tiny_run, recipe=recipe, step=step, epochs=2, **dict(beta=1e-5) if step=='published' else {})
     class Stop(Callback):
-        def after_epoch(self):
-            if self.epoch==1: raise KeyboardInterrupt
+        def after_epoch(self): raise KeyboardInterrupt
     with pytest.raises(KeyboardInterrupt): do_run(run, tmp_path/'there', cbs=[Stop()], quiet=True)
     found = do_run(run, tmp_path/'there', quiet=True)
     for module in (fastai.torch_core, fgvc_fisher.data.loaders, fgvc_fisher.experiment.run):
@@ -412,3 +417,82 @@ def test_command(device, drawn_source, tiny_weights, tmp_path, options, capsys):
         estimate_command('test_resnet', str(drawn_source), str(tmp_path/where), str(tiny_weights), size=32, bs=4,
                          device=where, **dict(n_images=4) | options)
     agree(*[DiagFisher.load(tmp_path/where) for where in (device.type, 'cpu')], 2e-3)
+
+# What is made on the way is where it is needed
+
+@pytest.mark.parametrize('dtype', [torch.float32,torch.float16])
+@pytest.mark.parametrize('name', ['test_resnet','test_vit','squeezenet'])
+def test_a_new_head(device, name, dtype):
+    model = squeezenet1_1(num_classes=5) if name=='squeezenet' else timm.create_model(name, num_classes=5)
+    model = remake_head(model.to(device, dtype), 3)
+    assert is_on_device(model) and {p.dtype for p in model.parameters()}=={dtype} and n_outputs(model)==3
+
+@pytest.mark.parametrize('where', ['here','there'])
+def test_a_default_device(device, where, tiny_weights, drawn, tmp_path):
+    "As after `torch.set_default_device`"
+    data,model = batches(SHAPE, n_classes=4),small()
+    there = copy.deepcopy(model).to(device if where=='there' else 'cpu')
+    wanted = {kind: estimate_fisher(model, data, kind, progress=False, target_error=0.9) for kind in KINDS_OF_FISHERS}
+    source = source_model('test_resnet', str(tiny_weights))
+    with torch.device(device):
+        for kind in KINDS_OF_FISHERS:
+            found = estimate_fisher(there, data, kind, progress=False, target_error=0.9)
+            agree(found, wanted[kind])
+            assert torch.allclose(found.moments, wanted[kind].moments)
+        found.plot_enough()
+        found.plot_histogram()
+        penalty = QuadraticPenalty(there, model, found, strength=1., new=['head'])
+        penalty.add_grad_()
+        penalty.prox_(0.1)
+        assert penalty.value().item()==0 and len(penalty.table())
+        assert compare_with_source(there, model, data)['agreement_target_bn']==1
+        DiagFisher.load(found.save(tmp_path/'f'), there)
+    dls = aircraft_dls(drawn, size=64, bs=4, num_workers=0)
+    learn = aircraft_learner(dls, source)
+    picture = Image.open(next(Path(drawn).rglob('*.jpg')))
+    wanted = Recogniser(learn, source)(picture)
+    with torch.device(device):
+        aircraft_learner(dls, source)
+        assert Recogniser(learn, source)(picture).variants.equals(wanted.variants)
+
+def test_a_learner_that_moves(device, capsys):
+    "From the CPU to the device between two trainings, with the anchor of the first"
+    model,theta0,fisher,data = problem(n=12)
+    data = [(o,t) for x,y in data for o,t in zip(x, y)]
+    def trained(*devices):
+        learn = tuned_in_fastai(copy.deepcopy(model), L2SPFisherCallback(beta=1., fisher=fisher), data, 'cpu', 1)
+        for device in devices:
+            learn.dls.to(device)
+            learn.model.to(device)
+            learn.create_opt()                                     # whose momenta are on the other device
+            with learn.no_bar(), learn.no_logging(): learn.fit(1, 0.1)
+        return learn
+    there,here = trained(device, 'cpu', device),trained('cpu', 'cpu', 'cpu')
+    agree(dict(there.model.named_parameters()), dict(here.model.named_parameters()), 1e-6)
+    a,b = [o.table().moved.sum() for learn in (there,here) for o in learn.cbs if isinstance(o, L2SPFisherCallback)]
+    assert a==pytest.approx(b)
+
+def test_anchor_and_fisher_on_another_device(device):
+    "Kept on the device for a model on the CPU"
+    model,theta0,fisher,data = problem(n=12)
+    other = copy.deepcopy(model)
+    for o,where in ((model,None), (other,device)):
+        steps(o, QuadraticPenalty(o, theta0, fisher, beta=3., l2sp=0.1, new=['3'], device=where), data)
+    agree(dict(other.named_parameters()), dict(model.named_parameters()), 1e-6)
+
+def test_weighted_classes(by_default, drawn, tiny_weights, capsys):
+    loss = MixedCrossEntropy(weight=torch.tensor([1.,2.,3.,4.]))
+    dls = aircraft_dls(drawn, size=32, bs=4, num_workers=0, transforms='published')
+    learn = aircraft_learner(dls, 'test_resnet', str(tiny_weights), loss_func=loss)
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)
+    assert is_on_device(learn.model) and np.isfinite(learn.recorder.values[-1][0])
+
+def test_exported(by_default, drawn, tiny_weights, tmp_path, capsys):
+    dls = aircraft_dls(drawn, size=32, bs=4, num_workers=0)
+    learn = aircraft_learner(dls, 'test_resnet', str(tiny_weights), cbs=L2SPFisherCallback(l2sp=0.1), path=tmp_path)
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)
+    learn.export()
+    back = load_learner(tmp_path/'export.pkl', cpu=True)
+    picture = next(Path(drawn).rglob('*.jpg'))
+    with learn.no_bar(), back.no_bar():
+        assert torch.allclose(back.predict(picture)[2], learn.predict(picture)[2], atol=1e-5)

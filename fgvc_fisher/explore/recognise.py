@@ -104,7 +104,7 @@ def _batch(dls, picture):
 def _as_source_expects(seen, source):
     "The batch that the source model expects, from the pixels"
     stats = picture_stats(source)
-    mean,std = [torch.tensor(stats[o])[:,None,None] for o in ('mean','std')]
+    mean,std = [torch.tensor(stats[o], device='cpu')[:,None,None] for o in ('mean','std')]
     return ((torch.from_numpy(seen).permute(2,0,1)/255-mean)/std)[None]
 
 # %% ../../nbs/explore/recognise.ipynb #cf371ec6

@@ -81,7 +81,7 @@ def draw_labels(
 )->Tensor: # Class numbers (B, n_samples)
     "Labels drawn from the probabilities of each image."
     rngs = [random.Random(f'{seed} {i}') for i in range(first, first+len(p))]
-    u = torch.tensor([[r.random() for _ in range(n_samples)] for r in rngs], dtype=torch.float64)
+    u = torch.tensor([[r.random() for _ in range(n_samples)] for r in rngs], dtype=torch.float64, device='cpu')
     cumulative = p.cpu().double().cumsum(-1)
     return torch.searchsorted(cumulative, u*cumulative[:,-1:]).clamp(max=p.shape[1]-1).to(p.device)
 
@@ -138,7 +138,7 @@ class Estimate:
     ):
         self.total,self.plan,self.provenance = SquaredGradients(model),plan,provenance
         self.n_images,self.uncovered_mass = 0,0.
-        self.moments = torch.zeros(len(self.total.params)+1, dtype=torch.float64)
+        self.moments = torch.zeros(len(self.total.params)+1, dtype=torch.float64, device='cpu')
 
     def _labels(self, logits, first, y):
         labels,weights = self.plan.labels(logits, first, y)
@@ -191,7 +191,7 @@ def gather(self:Estimate):
     "Add up the estimates of all processes; afterwards each of them has the result."
     from accelerate.utils import reduce
     device = next(iter(self.total.sums.values())).device
-    counts = torch.tensor([self.n_images,self.uncovered_mass], dtype=torch.float64)
+    counts = torch.tensor([self.n_images,self.uncovered_mass], dtype=torch.float64, device='cpu')
     numbers = torch.cat([self.moments, counts])
     self.total.sums = {k: reduce(v, 'sum') for k,v in self.total.sums.items()}
     numbers = reduce(numbers.to(device), 'sum').cpu()
@@ -205,7 +205,7 @@ def reached(self:Estimate,
 )->bool:
     "Is the relative standard error of the total below `target_error`, after thirty images at least?"
     numbers = [sum(parameter_totals(self.total.sums)), self.moments[-1].item(), self.n_images]
-    numbers = torch.tensor(numbers, dtype=torch.float64)
+    numbers = torch.tensor(numbers, dtype=torch.float64, device='cpu')
     if n_processes>1:
         from accelerate.utils import reduce
         numbers = reduce(numbers.to(next(iter(self.total.sums.values())).device), 'sum').cpu()

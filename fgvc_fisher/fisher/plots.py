@@ -80,7 +80,7 @@ def plot_enough(self:DiagFisher,
     Raises `ValueError` if the Fisher was saved without moments."""
     relative = self.error().relative
     of_total,of_parameters = relative['total'],relative.iloc[:-1].replace([math.inf,-math.inf], math.nan).dropna()
-    n = torch.logspace(1, 5, 50).numpy()
+    n = torch.logspace(1, 5, 50, device='cpu').numpy()
     scale = (self.n_images/n)**0.5
     low,high = [of_parameters.quantile(q)*scale for q in (0.05,0.95)]
     ax = _axes(ax, self, xscale='log', yscale='log', xlabel='images', ylabel='relative standard error')

@@ -178,9 +178,9 @@ def _clone_shared(model, source, name, new, dtype, device):
 def _max_values(stored, params, lowest, name, advice):
     "The largest value of each parameter; `ValueError` names parameters with values below `lowest`, or not finite"
     def largest(v):
-        if v.is_meta: return torch.zeros((), dtype=torch.float64)
-        valid = v.isfinite().all() and (v>=lowest).all()
-        return torch.tensor((v.max().item() if v.numel() else 0.) if valid else math.inf, dtype=torch.float64)
+        valid = v.is_meta or v.isfinite().all() and (v>=lowest).all()
+        value = math.inf if not valid else v.max().item() if v.numel() and not v.is_meta else 0.
+        return torch.tensor(value, dtype=torch.float64, device='cpu')
     largests = reduce_over_shards({k: largest(v) for k,v in stored.items()}, params, 'max')
     largests = {k: v.item() for k,v in largests.items()}
     if bad := [k for k,v in largests.items() if v==math.inf]:
