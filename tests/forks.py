@@ -12,8 +12,8 @@ from typing import NamedTuple
 BIN = Path(sys.executable).parent
 METHODS = multiprocessing.get_all_start_methods()
 CONTEXT = multiprocessing.get_context('forkserver' if 'forkserver' in METHODS else 'spawn')
-PRELOAD = ['pytest', 'accelerate', 'fastai.vision.all', 'timm', 'fgvc_fisher.cli', 'fgvc_fisher.explore.classifier',
-           'fgvc_fisher.explore.training']
+PRELOAD = ['pytest', 'accelerate', 'fastai.vision.all', 'timm', 'fgvc_fisher.cli', 'fgvc_fisher.experiment.demo',
+           'fgvc_fisher.fisher.shards', 'fgvc_fisher.explore.classifier', 'fgvc_fisher.explore.training']
 
 def _begin(target, args, env, cwd, threads, printed):
     "What a new process does first: the environment, the folder and the output that it was given"

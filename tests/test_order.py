@@ -33,6 +33,7 @@ LIGHT = {
     'fisher.per_image': HEAVY, 'fisher.diagonal': HEAVY, 'fisher.plots': HEAVY, 'fisher.estimate': HEAVY,
     'experiment.store': HEAVY-{'pandas'}, 'experiment.seeds': HEAVY,
     'experiment.results': HEAVY-{'pandas', 'matplotlib'},
+    'cli': HEAVY|{'torch'},
 }
 
 def imports(module, everywhere=True):

@@ -9,7 +9,7 @@ import ast, json, re
 from importlib.metadata import EntryPoint
 from pathlib import Path
 import yaml
-from fastcore.script import anno_parser
+from fgvc_fisher.cli import command_parser
 try: import tomllib
 except ModuleNotFoundError: import tomli as tomllib
 
@@ -85,7 +85,7 @@ def in_cell(text): return ' '.join(str(text).split()).replace('|', r'\|')
 
 def command(name, function):
     "One command: what it does, and its options"
-    parser = anno_parser(function, prog=name)
+    parser = command_parser(function)
     lines = [f'## {name}', '', in_cell(parser.description), '', '| option | default | meaning |', '|---|---|---|']
     for o in parser._actions:
         if o.dest in ('help', 'pdb', 'xtra'): continue
@@ -101,7 +101,7 @@ def commands():
     text = ('`fgvc-finetune --help` shows the same in a shell. An option without a default is off unless it is given.\n'
             '[The notebook of the commands](cli.ipynb) shows them at work.')
     lines = [HEAD.format(title='Commands', description='Options and defaults of every command', text=text)]
-    for name,address in scripts.items(): lines += command(name, EntryPoint(name, address, '').load())
+    for name,address in scripts.items(): lines += command(name, EntryPoint(name, address.removesuffix('.main'), '').load())
     return '\n'.join(lines)
 
 def citation():
