@@ -152,7 +152,8 @@ def skip(table, folder):
     good, = pictures.skip_bad([table])
     try: pictures.skip_bad([table[:1]])
     except OSError as e: said = str(e)
-    (folder/f'{i}.json').write_text(json.dumps(dict(opened=sorted(opened), good=[o.name for o in good.path], said=said)))
+    found = dict(opened=sorted(opened), good=[o.name for o in good.path], said=said)
+    (folder/f'{i}.json').write_text(json.dumps(found))
     shutdown_processes()
 
 def test_one_process_looks_for_bad_pictures(drawn_source, tmp_path):
@@ -168,3 +169,17 @@ def test_one_process_looks_for_bad_pictures(drawn_source, tmp_path):
     assert first['good']==second['good']==names[1:]
     assert first['said']==second['said'] and names[0] in first['said']
     assert [o.err.count('skipping 1 of 4') for o in processes]==[1,0]
+
+def test_memory_is_kept_or_nothing_happens(monkeypatch):
+    from fgvc_fisher.distributed import workers
+    set_options = []
+    class Glibc:
+        def mallopt(self, *pair): set_options.append(pair)
+    monkeypatch.setattr(workers.ctypes, 'CDLL', lambda _: Glibc())
+    workers.keep_memory()
+    assert len(set_options)==2
+    for error in (OSError, TypeError, AttributeError):
+        def other(_): raise error('no glibc')
+        monkeypatch.setattr(workers.ctypes, 'CDLL', other)
+        workers.keep_memory()
+    assert len(set_options)==2
