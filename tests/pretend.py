@@ -63,21 +63,21 @@ def subclass(cls):
         SUBCLASSES[cls] = type(f'Pretend{cls.__name__}', (cls,*bases), {})
     return SUBCLASSES[cls]
 
-def refuse_mixing(func, tensors):
-    "`RuntimeError` if a CPU tensor meets pretended ones"
-    for o in tensors:
-        if not isinstance(o, Pretend) and (o.ndim or func in STACKS) and func not in BY_INDEX:
+def refuse_mixing(func, args, kwargs):
+    "`RuntimeError` if a CPU tensor meets pretended ones, except for an index and for one without dimensions"
+    if func in BY_INDEX: args = (args[0], *args[2:])
+    for o in tree_leaves((args, kwargs)):
+        if isinstance(o, Tensor) and not isinstance(o, Pretend) and (o.ndim or func in STACKS):
             raise RuntimeError(f'{func}: a CPU tensor of shape {tuple(o.shape)} meets tensors of the pretended device')
 
 def raw(o): return o.raw if isinstance(o, Pretend) else o
 
 def dispatch(func, args, kwargs, float64=True):
     "Call an operation with the numbers of its tensors"
-    tensors = [o for o in tree_leaves((args, kwargs)) if isinstance(o, Tensor)]
-    ours = [o for o in tensors if isinstance(o, Pretend)]
+    ours = [o for o in tree_leaves((args, kwargs)) if isinstance(o, Pretend)]
     device = kwargs.get('device')
     if not ours and not is_there(device): return func(*args, **kwargs)
-    if ours and func not in MOVES: refuse_mixing(func, tensors)
+    if ours and func not in MOVES: refuse_mixing(func, args, kwargs)
     if func is aten.copy_.default:
         raw(args[0]).copy_(raw(args[1]))
         return args[0]

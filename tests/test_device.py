@@ -57,7 +57,8 @@ def on_both(model, data, **kw):
 def test_what_the_device_refuses(device):
     x,there = torch.randn(3,3),torch.randn(3,3).to(device)
     refused = [lambda: x+there, lambda: there@x, lambda: torch.stack([there.sum(), torch.tensor(1.)]),
-               lambda: there.lerp_(x, 0.5), lambda: torch.cat([there, x]), lambda: F.linear(x, there)]
+               lambda: there.lerp_(x, 0.5), lambda: torch.cat([there, x]), lambda: F.linear(x, there),
+               lambda: x[torch.tensor([0,2]).to(device)], lambda: there.index_put_((torch.tensor([0,2]),), x[:2])]
     for f in refused:
         with pytest.raises(RuntimeError, match='CPU tensor'): f()
     with pytest.raises(TypeError, match='numpy'): there.numpy()
