@@ -5,8 +5,10 @@ from pathlib import Path
 import fastai.optimizer, fastai.torch_core, numpy as np, pandas as pd, pytest, timm, torch
 from PIL import Image
 from fastai.basics import Callback, CrossEntropyLossFlat, DataLoaders, Learner, accuracy, load_learner
+from fastai.callback.fp16 import MixedPrecision
 from fastai.data.load import DataLoader
 from torch import nn
+from torch.amp import GradScaler
 from torch.nn import functional as F
 from torchvision.models import squeezenet1_1
 import fgvc_fisher.data.loaders, fgvc_fisher.experiment.run
@@ -250,6 +252,25 @@ def test_callback(device, name, capsys):
     agree(dict(there.model.named_parameters()), dict(here.model.named_parameters()), 1e-6)
     assert is_on_device(there.model) and here.recorder.metric_names==there.recorder.metric_names
     assert torch.allclose(torch.tensor(there.recorder.values), torch.tensor(here.recorder.values), equal_nan=True)
+
+class Mixed(MixedPrecision):
+    "fastai's mixed precision, which knows CUDA alone, on the device"
+    def before_fit(self):
+        super().before_fit()
+        self.autocast,self.learn.scaler = torch.autocast(self.dls.device.type, torch.float16),GradScaler('cpu')
+
+@pytest.mark.parametrize('name', ['all terms','explicit','on the CPU'])
+def test_mixed_precision(device, name, capsys):
+    "Near the training in float32, and not the same"
+    model,theta0,fisher,data = problem(n=12)
+    data = [(o,t) for x,y in data for o,t in zip(x, y)]
+    def trained(*cbs):
+        cb = L2SPFisherCallback(anchor=theta0, fisher=fisher, new=['3'], **CALLBACKS[name])
+        learn = tuned_in_fastai(copy.deepcopy(model), [cb, *cbs], data, device, opt_func=nesterov)
+        return dict(learn.model.named_parameters())
+    found,wanted = trained(Mixed()),trained()
+    agree(found, wanted, 0.02)
+    assert not torch.equal(found['0.weight'], wanted['0.weight']) and found['0.weight'].dtype==torch.float32
 
 @pytest.mark.parametrize('opt_func', [nesterov, fastai.optimizer.Adam])
 def test_saved_and_resumed(device, opt_func, tmp_path, capsys):
