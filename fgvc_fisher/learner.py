@@ -308,7 +308,9 @@ def remake_head(
 )->nn.Module: # The same network
     "Replace the layers that make the logits by new ones with `n_out` outputs and random weights."
     if hasattr(model, 'reset_classifier'):
+        like = next(model.parameters())
         model.reset_classifier(n_out)
+        for name in _replaced_by_reset(model): model.get_submodule(name).to(like.device, like.dtype)
         return model
     name, = head_names(model)
     old = model.get_submodule(name)

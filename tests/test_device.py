@@ -1,6 +1,7 @@
 "Every path that touches a device, on a pretended one: its numbers are the CPU's, and its tensors do not meet the CPU's"
 import copy, io, random, warnings
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 import fastai.optimizer, fastai.torch_core, numpy as np, pandas as pd, pytest, timm, torch
 from PIL import Image
@@ -442,11 +443,17 @@ def test_command(device, drawn_source, tiny_weights, tmp_path, options, capsys):
 
 # What is made on the way is where it is needed
 
+class OfItsOwn(Pooled):
+    "Makes its new head as timm's networks did: on the CPU, in float32"
+    def __init__(self): super().__init__(6, nn.Conv2d(3,6,3))
+    def reset_classifier(self, n): self.head = nn.Sequential(nn.Linear(6,6), nn.Linear(6,n))
+
 @pytest.mark.parametrize('dtype', [torch.float32,torch.float16])
-@pytest.mark.parametrize('name', ['test_resnet','test_vit','squeezenet'])
-def test_a_new_head(device, name, dtype):
-    model = squeezenet1_1(num_classes=5) if name=='squeezenet' else timm.create_model(name, num_classes=5)
-    model = remake_head(model.to(device, dtype), 3)
+@pytest.mark.parametrize('make', [
+    OfItsOwn, squeezenet1_1, named('test_resnet'), named('test_vit'), named('levit_128s'),
+    partial(timm.create_model, 'test_vit', num_classes=0), named('deit_tiny_distilled_patch16_224')])
+def test_a_new_head(device, make, dtype):
+    model = remake_head(make().to(device, dtype), 3)
     assert is_on_device(model) and {p.dtype for p in model.parameters()}=={dtype} and n_outputs(model)==3
 
 @pytest.mark.parametrize('where', ['here','there'])
