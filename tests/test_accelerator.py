@@ -27,6 +27,10 @@ def test_tables(accelerator, tmp_path, name, capsys):
     assert len(table)==ROWS[name] and table.note.isna().all(), table
     if name=='fisher': assert (table.error<1e-4).all() and (table.images_s>0).all()
     if name=='training': assert (table.hours_80>0).all()
+    capsys.readouterr()
+    text = file.read_text()
+    tables(accelerator, tmp_path, name)
+    assert file.read_text()==text and f'{name}, ' not in capsys.readouterr().out    # measured no more
     assert RULES[F.conv2d] is conv_rule and (file.parent/'machine.txt').read_text().count(torch.__version__)==1
 
 def test_a_row_that_is_missing_is_measured_and_no_other(accelerator, tmp_path, capsys):
