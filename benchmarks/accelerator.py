@@ -14,9 +14,9 @@
 5. `memory`: peak memory of single steps, where no more than `budget` GB may be used.
 
 The tables lie in a folder named after the card. What has a row there is not measured again: a call that was cut off is
-repeated, and to measure a row anew remove it. Weights are random, and so are pictures unless `tree` is given. A rule is
-the better one for a shape and a device if its `images_s` is larger. On a CPU the script runs, too; it is meant for a
-GPU. With `--tiny` the sizes are those of its test.
+repeated, and to measure a row anew remove it. Weights are random, and pictures are random or drawn unless `tree` is
+given. A rule is the better one for a shape and a device if its `images_s` is larger. On a CPU the script runs, too; it
+is meant for a GPU, and has not been run on one yet. With `--tiny` the sizes are those of its test.
 """
 import gc, re, subprocess, sys, tempfile, time
 from contextlib import nullcontext
