@@ -198,7 +198,7 @@ def fgvc_predict(
     from fgvc_fisher.distributed.files import write_text
     from fgvc_fisher.experiment.predict import load_run, predict
     found = predict(load_run(run, head), pictures[0] if len(pictures)==1 else pictures, n, bs)
-    write_text(out, found.to_csv(index=False))
+    write_text(Path(out), found.to_csv(index=False))
     print(f'{len(found)} pictures, written to {out}')
 
 # %% ../nbs/cli.ipynb #220c41b8

@@ -182,7 +182,8 @@ def fisher_pictures(self:Run)->tuple:
     of = (self.fisher_from, self.data, self.level, self.train) if self.fisher_from=='target' else ()
     if of: of += tuple(f'{o}={getattr(self, o)}' for o in ('form', 'path', 'label', 'split', 'fraction')
                        if getattr(self, o)!=Run.__dataclass_fields__[o].default)
-    by_seed = self.n_fisher or of and (self.fraction<1 or data_form(self.data)!='aircraft')
+    may_hold_out = bool(of) and Path(self.data).exists() and data_form(self.data)!='aircraft'
+    by_seed = self.n_fisher or of and self.fraction<1 or may_hold_out
     return of+(self.n_fisher, self.seed) if by_seed else of
 
 # %% ../../nbs/experiment/run.ipynb #70adc004
@@ -567,6 +568,14 @@ def do_claimed_run(
     on_rank0(lambda: tidy_folder(folder))
     return on_rank0(lambda: read_result(folder))
 
+# %% ../../nbs/experiment/run.ipynb #70adc005
+def _remove_unbegun(folder):
+    "Remove the folder of a run that was refused before it began."
+    left = list(folder.iterdir())
+    if not {o.name for o in left} <= {'lock', 'run.json'}: return
+    for o in left: o.unlink()
+    folder.rmdir()
+
 # %% ../../nbs/experiment/run.ipynb #a50ece3a
 def do_run(
     run:Run, # What to do
@@ -579,6 +588,11 @@ def do_run(
     Raises `ValueError` if the data do not fit, the folder belongs to another run, or another process is doing this
     one."""
     folder = Path(folder)
+    is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    with shared_lock(folder/'lock', f"{folder}: another process is doing this run; wait for it, or use another folder"):
-        return do_claimed_run(run, folder, shared or folder, cbs, quiet)
+    doing = f"{folder}: another process is doing this run; wait for it, or use another folder"
+    try:
+        with shared_lock(folder/'lock', doing): return do_claimed_run(run, folder, shared or folder, cbs, quiet)
+    except (ValueError, OSError):
+        if is_new and not processes()[1]: _remove_unbegun(folder)
+        raise
