@@ -176,12 +176,14 @@ def near_pairs(
     "All i < j for which a[i] and b[j] differ in at most `distance` bits."
     a,b = (np.asarray(o, np.float32)*2-1 for o in (a,b))
     pairs = [np.zeros((3,0), int)]
-    for start in range(0, len(a), 1024):
-        d = (a.shape[1] - a[start:start+1024]@b[start:].T)/2
-        row,col = np.nonzero(d<=distance)
+    step = max(2**24//max(len(b), 1), 1)                           # 64 MB of products at a time
+    for start in range(0, len(a), step):
+        products = a[start:start+step]@b[start:].T
+        row,col = np.nonzero(products>=a.shape[1]-2*distance)
         is_upper = row<col
         row,col = row[is_upper],col[is_upper]
-        pairs.append(np.stack([row+start, col+start, d[row,col].astype(int)]))
+        different = (a.shape[1]-products[row,col])/2
+        pairs.append(np.stack([row+start, col+start, different.astype(int)]))
     return np.hstack(pairs)
 
 # %% ../../nbs/data/check.ipynb #74ea14fe
