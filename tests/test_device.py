@@ -17,6 +17,7 @@ from fgvc_fisher.callback import L2SPFisherCallback
 from fgvc_fisher.data import aircraft_dls
 from fgvc_fisher.data.transforms import MixedCrossEntropy
 from fgvc_fisher.experiment import do_run
+from fgvc_fisher.experiment.saved import fit_temperature, load_model, save_model, temperature_on
 from fgvc_fisher.cli import estimate_command
 from fgvc_fisher.explore.compromise import Compromise
 from fgvc_fisher.explore.recognise import Recogniser
@@ -440,6 +441,21 @@ def test_command(device, drawn_source, tiny_weights, tmp_path, options, capsys):
         estimate_command('test_resnet', str(drawn_source), str(tmp_path/where), str(tiny_weights), size=32, bs=4,
                          device=where, **dict(n_images=4) | options)
     agree(*[DiagFisher.load(tmp_path/where) for where in (device.type, 'cpu')], 2e-3)
+
+@pytest.mark.parametrize('head', ['target','source'])
+def test_a_saved_model(without_float64, tmp_path, head):
+    "Written from the device, with its temperature; read on the CPU"
+    source = timm.create_model('test_resnet', num_classes=4)
+    tuned = remake_head(copy.deepcopy(source), 3)
+    x,y = batches((6,3,32,32), dtype=torch.float32)[0]
+    network = with_source_head(tuned, source) if head=='source' else tuned.eval()
+    wanted = [temperature_on(tuned, [(x,y)]), network(x).detach()]
+    temperature = temperature_on(tuned.to(without_float64), [(x,y)])
+    logits = tuned(x.to(without_float64))
+    assert fit_temperature(logits, y)==pytest.approx(temperature)==pytest.approx(wanted[0], rel=1e-4)
+    save_model(tuned, source.to(without_float64), tmp_path/'model', list('abc'), temperature=temperature)
+    back,classes,_ = load_model(tmp_path/'model', 'test_resnet', head)
+    assert len(classes)==(4 if head=='source' else 3) and torch.allclose(back(x), wanted[1], atol=1e-5)
 
 # What is made on the way is where it is needed
 

@@ -44,7 +44,7 @@ def fit_temperature(
     labels:Tensor, # (N,) class numbers
 )->float: # From 0.05 to 20
     "The temperature with the lowest cross-entropy of `logits / T`."
-    logits,labels = logits.double().cpu(),labels.cpu()
+    logits,labels = logits.cpu().double(),labels.cpu()
     def loss(log_t): return nn.functional.cross_entropy(logits/math.exp(log_t), labels).item()
     return math.exp(minimize_scalar(loss, bounds=(math.log(0.05), math.log(20)), method='bounded').x)
 
