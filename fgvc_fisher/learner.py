@@ -10,16 +10,19 @@ __all__ = ['SOURCE_PREFIX', 'nesterov', 'load_weights', 'source_model', 'picture
            'TerminateTogether']
 
 # %% ../nbs/learner.ipynb #e5beb75e
-import difflib, pkgutil, re
+import difflib, pkgutil, re, socket
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from textwrap import shorten
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 import torch, timm
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.serialization import add_safe_globals, clear_safe_globals, get_safe_globals
+from huggingface_hub import constants
 from safetensors.torch import load_file
 from fastai.callback.core import Callback, CancelFitException
 from fastai.callback.progress import ProgressCallback
@@ -157,6 +160,19 @@ def _resolve(name):
     try: return pkgutil.resolve_name(name)
     except (ImportError, AttributeError) as e: raise ValueError(f"arch {name!r}: {e}") from e
 
+# %% ../nbs/learner.ipynb #638a12b2
+@contextmanager
+def _without_retries():
+    "Inside, timm looks only at files that it has downloaded before, if there is no network."
+    if getproxies(): reachable = True                              # a proxy looks the address up
+    else:
+        try: reachable = bool(socket.getaddrinfo(urlsplit(constants.ENDPOINT).hostname, 443))
+        except OSError: reachable = False
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = before or not reachable
+    try: yield
+    finally: constants.HF_HUB_OFFLINE = before
+
 # %% ../nbs/learner.ipynb #638a12b3
 def _named_model(name, pretrained):
     "timm's model of that name, or what `package.module:function` makes; `ValueError` suggests similar names"
@@ -165,8 +181,13 @@ def _named_model(name, pretrained):
         similar = difflib.get_close_matches(name.split('.')[0], timm.list_models(), n=3)
         hint = f"; did you mean {' or '.join(similar)}?" if similar else ''
         raise ValueError(f"arch {name!r}: timm has no such model{hint}")
-    try: return timm.create_model(name, pretrained=pretrained)
+    if not pretrained: return timm.create_model(name)
+    try:
+        with _without_retries(): return timm.create_model(name, pretrained=True)
     except RuntimeError as e: raise ValueError(f"arch {name!r}: {e}") from e
+    except OSError as e:
+        raise ValueError(f"arch {name!r}: its weights cannot be downloaded ({shorten(str(e), 120)}). Give a file with "
+                         f"them (--weights FILE), or copy them into the cache, {constants.HF_HUB_CACHE}") from e
 
 # %% ../nbs/learner.ipynb #87a518fa
 def _match_head(model, state):

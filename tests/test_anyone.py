@@ -204,7 +204,8 @@ def test_a_run_without_labels(tiny_run, unlabelled, tmp_path):
     assert 0<=row['agreement_source_bn']<=1 and row['divergence_source_bn']>=0
     with pytest.raises(ValueError, match='labels'):
         do_run(replace(tiny_run, source=str(unlabelled), kind='empirical'), tmp_path/'other', quiet=True)
-    same = do_run(replace(tiny_run, source=str(unlabelled), tune='head', beta=0., epochs=1), tmp_path/'head', quiet=True)
+    kept = replace(tiny_run, source=str(unlabelled), tune="head", beta=0., epochs=1)
+    same = do_run(kept, tmp_path/"head", quiet=True)
     assert same['agreement_source_bn']==1 and same['divergence_source_bn']<1e-6
 
 # The table of a data set
@@ -232,3 +233,17 @@ def test_ids_and_files_of_runs_with_a_tree_are_as_they_were():
 def test_archives(name, tmp_path):
     (tmp_path/name).write_bytes(b'x')
     with pytest.raises(ValueError, match='unpack'): data_form(tmp_path/name)
+
+# Weights that cannot be downloaded
+
+def test_without_a_network_it_is_said_at_once(monkeypatch, tmp_path):
+    from huggingface_hub import constants
+    tried = []
+    def no_address(host, *args):
+        tried.append(host)
+        raise OSError('Name or service not known')
+    monkeypatch.setattr('fgvc_fisher.learner.socket.getaddrinfo', no_address)
+    monkeypatch.setattr('fgvc_fisher.learner.getproxies', dict)
+    monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path))
+    with pytest.raises(ValueError, match=f"'test_resnet'.*--weights.*{tmp_path}"): source_model('test_resnet')
+    assert len(tried)==1 and not constants.HF_HUB_OFFLINE
