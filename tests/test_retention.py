@@ -1,5 +1,6 @@
 "What a fine-tuned model still knows, with labels and without: against NumPy, and on what does not fit"
-import copy, math
+import copy, json, math, shutil
+from pathlib import Path
 from types import SimpleNamespace
 import numpy as np, pandas as pd, pytest, timm, torch
 from fastai.basics import CrossEntropyLossFlat, DataLoaders, Learner
@@ -439,3 +440,19 @@ def test_the_panel_of_trainings_names_what_it_shows(name, in_curve):
     assert [max(o.get_ydata()[-1:]) for o in ax.lines]==(2*[0.25] if name else [])
     assert f'>{name or "retention"}<' in shown and ('25.0%' in shown)==bool(name)
     assert (f'Highest {name}:' in text)==bool(name) and 'Highest accuracy' in text
+
+def test_the_rows_of_the_benchmark(tiny_done, tmp_path, monkeypatch):
+    "At the source, between, and at the run's own result; what has a row is not measured again"
+    monkeypatch.syspath_prepend(Path(__file__).parents[1]/'benchmarks')
+    import agreement
+    done = json.loads((tiny_done/'result.json').read_text())
+    shutil.copytree(tiny_done, tmp_path/'runs'/done['id'])
+    shutil.copytree(tiny_done.parent/'sources', tmp_path/'sources')
+    asked = dict(work=str(tmp_path), out=str(tmp_path/'out'))
+    agreement.main(**asked, positions='0,1')
+    first = pd.read_csv(tmp_path/'out/runs.csv')
+    agreement.main(**asked, positions='0,0.5,1')
+    rows = pd.read_csv(tmp_path/'out/runs.csv').set_index('position').sort_index()
+    assert list(rows.index)==[0,0.5,1] and len(first)==2
+    assert rows.loc[0.,'agreement_source_bn']==1 and rows.loc[0.,'retention_source_bn']==pytest.approx(rows.before[0.])
+    for o in columns(*MEASURES): assert rows.loc[1.,o]==pytest.approx(done[o], rel=1e-5)
