@@ -1,5 +1,6 @@
 "What a fine-tuned model still knows, with labels and without: against NumPy, and on what does not fit"
 import copy, json, math, shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 import numpy as np, pandas as pd, pytest, timm, torch
@@ -10,7 +11,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, TensorDataset
 from fgvc_fisher.experiment import Run
 from fgvc_fisher.explore import explore_penalty
-from fgvc_fisher.explore.compromise import Compromise
+from fgvc_fisher.explore.compromise import Compromise, read_compromise
 from fgvc_fisher.explore.training import _TrainingView
 from fgvc_fisher.retention import (
     Retention, accuracy_on, compare_with_source, halves, retention, source_parts, with_source_head
@@ -456,3 +457,10 @@ def test_the_rows_of_the_benchmark(tiny_done, tmp_path, monkeypatch):
     assert list(rows.index)==[0,0.5,1] and len(first)==2
     assert rows.loc[0.,'agreement_source_bn']==1 and rows.loc[0.,'retention_source_bn']==pytest.approx(rows.before[0.])
     for o in columns(*MEASURES): assert rows.loc[1.,o]==pytest.approx(done[o], rel=1e-5)
+
+def test_the_points_of_a_run_without_labels(tiny_run, tmp_path):
+    shutil.copytree(tiny_run.source, tmp_path/'pictures', ignore=shutil.ignore_patterns('labels.csv'))
+    run = replace(tiny_run, source=str(tmp_path/'pictures'), epochs=1)
+    c = read_compromise(run, tmp_path, n_pictures=6, n_fisher=6, progress=False)
+    assert c.measures==('last', *columns('agreement')) and c.before==1
+    assert c.at(0., 1e15)['agreement_source_bn']==1                          # all the way back to the source
