@@ -123,3 +123,16 @@ def test_a_table_before_training(drawn, parts):
     assert set(table[table.terms=='beta F'].index)==set(table[(table.kind=='weight') & (table.part=='shared')].index)
     assert cb.penalty is None
     assert len(fit(learn, cb).model.state_dict()) and cb.table().moved.sum()>0
+
+@pytest.mark.parametrize('kind', ['fisher', 'nan', 'inf', 'state_dict with nan', 'no values'])
+def test_an_anchor_that_is_none_is_refused_before_the_first_step(kind, drawn, parts):
+    source,_,fisher = parts
+    wrong = copy.deepcopy(source)
+    if kind!='fisher': wrong.layer1[0].conv1.weight.data[0] = torch.inf if kind=='inf' else torch.nan
+    if kind=='no values': wrong = wrong.to('meta')
+    anchor = fisher if kind=='fisher' else wrong.state_dict() if kind.startswith('state_dict') else wrong
+    learn = learner(drawn, source)
+    before = copy.deepcopy(learn.model.state_dict())
+    with pytest.raises(ValueError, match='anchor'): fit(learn, L2SPFisherCallback(fisher=fisher, anchor=anchor))
+    assert all(torch.equal(v, before[k]) for k,v in learn.model.state_dict().items())
+    fit(learn, L2SPFisherCallback(fisher=fisher, anchor=source))                # and the Learner can still be trained

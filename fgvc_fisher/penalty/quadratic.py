@@ -73,7 +73,8 @@ def find_new(
     mismatched = dict(mismatched_parameters(model, source))
     shared = [i for i,n in enumerate(own) if n not in mismatched]
     if not shared:
-        raise ValueError(f"{type(model).__name__} shares no parameter with the source: no name and shape in common")
+        differences = shorten(', '.join(f'{n} {difference}' for n,difference in mismatched.items()), 400)
+        raise ValueError(f"{type(model).__name__} shares no parameter with this Fisher or anchor: {differences}")
     new = own[shared[-1]+1:]
     if wrong := [f'{n} {difference}' for n,difference in mismatched.items() if n not in new]:
         raise ValueError(f"this Fisher or anchor belongs to another model: {shorten(', '.join(wrong), 400)}; "
