@@ -13,8 +13,8 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 demo: $(READY)    ## The whole method on drawn aircraft, offline: a table, pictures and demo/report.html
 	$(BIN)/fgvc-demo --out demo
 
-app: $(if $(FGVC_FISHER_RUN),,demo/report.html) $(BROWSER_READY)    ## The classifier that `make demo` has trained as a web page; FGVC_FISHER_RUN=FOLDER takes another run
-	$(BIN)/voila nbs/app.ipynb
+app: $(if $(RUN),,demo/report.html) $(BROWSER_READY)    ## The classifier that `make demo` has trained as a web page; RUN=FOLDER takes another run
+	FGVC_FISHER_RUN=$(abspath $(RUN)) $(BIN)/voila nbs/app.ipynb
 
 demo/report.html: $(READY)
 	$(BIN)/fgvc-demo --out demo
