@@ -2,24 +2,51 @@
 
     python benchmarks/aircraft.py --photos PHOTOS --jobs 2                  # every stage; resumes if interrupted
     python benchmarks/aircraft.py --photos PHOTOS --stages main --seeds 5   # some stages
+    python benchmarks/aircraft.py --photos PHOTOS --accelerator             # the whole grid on a GPU, see below
     python benchmarks/aircraft.py                                           # only the tables, from `results/aircraft`
 
 PHOTOS contains `data/fgvc20` (an FGVC-Aircraft tree), `data/imagenet_sample` and `data/imagenet_extra` (pictures with a
 `labels.csv`) and the weights in `weights/`. Every other ImageNet picture of a class estimates the Fisher, the others
 measure retention. Everything is chosen on the validation split: the stages `epochs` and `rate`, on plain runs alone,
-come first, and the later ones use what they found (`EPOCHS`, `RATE`). A run that has a row in OUT is not done again.
-`nbs/evidence.ipynb` reads the rows. What was set about memory in `benchmarks/evidence.py` holds here, too.
+come first, and the later ones use what they found (`EPOCHS`, `RATE`). Rows are written after every finished run, and a
+run that has a row in OUT is not done again. `nbs/evidence.ipynb` reads them. EWC is not clipped, as `Run` clips no
+gradient: where its explicit step is too long, it diverges. LwF, which is no `Run`, is not here: see `family.py`.
+What was set about memory in `benchmarks/evidence.py` holds here, too.
+
+With `--accelerator` everything runs at 224 and 299 pixels with ten seeds and in float16, and the paper's recipe and
+three starts of it with Inception-v4, two of whose tensors are substitutes. A few steps are timed first and the script
+says how long all of it will take. It is restarted by the same call. It has not been run on a GPU yet.
 """
 import os
+from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
-import pandas as pd
-from fastcore.script import call_parse
-from evidence import add_rows, rows_of
+import pandas as pd, torch
+from fastai.torch_core import default_device
+from fastcore.basics import chunked
+from fastcore.script import call_parse, store_true
+from filelock import FileLock
+from safetensors.torch import load_file, save_file
+from evidence import add_rows, merge_all, rows_of
 from fgvc_fisher.experiment import grid, read_runs, show_table, sweep, table
+from fgvc_fisher.experiment.budget import estimate_time
+from fgvc_fisher.experiment.run import make_learner
+from fgvc_fisher.learner import source_model
 
 NETWORK = dict(arch='tf_efficientnet_lite0', weights='tf_efficientnet_lite0_imagenet_fp16.safetensors')
-EPOCHS,RATE,SIZE = 20,0.02,160
+INCEPTION = dict(arch='inception_v4', weights='inception_v4_repaired_fp16.safetensors')
+SUBSTITUTED = 'Inception-v4 (two tensors substituted)'
+KERNEL = 'features.10.branch0.conv.weight'                           # one of the two; the other is the source's head
+RANDOM = 'random_kernel.safetensors'                                 # the same weights with that kernel at random
+EPOCHS,RATE,SIZE,LARGER = 20,0.02,160,224
 STRENGTHS,PULLS = [0.1, 0.25, 0.5, 1.], [0.1, 0.3, 1.]
+PAPER = dict(recipe='published', transforms='published', epochs=80)
+PUBLISHED = dict(step='published', l2sp=0.004)
+
+def paper(name):
+    "The paper's recipe: its control, the cell of its claim, and L2-SP-Fisher as equation (1) has it"
+    return [dict(arm=f'{name}: control', **PUBLISHED), dict(arm=f'{name}: the claim', beta=4e-4, **PUBLISHED),
+            dict(arm=f'{name}: L2-SP-Fisher', strength=0.5)]
 
 # What each stage compares. The further strengths of `more` complete the curves once `main` has its seeds
 STAGES = {
@@ -28,15 +55,36 @@ STAGES = {
     'main': [dict(arm='plain'), dict(arm='L2-SP-Fisher', strength=STRENGTHS), dict(arm='L2-SP', l2sp=PULLS),
              dict(arm='both', l2sp=[0.03], strength=[0.5, 1.])],
     'more': [dict(arm='L2', alpha=[5e-4]), dict(arm='L2-SP-Fisher', strength=[0.05, 2., 5., 10.]),
-             dict(arm='L2-SP', l2sp=[0.01, 0.03, 3.])],
+             dict(arm='L2-SP', l2sp=[0.01, 0.03, 3.]), dict(arm='both', l2sp=[0.01, 0.1], strength=[0.5])],
     'others': [dict(arm='last layer only', tune='head'), dict(arm='linear probe first', tune='head first'),
-               dict(arm='empirical Fisher, explicit step', kind='empirical', step='grad', strength=[0.25, 0.5, 1.]),
-               dict(arm='as published', step='published', alpha=5e-4, l2sp=0.004, beta=[0, 4e-5]),
-               dict(arm='target Fisher', fisher_from='target', strength=[0.5, 1.])],
+               dict(arm='EWC', kind='empirical', step='grad', strength=[0.003, 0.01, 0.03, 0.1]),
+               dict(arm='as published', alpha=[0., 5e-4], beta=[0., 4e-5, 4e-4], **PUBLISHED),
+               dict(arm='target Fisher', fisher_from='target', strength=STRENGTHS[1:])],
+    'merged': [dict(arm='plain')],                                   # WiSE-FT and Fisher merging, after its training
     'pictures': [dict(arm=f'Fisher of {n} pictures', n_fisher=n, strength=0.5) for n in (30, 100, 300)],
+    'small': [dict(arm=f'{share:.0%} of train: {family}', fraction=share, **strengths) for share in (0.15, 0.3, 0.5)
+              for family,strengths in (('plain', {}), ('L2-SP', dict(l2sp=PULLS)),
+                                       ('L2-SP-Fisher', dict(strength=STRENGTHS[1:])))],
     'levels': [dict(arm=f'plain, {o}', level=o) for o in ('family', 'manufacturer')],
+    'rates': [dict(arm=f'{family} at rate {lr:g}', lr=lr, **strengths) for lr in (0.01, 0.04, 0.08)
+              for family,strengths in (('L2-SP', dict(l2sp=PULLS[:2])), ('L2-SP-Fisher', dict(strength=[0.25, 0.5])),
+                                       ('both', dict(l2sp=[0.03], strength=[0.5])))],
+    'larger': [dict(arm='plain', size=LARGER), dict(arm='L2-SP', l2sp=PULLS, size=LARGER),
+               dict(arm='L2-SP-Fisher', strength=STRENGTHS[1:], size=LARGER),
+               dict(arm='both', l2sp=[0.03], strength=[0.5], size=LARGER)],
+    'recipe': [PAPER | o for o in paper('published recipe')],
+    'inception': [PAPER | o for o in paper(SUBSTITUTED)],
+    'starts': [dict(arm=f'{SUBSTITUTED}: plain'), dict(arm=f'{SUBSTITUTED}: kernel at random', weights=RANDOM),
+               dict(arm=f'{SUBSTITUTED}: from scratch', weights=False)],
 }
-KEY = ['arm', 'seed', 'size', 'epochs', 'lr', 'level'] # These columns identify a run, on any machine
+N_SEEDS = dict(epochs=1, rate=1, levels=1, rates=1)                    # choices and levels; elsewhere as many as asked
+ON_GPU = 'inception', 'starts'                                        # too slow for two cores
+SIZES,PAPER_SIZE = (224, 299), 299
+NOT_AGAIN = 'epochs', 'rate', 'larger', *ON_GPU                       # of the grid at each of the sizes
+KEY = ['arm', 'seed', 'arch', 'size', 'epochs', 'lr', 'level', 'amp'] # These columns identify a run, on any machine
+SETTING = KEY[2:6] + ['amp'] # Arms are compared where these are equal
+
+# The runs
 
 def join_sources(photos, folder):
     "One folder for both sets of ImageNet pictures, in the order of their classes"
@@ -49,28 +97,98 @@ def join_sources(photos, folder):
     joined.sort_values('class_index', kind='stable').to_csv(folder/'labels.csv', index=False)
     return folder
 
-def all_runs(photos, work, stages, seeds, **kwargs):
+def random_kernel(file, made):
+    "A copy of Inception-v4's weights with random numbers for the substituted kernel"
+    state = load_file(file)
+    torch.manual_seed(0)
+    state[KERNEL] = torch.nn.init.kaiming_normal_(state[KERNEL].float()).to(state[KERNEL].dtype)
+    save_file(state, made)
+
+def settings(stage, photos, work):
+    "Network and source pictures of a stage. Inception-v4's substitutes were fitted on all but half of the sample"
+    if stage not in ON_GPU: return dict(arch=NETWORK['arch'], weights=photos/'weights'/NETWORK['weights'],
+                                        source=join_sources(photos, work/'imagenet'))
+    return dict(arch=INCEPTION['arch'], weights=photos/'weights'/INCEPTION['weights'],
+                source=photos/'data/imagenet_sample')
+
+def all_runs(photos, work, stages, seeds, epochs=EPOCHS, **kwargs):
     "The runs of some stages, stage by stage and seed by seed; those that are about choices and levels have one seed"
-    common = dict(data=photos/'data/fgvc20', source=join_sources(photos, work/'imagenet'), test='test',
-                  arch=NETWORK['arch'], weights=photos/'weights'/NETWORK['weights'], **kwargs)
-    def of(stage):
-        arms = [dict(epochs=EPOCHS, lr=RATE) | o for o in STAGES[stage]]
-        return grid(arms, seeds[:1] if stage in ('epochs','rate','levels') else seeds, **common)
-    return [run for stage in stages for run in of(stage)]
+    found = []
+    for stage in stages:
+        common = settings(stage, photos, work) | dict(data=photos/'data/fgvc20', test='test', **kwargs)
+        arms = [dict(epochs=epochs, lr=RATE) | o for o in STAGES[stage]]
+        if stage=='starts': random_kernel(common['weights'], work/RANDOM)
+        arms = [o | dict(weights=work/RANDOM) if o.get('weights')==RANDOM else o for o in arms]
+        found += grid(arms, seeds[:N_SEEDS.get(stage)], **common)
+    return list(dict.fromkeys(found))                                 # `merged` has runs of `main`
+
+def accelerator_runs(photos, work, seeds, **kwargs):
+    "The whole grid at each of `SIZES`, then what only Inception-v4 can show, at the paper's size"
+    stages,found = [o for o in STAGES if o not in NOT_AGAIN],[]
+    for size in SIZES: found += all_runs(photos, work, stages, seeds, size=size, **kwargs)
+    return found + all_runs(photos, work, ON_GPU, seeds, size=PAPER_SIZE, **kwargs)
+
+def not_done(runs, out):
+    "The runs that have no row"
+    rows = rows_of(out/'runs.csv').reindex(columns=KEY)
+    done = {*rows.itertuples(index=False, name=None)}
+    return [run for run in runs if tuple(getattr(run, o) for o in KEY) not in done]
+
+def say_how_long(runs, jobs):
+    "Time a few steps of each network, size and recipe, and print how long the runs will take; returns the seconds"
+    groups = defaultdict(list)
+    for run in runs: groups[run.arch, run.size, run.recipe, run.step=='published'].append(run)
+    total = 0.
+    for (arch,size,recipe,_),same in groups.items():
+        run = same[0]
+        if run.step!='published': run = replace(run, alpha=0., beta=0., l2sp=0., strength=0., tune='all')
+        run = replace(run, fraction=1.)
+        source = source_model(run.arch, run.weights or None).to(default_device())
+        time = estimate_time(make_learner(run, source), 1, n_batches=5, skip=2)
+        train,rest = time.n_train*time.train,time.start+time.n_valid*time.valid
+        seconds = sum(o.epochs*(o.fraction*train+rest) for o in same)
+        print(f'{len(same)} runs of {arch} at {size} pixels, {recipe}: {seconds/3600:.1f} hours', flush=True)
+        total += seconds
+    print(f'all {len(runs)} runs: {total/jobs/3600:.1f} hours with {jobs} at a time, if each is as fast as one alone; '
+          'further the Fishers, the retention and the merging', flush=True)
+    return total
+
+# The rows
+
+def portable(rows):
+    "Rows without the paths of this machine"
+    return rows.assign(**{o: [Path(v).name for v in rows[o].astype(str)] for o in ('data','source','weights')})
 
 def collect(runs, work, out):
-    "Add the finished runs to `runs.csv`, without the paths of this machine"
-    found = read_runs(work)
-    if not len(found): return
-    found = found[found.id.isin([o.id for o in runs])]
-    named = found.assign(**{o: [Path(v).name for v in found[o].astype(str)] for o in ('data','source','weights')})
-    add_rows(named, out/'runs.csv', KEY)
+    "Add the finished runs to `runs.csv` and the merged models to `merged.csv`"
+    if not (work/'runs').is_dir(): return
+    with FileLock(work/'collect.lock'):
+        found = read_runs(work)
+        found = found[found.id.isin([o.id for o in runs])]
+        if found.empty: return
+        add_rows(portable(found), out/'runs.csv', KEY)
+        plain = [o for _,o in found.iterrows() if (work/'runs'/o.id/'merged.csv').exists()]
+        merged = [pd.read_csv(work/'runs'/o.id/'merged.csv').assign(**o[KEY[2:]], machine=o.machine) for o in plain]
+        if merged: add_rows(pd.concat(merged), out/'merged.csv', KEY)
+
+def do(runs, work, out, jobs, merging):
+    "Do the runs without a row, `jobs` at a time, and write rows after each; then merge the plain ones"
+    collect(runs, work, out)                                          # what an interrupted call has finished
+    for some in chunked(not_done(runs, out), jobs):
+        sweep(some, work, jobs, retry=True, quiet=True)
+        collect(runs, work, out)
+    if not merging: return
+    for run in [o for o in runs if o.arm=='plain' and (work/'runs'/o.id/'result.json').exists()]:
+        merge_all([run], work)
+        collect(runs, work, out)
 
 def report(out):
-    "The table of the arms"
-    rows = rows_of(out/'runs.csv')
-    if not len(rows): return
-    shown = show_table(table(rows))
+    "A table of the arms for each network, size, number of epochs and rate"
+    files = [o for o in (out/'runs.csv', out/'merged.csv') if o.exists()]
+    if not files: return
+    rows = pd.concat(map(pd.read_csv, files))
+    tables = {k: show_table(table(r)) for k,r in rows.groupby(SETTING, sort=False)}
+    shown = pd.concat(tables, names=[*SETTING,'arm']).fillna('–')
     shown.to_csv(out/'table.csv')
     print(shown.to_string())
 
@@ -79,23 +197,32 @@ def main(
     photos:str='', # Folder with data/ and weights/; empty: only make the tables
     out:str='results/aircraft', # Folder for the rows and tables
     work:str='.keep/aircraft', # Folder for the runs, outside version control
-    stages:str=','.join(STAGES), # Which, separated by commas
+    stages:str=None, # Which, separated by commas; default: all but those of Inception-v4
     jobs:int=1, # Parallel processes
-    seeds:int=5, # Runs an arm
+    seeds:int=None, # Runs an arm; default: 5, and 10 with `--accelerator`
     first:int=42, # The first seed; the others follow
     size:int=SIZE, # Side of the pictures in pixels
+    epochs:int=EPOCHS, # Passes over the training split, where a stage does not say
     num_workers:int=0, # Processes per run that load pictures
+    accelerator:store_true=False, # All of it at 224 and 299 pixels, instead of `stages` and `size`
 ):
     "Do the runs that have no row yet, then make the tables."
     out,work = Path(out),Path(work)
+    stages = [o for o in STAGES if o not in ON_GPU] if stages is None else stages.split(',')
+    unknown = [o for o in stages if o not in STAGES]
+    if unknown: raise SystemExit(f"stages: there is no {unknown[0]!r}; choose from {', '.join(STAGES)}")
+    if photos and not (Path(photos)/'data').is_dir():
+        raise SystemExit(f'{photos}: there is no folder data in it; name the folder with data/ and weights/')
     out.mkdir(parents=True, exist_ok=True)
-    if photos:
-        runs = all_runs(Path(photos), work, stages.split(','), range(first, first+seeds), size=size,
-                        num_workers=num_workers)
-        done = rows_of(out/'runs.csv').reindex(columns=KEY).itertuples(index=False, name=None)
-        done = set(done)
-        left = [o for o in runs if tuple(getattr(o, k) for k in KEY) not in done]
-        try:
-            if left: sweep(left, work, jobs, retry=True, quiet=True)
-        finally: collect(runs, work, out)
+    work.mkdir(parents=True, exist_ok=True)
+    seeds = range(first, first+(seeds or (10 if accelerator else 5)))
+    if photos and accelerator:
+        runs = accelerator_runs(Path(photos), work, seeds, epochs=epochs, num_workers=num_workers,
+                                amp=torch.cuda.is_available())
+        left = not_done(runs, out)
+        say_how_long(left, jobs)
+        do(runs, work, out, jobs, True)
+    elif photos:
+        runs = all_runs(Path(photos), work, stages, seeds, epochs, size=size, num_workers=num_workers)
+        do(runs, work, out, jobs, 'merged' in stages)
     report(out)
