@@ -14,12 +14,13 @@ from pathlib import Path
 
 # %% ../../nbs/distributed/workers.ipynb #687c90cd
 def keep_memory():
-    "Let this process keep the memory that it frees. Without glibc, nothing happens."
-    trim_threshold,mmap_threshold = -1,-3                          # their numbers in malloc.h
-    with suppress(AttributeError, OSError, TypeError):             # another C library; Windows
-        set_option = ctypes.CDLL(None).mallopt
-        set_option(mmap_threshold, 2**30)
-        set_option(trim_threshold, 2**30)
+    "Tell glibc to keep memory that is freed. Other systems are left alone."
+    if sys.platform!='linux': return
+    try: mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError): return                         # another C library
+    trim_threshold,mmap_max = -1,-4                                  # from glibc's malloc.h
+    mallopt(trim_threshold, 2**31-1)
+    mallopt(mmap_max, 0)
 
 # %% ../../nbs/distributed/workers.ipynb #9ac6e711
 def run_worker(
