@@ -94,7 +94,8 @@ def join_sources(photos, folder):
     folder.mkdir(parents=True, exist_ok=True)
     for o in parts:
         if not (folder/o).exists(): os.symlink((photos/'data'/o).absolute(), folder/o)
-    joined.sort_values('class_index', kind='stable').to_csv(folder/'labels.csv', index=False)
+    text,file = joined.sort_values('class_index', kind='stable').to_csv(index=False),folder/'labels.csv'
+    if not file.exists() or file.read_text()!=text: file.write_text(text)     # a run may be reading it
     return folder
 
 def random_kernel(file, made):
@@ -160,16 +161,15 @@ def portable(rows):
     return rows.assign(**{o: [Path(v).name for v in rows[o].astype(str)] for o in ('data','source','weights')})
 
 def collect(runs, work, out):
-    "Add the finished runs to `runs.csv` and the merged models to `merged.csv`"
+    "Add the finished runs, and the models merged from them, to `runs.csv`"
     if not (work/'runs').is_dir(): return
     with FileLock(work/'collect.lock'):
         found = read_runs(work)
         found = found[found.id.isin([o.id for o in runs])]
         if found.empty: return
-        add_rows(portable(found), out/'runs.csv', KEY)
         plain = [o for _,o in found.iterrows() if (work/'runs'/o.id/'merged.csv').exists()]
         merged = [pd.read_csv(work/'runs'/o.id/'merged.csv').assign(**o[KEY[2:]], machine=o.machine) for o in plain]
-        if merged: add_rows(pd.concat(merged), out/'merged.csv', KEY)
+        add_rows(pd.concat([portable(found), *merged]), out/'runs.csv', KEY)
 
 def do(runs, work, out, jobs, merging):
     "Do the runs without a row, `jobs` at a time, and write rows after each; then merge the plain ones"
@@ -184,9 +184,8 @@ def do(runs, work, out, jobs, merging):
 
 def report(out):
     "A table of the arms for each network, size, number of epochs and rate"
-    files = [o for o in (out/'runs.csv', out/'merged.csv') if o.exists()]
-    if not files: return
-    rows = pd.concat(map(pd.read_csv, files))
+    rows = rows_of(out/'runs.csv')
+    if rows.empty: return
     tables = {k: show_table(table(r)) for k,r in rows.groupby(SETTING, sort=False)}
     shown = pd.concat(tables, names=[*SETTING,'arm']).fillna('–')
     shown.to_csv(out/'table.csv')
