@@ -398,7 +398,7 @@ def test_classifier_without_source(compromise, run, home):
     assert len(p.pictures)==2 and 'source' not in p.text
 
 def test_try_run_names_what_is_missing(tmp_path):
-    with pytest.raises(FileNotFoundError, match='result.json'): try_run(tmp_path)
+    with pytest.raises(FileNotFoundError, match='run.json'): try_run(tmp_path)
 
 def test_a_long_label_does_not_break_the_bars():
     assert len(classifier_panel._short('x'*500))==44 and classifier_panel._short('short')=='short'

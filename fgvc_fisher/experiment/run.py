@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 from contextlib import ExitStack, redirect_stdout
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 import pandas as pd, torch
@@ -509,8 +510,11 @@ def run_source(
     if not run.source: return SourceBundle(model, fisher)
     for_retention, = skip_bad([for_retention], run.on_bad)
     pictures,tuned_pictures = batches(for_retention),batches(for_retention, transforms=run.transforms)
-    bundle = SourceBundle(model, fisher, pictures, tuned_pictures, classes=_names_of_classes(table, model))
-    if not is_labelled(table): return bundle._replace(labelled=False)
+    labelled = is_labelled(table)
+    with no_random(): compare_with_source(model, model, islice(pictures, 1), labelled=labelled)    # do the pictures fit?
+    names = _names_of_classes(table, model)
+    bundle = SourceBundle(model, fisher, pictures, tuned_pictures, labelled=labelled, classes=names)
+    if not labelled: return bundle
     def measure(file): return on_rank0(lambda: _measure(model, pictures, file))
     before = _made_once(shared/f'{key}-before.txt', measure, lambda file: float(file.read_text()))
     return bundle._replace(before=before)
