@@ -69,7 +69,7 @@ def _errors_as_sentences(script, *kinds):
     try:
         with warnings.catch_warnings():
             warnings.showwarning = say
-            warnings.filterwarnings('ignore', '.*torch.jit.script', FutureWarning)     # timm is imported here
+            warnings.filterwarnings('ignore', '.*torch.jit.script', FutureWarning)     # from fastai
             yield
     except (ValueError, OSError, *kinds) as e:
         if type(e).__name__=='OutOfMemoryError': raise
@@ -102,7 +102,7 @@ def _check_finetune(data, source, fisher_from, beta, strength):
         raise ValueError(
             f"{given} needs a Fisher, estimated on pictures like those of the pretraining: give --source FOLDER "
             "(labels are not needed). Without any, --fisher-from target estimates it on your own "
-            "pictures, and --strength 0 --l2sp 0.1 needs none; both kept less of ImageNet in our experiments")
+            "pictures, and --strength 0 --l2sp 0.1 needs none; the page of the evidence compares them")
 
 # %% ../nbs/cli.ipynb #e8fc7306
 def _print_result(row, out):

@@ -52,7 +52,7 @@ def test_an_address_that_a_cluster_left_behind(tmp_path, monkeypatch, no_ray):
 def test_without_ray(monkeypatch, tmp_path):
     monkeypatch.setattr(on_cluster, 'find_spec', lambda name: None)
     (tmp_path/'grid.toml').write_text('data = "a"\n[[arm]]\narm = "a"')
-    with pytest.raises(ImportError, match=r"needs ray.*pip install 'fgvc_fisher\[cluster\]'"):
+    with pytest.raises(ValueError, match=r"needs ray.*pip install 'fgvc_fisher\[cluster\]'"):
         fgvc_sweep(str(tmp_path/'grid.toml'), str(tmp_path/'out'), engine='ray')
 
 def test_more_than_there_is_is_said(monkeypatch, capsys):

@@ -17,10 +17,10 @@ from PIL import Image
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
-from tqdm.auto import tqdm
 from ..data.loaders import picture_dl
 from ..data.pictures import skip_bad
 from ..data.tables import picture_suffixes, pictures_in, read_table
+from ..distributed.ranks import progress_bar
 from .run import RECIPES, Run, read_run, read_target, run_dls
 from .saved import load_model
 from ..learner import aircraft_learner
@@ -113,7 +113,7 @@ def predict(
     classes = list(map(str, learn.dls.vocab))
     n = min(n, len(classes))
     model,found = learn.model.eval(),[]
-    for batch in tqdm(dl, desc='predict', unit='batch', disable=None if progress else True):
+    for batch in progress_bar(dl, progress, desc='predict', unit='batch'):
         p = learn.loss_func.activation(model(batch[0]))[:,:len(classes)]
         found += zip(*[o.tolist() for o in p.topk(n)])
     rows = [dict(path=path) | {f'{name}{f"_{i+1}" if i else ""}': value for i in range(n)

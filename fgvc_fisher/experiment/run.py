@@ -511,7 +511,7 @@ def run_source(
     for_retention, = skip_bad([for_retention], run.on_bad)
     pictures,tuned_pictures = batches(for_retention),batches(for_retention, transforms=run.transforms)
     labelled = is_labelled(table)
-    with no_random(): compare_with_source(model, model, islice(pictures, 1), labelled=labelled)    # do the pictures fit?
+    with no_random(): compare_with_source(model, model, islice(pictures, 1), labelled=labelled)    # do they fit?
     names = _names_of_classes(table, model)
     bundle = SourceBundle(model, fisher, pictures, tuned_pictures, labelled=labelled, classes=names)
     if not labelled: return bundle
