@@ -1,10 +1,12 @@
 "The evidence: its rows, its tables made again from them, and its script on drawn pictures"
-import shutil
+import json, shutil
+from dataclasses import asdict
 from itertools import product
 from pathlib import Path
-import pandas as pd, pytest, timm
+import matplotlib, matplotlib.pyplot as plt, numpy as np, pandas as pd, pytest, timm
 from safetensors.torch import save_file
 from fgvc_fisher.experiment import results, table
+from fgvc_fisher.experiment.results import ACCURACIES
 from fgvc_fisher.data.synthetic import draw_aircraft, draw_source
 
 ROOT = Path(__file__).parent.parent
@@ -139,3 +141,67 @@ def test_nonsense_is_refused_before_anything_is_written(aircraft, tmp_path, aske
     with pytest.raises(SystemExit, match=named):
         aircraft.main(**dict(photos=str(tmp_path)) | dict(out=str(tmp_path/'out'), work=str(tmp_path/'work')) | asked)
     assert not (tmp_path/'out').exists() and not (tmp_path/'work').exists()
+
+def test_the_table_of_the_papers_pictures_comes_from_its_rows(aircraft, tmp_path, capsys):
+    "What is committed is what the rows give, one row a run, with no path of a machine"
+    committed = ROOT/'results/aircraft'
+    shutil.copy(committed/'runs.csv', tmp_path)
+    aircraft.report(tmp_path)
+    assert (tmp_path/'table.csv').read_text()==(committed/'table.csv').read_text(), 'run python benchmarks/aircraft.py'
+    rows = pd.read_csv(committed/'runs.csv')
+    assert not rows.duplicated(aircraft.KEY).any() and rows.machine.notna().all()
+    assert not rows[['data','source','weights']].astype(str).apply(lambda c: c.str.contains('/')).any(axis=None)
+
+# What the notebook says, of any number of rows
+
+NOTEBOOK = json.loads((ROOT/'nbs/evidence.ipynb').read_text(encoding='utf-8'))
+
+def made_up(scripts_runs, seeds):
+    "Rows of all stages with drawn numbers; a strong explicit step diverges; a merged model has no test pictures"
+    rng = np.random.default_rng(0)
+    found = []
+    for run in scripts_runs:
+        if run.seed not in seeds: continue
+        held = run.strength+run.l2sp
+        row = asdict(run) | {o: 0.7-0.02*held+rng.normal(0, 0.01) for o in ('best','last','test','test_last')}
+        row |= {f'{o}_{k}_bn': 0.1+0.5*held/(held+1)+rng.normal(0, 0.01) for o in ('retention','agreement')
+                for k in ('target','source')}
+        if run.arm=='EWC, strength = 0.1': row |= {o: np.nan for o in row if o in ACCURACIES}
+        found.append(row | dict(before=0.75, seconds=1., machine='drawn'))
+        if run.arm=='plain': found.append({k: v for k,v in found[-1].items() if not k.startswith('test')}
+                                          | dict(arm='WiSE-FT, t = 0.5', strength=0.5))
+    return pd.DataFrame(found)
+
+PARTS = dict( # Of the rows: what a session may have measured so far
+    everything=lambda t: t, choices=lambda t: t[t.arm.str.contains('^plain, .*epochs')],
+    nothing=lambda t: t[:0], one=lambda t: t[t.arm=='plain'][:1], plain=lambda t: t[t.arm=='plain'],
+    no_plain=lambda t: t[t.arm!='plain'], one_seed=lambda t: t[t.seed==42],
+    diverged=lambda t: t[t.arm.str.contains('EWC')],
+    two_arms=lambda t: t[t.arm.isin(['plain','L2-SP-Fisher, strength = 0.5'])],
+    uneven=lambda t: t[(t.seed==42) | t.arm.isin(['plain','L2-SP, l2sp = 0.1'])],
+    apart=lambda t: t[(t.seed==42)==(t.arm=='plain')],               # no seed in common with plain
+    other_seed=lambda t: t[(t.seed==42)==t.arm.str.contains('L2-SP-Fisher')],
+    without_agreement=lambda t: t.drop(columns=[o for o in t if o.startswith('agreement')]))
+
+@pytest.mark.parametrize('part', PARTS)
+def test_the_notebook_holds_for_any_rows(aircraft, tmp_path, monkeypatch, capsys, part):
+    "Its cells about the paper's pictures, on drawn rows: at most five sentences, no NaN among them"
+    matplotlib.use('Agg')
+    stages = [o for o in aircraft.STAGES if o!='starts']
+    runs = aircraft.all_runs(tmp_path, tmp_path, stages, range(42, 45), size=160)
+    rows = PARTS[part](made_up(runs, range(42, 45)))
+    (tmp_path/'results/aircraft').mkdir(parents=True)
+    rows.to_csv(tmp_path/'results/aircraft/runs.csv', index=False)
+    monkeypatch.chdir(tmp_path)
+    shown,names = [],{}
+    monkeypatch.setattr('IPython.display.display', lambda *args: shown.extend(args))
+    for cell in NOTEBOOK['cells']:
+        source = ''.join(cell['source'])
+        if source.startswith('## MobileNet and SqueezeNet'): break
+        if cell['cell_type']=='code' and '%pip' not in source: exec(source, names)
+    plt.close('all')
+    said = [o.data for o in shown if hasattr(o, 'data')]
+    page = said[0].splitlines()
+    assert 1<=len(page)<=5 and not any('nan' in o for o in said)
+    assert any('Not measured yet' in o for o in said)
+    assert ('± ' in page[0])==(part not in ('choices','nothing','one','no_plain','one_seed','diverged','apart'))
