@@ -9,7 +9,7 @@ __all__ = ['RECIPES', 'Recipe', 'Run', 'read_run', 'read_target', 'run_dls', 'ma
            'run_source', 'machine_name', 'do_claimed_run', 'do_run']
 
 # %% ../../nbs/experiment/run.ipynb #8b996043
-import hashlib, io, json, math, platform, random, re, time
+import hashlib, io, json, math, platform, random, re, sys, time
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, redirect_stdout
 from dataclasses import asdict, dataclass, fields, replace
@@ -30,6 +30,7 @@ from fastai.learner import Learner, SkipToEpoch
 from fastai.losses import LabelSmoothingCrossEntropyFlat
 from fastai.torch_core import default_device, get_model, no_random, set_seed
 from fastcore.basics import patch
+from fastcore.imports import IN_NOTEBOOK
 from fastcore.parallel import num_cpus
 from safetensors.torch import load_file
 
@@ -214,10 +215,12 @@ def read_target(
     train = pick_split(table, run.train)
     for split in {run.valid, run.test}-{''}: check_splits(train, pick_split(table, split))
     named_transforms(run.transforms, run.size, True, 2)
+    about = own.attrs['about']
     if run.fraction<1:
         taken = set(take_fraction(train, run.fraction, run.seed).path)
         table = table[~table.path.isin(set(train.path)-taken)].reset_index(drop=True)
-    table.attrs['about'] = own.attrs['about']
+        about += f'; {len(taken):,} of {len(train):,} training pictures are used (fraction {run.fraction:g})'
+    table.attrs['about'] = about
     return table
 
 # %% ../../nbs/experiment/run.ipynb #40f5c7d8
@@ -347,6 +350,13 @@ def resume(self:KeepEpochs)->int: # The epoch to begin with; 0 without a checkpo
     self.start = len(self.rows)
     return self.start
 
+# %% ../../nbs/experiment/run.ipynb #70adc006
+def _print_epoch(learn, values):
+    "A line for an epoch, in a file or a pipe"
+    if processes()[1] or values==learn.recorder.metric_names: return          # fastai's heading
+    shown = zip(learn.recorder.metric_names, values)
+    print(', '.join(f'{name} {o:.4g}' if isinstance(o, float) else f'{name} {o}' for name,o in shown), flush=True)
+
 # %% ../../nbs/experiment/run.ipynb #cf66f985
 def fine_tune(
     run:Run, # What to do
@@ -365,6 +375,9 @@ def fine_tune(
         contexts.enter_context(distributed_training(learn))
         if quiet:
             for o in (learn.no_bar(), learn.no_logging(), redirect_stdout(io.StringIO())): contexts.enter_context(o)
+        elif not (IN_NOTEBOOK or sys.stdout.isatty()):
+            contexts.enter_context(learn.no_bar())
+            learn.logger = partial(_print_epoch, learn)
         if run.tune=='head': learn.freeze()                              # before `resume`: freezing clears momenta
         start = keep.resume()
         if run.tune=='head first' and not start:

@@ -10,6 +10,7 @@ __all__ = ['source_tensors', 'fit_temperature', 'temperature_on', 'class_names',
 
 # %% ../../nbs/experiment/saved.ipynb #5a7ed003
 import json, math
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 # %% ../../nbs/experiment/saved.ipynb #5a7ed004
 from safetensors import SafetensorError, safe_open
 from scipy.optimize import minimize_scalar
+from timm.data import ImageNetInfo
 from ..data.batches import read_batch
 from ..distributed.wrappers import match_names, unwrap
 from .store import save_weights
@@ -64,16 +66,16 @@ def temperature_on(
 def class_names(
     n:int, # How many classes a source has
     names:Sequence|None=None, # Their names, in order; default: ImageNet's if there are 1000, else 'class 0', ...
-)->list: # Of strings
+)->list: # Of strings; ImageNet has two kinds of crane, so those of the same name have their number, too
     "Names of a source's classes. Raises `ValueError` for a wrong number of names."
-    if names is not None:
-        if len(names)!=n:
-            raise ValueError(f"names: the source has {n} classes and there are {len(names)} names: give one per class")
-        return [str(o) for o in names]
-    if n!=1000: return [f'class {i}' for i in range(n)]
-    from timm.data import ImageNetInfo
-    info = ImageNetInfo('imagenet-1k')
-    return [info.index_to_description(i).split(',')[0] for i in range(n)]
+    if names is None and n==1000:
+        info = ImageNetInfo('imagenet-1k')
+        names = [info.index_to_description(i).split(',')[0] for i in range(n)]
+    if names is None: names = [f'class {i}' for i in range(n)]
+    if len(names)!=n:
+        raise ValueError(f"names: the source has {n} classes and there are {len(names)} names: give one per class")
+    count = Counter(map(str, names))
+    return [str(o) if count[str(o)]==1 else f'{o} (class {i})' for i,o in enumerate(names)]
 
 # %% ../../nbs/experiment/saved.ipynb #5a7ed00f
 class ModelHeader(NamedTuple):
