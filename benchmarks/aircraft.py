@@ -10,7 +10,7 @@ PHOTOS contains `data/fgvc20` (an FGVC-Aircraft tree), `data/imagenet_sample` an
 measure retention. Everything is chosen on the validation split: the stages `epochs` and `rate`, on plain runs alone,
 come first, and the later ones use what they found (`EPOCHS`, `RATE`). Rows are written after every finished run, and a
 run that has a row in OUT is not done again. `nbs/evidence.ipynb` reads them. EWC is not clipped, as `Run` clips no
-gradient: where its explicit step is too long, it diverges. LwF, which is no `Run`, is not here: see `family.py`.
+gradient: where its explicit step is too long, it diverges. LwF needs a callback of its own, and runs one at a time.
 What was set about memory in `benchmarks/evidence.py` holds here, too.
 
 With `--accelerator` everything runs at 224 and 299 pixels with ten seeds and in float16, and the paper's recipe and
@@ -28,9 +28,10 @@ from fastcore.script import call_parse, store_true
 from filelock import FileLock
 from safetensors.torch import load_file, save_file
 from evidence import add_rows, merge_all, rows_of
+from family import LwF
 from fgvc_fisher.experiment import grid, read_runs, show_table, sweep, table
 from fgvc_fisher.experiment.budget import estimate_time
-from fgvc_fisher.experiment.run import make_learner
+from fgvc_fisher.experiment.run import do_run, make_learner
 from fgvc_fisher.learner import source_model
 
 NETWORK = dict(arch='tf_efficientnet_lite0', weights='tf_efficientnet_lite0_imagenet_fp16.safetensors')
@@ -41,6 +42,7 @@ RANDOM = 'random_kernel.safetensors'                                 # the same 
 EPOCHS,RATE,SIZE,LARGER = 20,0.02,160,224
 STRENGTHS,PULLS = [0.1, 0.25, 0.5, 1.], [0.1, 0.3, 1.]
 PAPER = dict(recipe='published', transforms='published', epochs=80)
+LWF = {f'LwF, weight = {o:g}': o for o in (0.1, 0.3, 1., 3., 10.)} # arm -> weight of the source's answers in the loss
 PUBLISHED = dict(step='published', l2sp=0.004)
 
 def paper(name):
@@ -60,6 +62,7 @@ STAGES = {
                dict(arm='EWC', kind='empirical', step='grad', strength=[0.003, 0.01, 0.03, 0.1]),
                dict(arm='as published', alpha=[0., 5e-4], beta=[0., 4e-5, 4e-4], **PUBLISHED),
                dict(arm='target Fisher', fisher_from='target', strength=STRENGTHS[1:])],
+    'distilled': [dict(arm=o) for o in LWF],
     'merged': [dict(arm='plain')],                                   # WiSE-FT and Fisher merging, after its training
     'pictures': [dict(arm=f'Fisher of {n} pictures', n_fisher=n, strength=0.5) for n in (30, 100, 300)],
     'small': [dict(arm=f'{share:.0%} of train: {family}', fraction=share, **strengths) for share in (0.15, 0.3, 0.5)
@@ -135,6 +138,8 @@ def not_done(runs, out):
     done = {*rows.itertuples(index=False, name=None)}
     return [run for run in runs if tuple(getattr(run, o) for o in KEY) not in done]
 
+def source_of(run): return source_model(run.arch, run.weights or None).to(default_device())
+
 def say_how_long(runs, jobs):
     "Time a few steps of each network, size and recipe, and print how long the runs will take; returns the seconds"
     groups = defaultdict(list)
@@ -144,8 +149,7 @@ def say_how_long(runs, jobs):
         run = same[0]
         if run.step!='published': run = replace(run, alpha=0., beta=0., l2sp=0., strength=0., tune='all')
         run = replace(run, fraction=1.)
-        source = source_model(run.arch, run.weights or None).to(default_device())
-        time = estimate_time(make_learner(run, source), 1, n_batches=5, skip=2)
+        time = estimate_time(make_learner(run, source_of(run)), 1, n_batches=5, skip=2)
         train,rest = time.n_train*time.train,time.start+time.n_valid*time.valid
         seconds = sum(o.epochs*(o.fraction*train+rest) for o in same)
         print(f'{len(same)} runs of {arch} at {size} pixels, {recipe}: {seconds/3600:.1f} hours', flush=True)
@@ -174,8 +178,12 @@ def collect(runs, work, out):
 def do(runs, work, out, jobs, merging):
     "Do the runs without a row, `jobs` at a time, and write rows after each; then merge the plain ones"
     collect(runs, work, out)                                          # what an interrupted call has finished
-    for some in chunked(not_done(runs, out), jobs):
+    left = not_done(runs, out)
+    for some in chunked([o for o in left if o.arm not in LWF], jobs):
         sweep(some, work, jobs, retry=True, quiet=True)
+        collect(runs, work, out)
+    for run in [o for o in left if o.arm in LWF]:
+        do_run(run, work/'runs'/run.id, work/'sources', [LwF(source_of(run), LWF[run.arm])], quiet=True)
         collect(runs, work, out)
     if not merging: return
     for run in [o for o in runs if o.arm=='plain' and (work/'runs'/o.id/'result.json').exists()]:

@@ -85,6 +85,7 @@ def tiny_arms(aircraft):
     "The stages that the accelerator's grid needs, each with an epoch"
     short = dict(recipe='published', transforms='published', epochs=1)
     return dict(main=[dict(arm='plain'), dict(arm='L2-SP-Fisher', strength=[0.5])], merged=[dict(arm='plain')],
+                distilled=aircraft.STAGES['distilled'][-1:],
                 inception=[short | o for o in aircraft.paper(aircraft.SUBSTITUTED)], starts=aircraft.STAGES['starts'])
 
 def call(aircraft, folder, **kwargs):
@@ -126,12 +127,19 @@ def test_the_accelerators_call_with_two_pictures_a_class(aircraft, tmp_path, mon
     for o,v in dict(SIZES=(32,48), PAPER_SIZE=48).items(): monkeypatch.setattr(aircraft, o, v)
     monkeypatch.setattr('evidence.PARTS', [0.5])
     monkeypatch.setattr('evidence.BETAS', [0.1])
+    weights = []
+    class Watched(aircraft.LwF):
+        def after_loss(self):
+            super().after_loss()
+            weights.append(self.weight)
+    monkeypatch.setattr(aircraft, 'LwF', Watched)
     rows = call(aircraft, tmp_path, seeds=1, accelerator=True)
     said = capsys.readouterr().out
-    assert 'all 10 runs: ' in said and said.index('hours with 1 at a time')<said.index('done before')
-    assert len(rows)==2*(2+2)+3+3 and rows[['last','retention_source_bn','machine']].notna().all(axis=None)
+    assert 'all 12 runs: ' in said and said.index('hours with 1 at a time')<said.index('done before')
+    assert len(rows)==2*(3+2)+3+3 and rows[['last','retention_source_bn','machine']].notna().all(axis=None)
     named = rows[rows.arm.str.startswith(aircraft.SUBSTITUTED)]
     assert len(named)==6 and set(named.source)=={'imagenet_sample'} and named.weights.nunique()==3
+    assert weights==[10.,10.]                                          # a batch at each size
     merged = rows[rows.arm.str.contains('Fisher merging|WiSE-FT')]
     assert {*zip(merged.arm, merged['size'])}=={*product(['Fisher merging, beta = 0.1','WiSE-FT, t = 0.5'], [32,48])}
 
