@@ -36,6 +36,7 @@ from fgvc_fisher.learner import source_model
 
 NETWORK = dict(arch='tf_efficientnet_lite0', weights='tf_efficientnet_lite0_imagenet_fp16.safetensors')
 INCEPTION = dict(arch='inception_v4', weights='inception_v4_repaired_fp16.safetensors')
+SOURCES = 'imagenet_sample', 'imagenet_extra'
 SUBSTITUTED = 'Inception-v4 (two tensors substituted)'
 KERNEL = 'features.10.branch0.conv.weight'                           # one of the two; the other is the source's head
 RANDOM = 'random_kernel.safetensors'                                 # the same weights with that kernel at random
@@ -91,11 +92,10 @@ SETTING = KEY[2:6] + ['amp'] # Arms are compared where these are equal
 
 def join_sources(photos, folder):
     "One folder for both sets of ImageNet pictures, in the order of their classes"
-    parts = ['imagenet_sample', 'imagenet_extra']
-    tables = [pd.read_csv(photos/'data'/o/'labels.csv') for o in parts]
-    joined = pd.concat([t.assign(path=f'{o}/'+t.path) for o,t in zip(parts, tables)])
+    tables = [pd.read_csv(photos/'data'/o/'labels.csv') for o in SOURCES]
+    joined = pd.concat([t.assign(path=f'{o}/'+t.path) for o,t in zip(SOURCES, tables)])
     folder.mkdir(parents=True, exist_ok=True)
-    for o in parts:
+    for o in SOURCES:
         if not (folder/o).exists(): os.symlink((photos/'data'/o).absolute(), folder/o)
     text,file = joined.sort_values('class_index', kind='stable').to_csv(index=False),folder/'labels.csv'
     if not file.exists() or file.read_text()!=text: file.write_text(text)     # a run may be reading it
@@ -199,6 +199,20 @@ def report(out):
     shown.to_csv(out/'table.csv')
     print(shown.to_string())
 
+def check(stages, counts):
+    "`SystemExit` for an unknown stage and for a count below 1"
+    for o in stages:
+        if o not in STAGES: raise SystemExit(f"stages: there is no {o!r}; choose from {', '.join(STAGES)}")
+    for k,v in counts.items():
+        if v<1: raise SystemExit(f'{k}={v}: give a whole number of at least 1')
+
+def check_photos(photos, stages):
+    "`SystemExit` if pictures or weights are missing"
+    needed = ['data/fgvc20', *(f'data/{o}/labels.csv' for o in SOURCES), f"weights/{NETWORK['weights']}"]
+    if {*stages} & {*ON_GPU}: needed.append(f"weights/{INCEPTION['weights']}")
+    for o in needed:
+        if not (photos/o).exists(): raise SystemExit(f'{photos/o} is missing; name the folder with data/ and weights/')
+
 @call_parse
 def main(
     photos:str='', # Folder with data/ and weights/; empty: only make the tables
@@ -206,7 +220,7 @@ def main(
     work:str='.keep/aircraft', # Folder for the runs, outside version control
     stages:str=None, # Which, separated by commas; default: all but those of Inception-v4
     jobs:int=1, # Parallel processes
-    seeds:int=None, # Runs an arm; default: 5, and 10 with `--accelerator`
+    seeds:int=None, # Runs an arm; default: 5, with `--accelerator` 10
     first:int=42, # The first seed; the others follow
     size:int=SIZE, # Side of the pictures in pixels
     epochs:int=EPOCHS, # Passes over the training split, where a stage does not say
@@ -216,13 +230,12 @@ def main(
     "Do the runs that have no row yet, then make the tables."
     out,work = Path(out),Path(work)
     stages = [o for o in STAGES if o not in ON_GPU] if stages is None else stages.split(',')
-    unknown = [o for o in stages if o not in STAGES]
-    if unknown: raise SystemExit(f"stages: there is no {unknown[0]!r}; choose from {', '.join(STAGES)}")
-    if photos and not (Path(photos)/'data').is_dir():
-        raise SystemExit(f'{photos}: there is no folder data in it; name the folder with data/ and weights/')
+    seeds = (10 if accelerator else 5) if seeds is None else seeds
+    check(stages, dict(jobs=jobs, seeds=seeds, size=size, epochs=epochs))
+    if photos: check_photos(Path(photos), [*stages, *ON_GPU] if accelerator else stages)
     out.mkdir(parents=True, exist_ok=True)
     work.mkdir(parents=True, exist_ok=True)
-    seeds = range(first, first+(seeds or (10 if accelerator else 5)))
+    seeds = range(first, first+seeds)
     if photos and accelerator:
         runs = accelerator_runs(Path(photos), work, seeds, epochs=epochs, num_workers=num_workers,
                                 amp=torch.cuda.is_available())

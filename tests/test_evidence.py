@@ -144,8 +144,15 @@ def test_the_accelerators_call_with_two_pictures_a_class(aircraft, tmp_path, mon
     assert {*zip(merged.arm, merged['size'])}=={*product(['Fisher merging, beta = 0.1','WiSE-FT, t = 0.5'], [32,48])}
 
 @pytest.mark.parametrize('asked,named', [(dict(stages='main,nonsense'), 'nonsense'), (dict(stages=''), 'choose from'),
-                                         (dict(photos='/no/such/folder'), '/no/such/folder')])
+                                         (dict(stages=' main'), "' main'"), (dict(jobs=0), 'jobs=0'),
+                                         (dict(seeds=0), 'seeds=0'), (dict(seeds=-3, accelerator=True), 'seeds=-3'),
+                                         (dict(epochs=0), 'epochs=0'), (dict(size=-1), 'size=-1'),
+                                         (dict(photos='/no/such/folder'), '/no/such/folder'),
+                                         (dict(missing='weights/tiny.safetensors'), 'tiny.safetensors is missing'),
+                                         (dict(missing='data/imagenet_extra/labels.csv'), 'labels.csv is missing')])
 def test_nonsense_is_refused_before_anything_is_written(aircraft, tmp_path, asked, named):
+    asked = dict(asked)
+    if missing := asked.pop('missing', None): (tmp_path/missing).unlink()
     with pytest.raises(SystemExit, match=named):
         aircraft.main(**dict(photos=str(tmp_path)) | dict(out=str(tmp_path/'out'), work=str(tmp_path/'work')) | asked)
     assert not (tmp_path/'out').exists() and not (tmp_path/'work').exists()
