@@ -24,6 +24,7 @@ from pathlib import Path
 import pandas as pd, torch
 from fastai.torch_core import default_device
 from fastcore.basics import chunked
+from fastcore.parallel import num_cpus
 from fastcore.script import call_parse, store_true
 from filelock import FileLock
 from safetensors.torch import load_file, save_file
@@ -224,13 +225,14 @@ def main(
     first:int=42, # The first seed; the others follow
     size:int=SIZE, # Side of the pictures in pixels
     epochs:int=EPOCHS, # Passes over the training split, where a stage does not say
-    num_workers:int=0, # Processes per run that load pictures
+    num_workers:int=None, # Processes per run that load pictures; default: 0, with `--accelerator` the cores there are
     accelerator:store_true=False, # All of it at 224 and 299 pixels, instead of `stages` and `size`
 ):
     "Do the runs that have no row yet, then make the tables."
     out,work = Path(out),Path(work)
     stages = [o for o in STAGES if o not in ON_GPU] if stages is None else stages.split(',')
     seeds = (10 if accelerator else 5) if seeds is None else seeds
+    if num_workers is None: num_workers = max(1, num_cpus()//max(1, jobs)) if accelerator else 0
     check(stages, dict(jobs=jobs, seeds=seeds, size=size, epochs=epochs))
     if photos: check_photos(Path(photos), [*stages, *ON_GPU] if accelerator else stages)
     out.mkdir(parents=True, exist_ok=True)

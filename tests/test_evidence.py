@@ -113,6 +113,7 @@ def test_the_papers_pictures_resume(aircraft, tmp_path, monkeypatch, capsys):
         seen.append(len(aircraft.rows_of(tmp_path/'out/runs.csv')))
     monkeypatch.setattr(aircraft, 'collect', watched)
     rows = call(aircraft, tmp_path, stages='main', seeds=1, size=32)
+    assert set(rows.num_workers)=={0}                                  # it is part of a run's id
     assert seen==[0,1,2] and set(rows.arm)=={'plain','L2-SP-Fisher, strength = 0.5'}
     assert not rows[['data','source','weights']].apply(lambda c: c.str.contains('/')).any(axis=None)
     assert rows[['last','test','retention_source_bn','before']].notna().all(axis=None)
@@ -133,7 +134,7 @@ def test_the_accelerators_call_with_two_pictures_a_class(aircraft, tmp_path, mon
             super().after_loss()
             weights.append(self.weight)
     monkeypatch.setattr(aircraft, 'LwF', Watched)
-    rows = call(aircraft, tmp_path, seeds=1, accelerator=True)
+    rows = call(aircraft, tmp_path, seeds=1, num_workers=0, accelerator=True)
     said = capsys.readouterr().out
     assert 'all 12 runs: ' in said and said.index('hours with 1 at a time')<said.index('done before')
     assert len(rows)==2*(3+2)+3+3 and rows[['last','retention_source_bn','machine']].notna().all(axis=None)
