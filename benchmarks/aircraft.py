@@ -55,7 +55,8 @@ def paper(name):
 # What each stage compares. The further strengths of `more` complete the curves once `main` has its seeds
 STAGES = {
     'epochs': [dict(arm=f'plain, {n} epochs', epochs=n) for n in (10, 20, 30)],
-    'rate': [dict(arm=f'plain, {n} epochs, rate {lr:g}', lr=lr, epochs=n) for n in (10,) for lr in (0.005, 0.01, 0.04)],
+    'rate': [dict(arm=f'plain, {n} epochs, rate {lr:g}', lr=lr, epochs=n)
+             for n,lr in ((10, 0.005), (10, 0.01), (10, 0.04), (10, 0.08), (20, 0.04))],
     'main': [dict(arm='plain'), dict(arm='L2-SP-Fisher', strength=STRENGTHS), dict(arm='L2-SP', l2sp=PULLS),
              dict(arm='both', l2sp=[0.03], strength=[0.5, 1.])],
     'more': [dict(arm='L2', alpha=[5e-4]), dict(arm='L2-SP-Fisher', strength=[0.05, 2., 5., 10.]),
@@ -71,7 +72,7 @@ STAGES = {
               for family,strengths in (('plain', {}), ('L2-SP', dict(l2sp=PULLS)),
                                        ('L2-SP-Fisher', dict(strength=STRENGTHS[1:])))],
     'levels': [dict(arm=f'plain, {o}', level=o) for o in ('family', 'manufacturer')],
-    'rates': [dict(arm=f'{family} at rate {lr:g}', lr=lr, **strengths) for lr in (0.01, 0.04, 0.08)
+    'rates': [dict(arm=f'{family} at rate {lr:g}', lr=lr, **strengths) for lr in (RATE/2, 2*RATE, 4*RATE)
               for family,strengths in (('L2-SP', dict(l2sp=PULLS[:2])), ('L2-SP-Fisher', dict(strength=[0.25, 0.5])),
                                        ('both', dict(l2sp=[0.03], strength=[0.5])))],
     'larger': [dict(arm='plain', size=LARGER), dict(arm='L2-SP', l2sp=PULLS, size=LARGER),
