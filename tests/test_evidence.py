@@ -197,15 +197,17 @@ PARTS = dict( # Of the rows: what a session may have measured so far
     uneven=lambda t: t[(t.seed==42) | t.arm.isin(['plain','L2-SP, l2sp = 0.1'])],
     apart=lambda t: t[(t.seed==42)==(t.arm=='plain')],               # no seed in common with plain
     other_seed=lambda t: t[(t.seed==42)==t.arm.str.contains('L2-SP-Fisher')],
+    accelerator=lambda t: pd.concat([t, *(t.assign(size=o, amp=True) for o in (224,299))]),
+    on_accelerator_only=lambda t: t[t.seed==42].assign(size=299, amp=True),
+    two_rates=lambda t: pd.concat([t, t.assign(lr=0.04)]), two_lengths=lambda t: pd.concat([t, t.assign(epochs=30)]),
     without_agreement=lambda t: t.drop(columns=[o for o in t if o.startswith('agreement')]))
 
 @pytest.mark.parametrize('part', PARTS)
 def test_the_notebook_holds_for_any_rows(aircraft, tmp_path, monkeypatch, capsys, part):
     "Its cells about the paper's pictures, on drawn rows: at most five sentences, no NaN among them"
     matplotlib.use('Agg')
-    stages = [o for o in aircraft.STAGES if o!='starts']
-    runs = aircraft.all_runs(tmp_path, tmp_path, stages, range(42, 45), size=160)
-    rows = PARTS[part](made_up(runs, range(42, 45)))
+    runs = aircraft.all_runs(tmp_path, tmp_path, aircraft.STAGES, range(42, 45), size=160)
+    rows = PARTS[part](made_up(runs, range(42, 45))).drop_duplicates(aircraft.KEY)
     (tmp_path/'results/aircraft').mkdir(parents=True)
     rows.to_csv(tmp_path/'results/aircraft/runs.csv', index=False)
     monkeypatch.chdir(tmp_path)
@@ -220,4 +222,5 @@ def test_the_notebook_holds_for_any_rows(aircraft, tmp_path, monkeypatch, capsys
     page = said[0].splitlines()
     assert 1<=len(page)<=5 and not any('nan' in o for o in said)
     assert any('Not measured yet' in o for o in said)
-    assert ('± ' in page[0])==(part not in ('choices','nothing','one','no_plain','one_seed','diverged','apart'))
+    assert ('± ' in page[0])==(part not in ('choices','nothing','one','no_plain','one_seed','diverged','apart',
+                                            'on_accelerator_only'))
