@@ -101,7 +101,8 @@ def commands():
     text = ('`fgvc-finetune --help` shows the same in a shell. An option without a default is off unless it is given.\n'
             '[The notebook of the commands](cli.ipynb) shows them at work.')
     lines = [HEAD.format(title='Commands', description='Options and defaults of every command', text=text)]
-    for name,address in scripts.items(): lines += command(name, EntryPoint(name, address.removesuffix('.main'), '').load())
+    for name,address in scripts.items():
+        lines += command(name, EntryPoint(name, address.removesuffix('.main'), '').load())
     return '\n'.join(lines)
 
 def citation():

@@ -21,7 +21,7 @@ from ..data.loaders import picture_dl
 from ..data.pictures import skip_bad
 from ..data.tables import picture_suffixes, pictures_in, read_table
 from ..distributed.ranks import progress_bar
-from .run import RECIPES, Run, read_run, read_target, run_dls
+from .run import RECIPES, read_run, read_target, run_dls
 from .saved import load_model
 from ..learner import aircraft_learner
 
