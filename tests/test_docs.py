@@ -178,4 +178,4 @@ def test_the_command_reference_has_every_option():
     text = (ROOT/'nbs/commands.qmd').read_text(encoding='utf-8')
     for o in ('## fgvc-demo', '## fgvc-finetune', '`--epochs` | `4`', '`--retry` |  |', '`--seed` | `0`'):
         assert o in text
-    assert text.count('| option |')==4
+    assert text.count('| option |')==5 and '| **penalty** | | |' in text

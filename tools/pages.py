@@ -83,16 +83,22 @@ def notebooks():
 
 def in_cell(text): return ' '.join(str(text).split()).replace('|', r'\|')
 
+def option(action):
+    "The row of an option"
+    flags = ', '.join(f'`{flag}`' for flag in action.option_strings) or f'`{action.dest}`'
+    default = '' if action.default is None or action.default is False or action.default=='' else f'`{action.default}`'
+    meaning = re.sub(r' \(default:.*?\)$', '', action.help or '')
+    choices = f' ({", ".join(o for o in action.choices if o)})' if action.choices else ''
+    return f'| {flags} | {default} | {in_cell(meaning+choices)} |'
+
 def command(name, function):
     "One command: what it does, and its options"
     parser = command_parser(function)
     lines = [f'## {name}', '', in_cell(parser.description), '', '| option | default | meaning |', '|---|---|---|']
-    for o in parser._actions:
-        if o.dest in ('help', 'pdb', 'xtra'): continue
-        options = ', '.join(f'`{flag}`' for flag in o.option_strings) or f'`{o.dest}`'
-        default = '' if o.default is None or o.default is False or o.default=='' else f'`{o.default}`'
-        meaning = re.sub(r' \(default:.*?\)$', '', o.help or '')
-        lines.append(f'| {options} | {default} | {in_cell(meaning)} |')
+    for group in parser._action_groups:
+        shown = [o for o in group._group_actions if o.dest not in ('help', 'pdb', 'xtra')]
+        if shown and group.title not in ('options', 'positional arguments'): lines.append(f'| **{group.title}** | | |')
+        lines += [option(o) for o in shown]
     return lines + ['']
 
 def commands():
