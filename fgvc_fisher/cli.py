@@ -210,9 +210,14 @@ def fgvc_sweep(
     if not Path(grid).is_file(): raise FileNotFoundError(f"--grid {grid}: there is no such file")
     from fgvc_fisher.distributed.ranks import processes, shutdown_processes
     from fgvc_fisher.experiment.results import show_table, table
+    from fgvc_fisher.experiment.run import data_of
     from fgvc_fisher.experiment.sweeps import read_grid, sweep
+    runs = read_grid(grid)
+    left = [o for o in runs if not (Path(out)/'runs'/o.id/'result.json').exists()]
+    of_data = {(o.data, o.form, o.train, o.valid, o.level): o for o in reversed(left)}
+    for run in of_data.values() if not processes()[1] else (): print(data_of(run))
     cluster = dict(address=address or None, cpus=cpus, gpus=gpus, retries=retries)
-    rows = sweep(read_grid(grid), out, jobs, retry, track or None, keep=keep or None, engine=engine, **cluster)
+    rows = sweep(runs, out, jobs, retry, track or None, keep=keep or None, engine=engine, **cluster)
     if len(rows) and not processes()[1]: print(f'\n{show_table(table(rows)).to_string()}')
     shutdown_processes()
     sys.exit(int(rows.attrs['failed']>0))

@@ -10,7 +10,7 @@ __all__ = ['SOURCE_PREFIX', 'nesterov', 'load_weights', 'source_model', 'picture
            'TerminateTogether']
 
 # %% ../nbs/learner.ipynb #e5beb75e
-import difflib, pkgutil, re, socket
+import difflib, inspect, pkgutil, re, socket
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -174,9 +174,22 @@ def _without_retries():
     finally: constants.HF_HUB_OFFLINE = before
 
 # %% ../nbs/learner.ipynb #638a12b3
+def _cannot_download(name, error):
+    "Why pretrained weights are not there, and what to do"
+    cache = constants.HF_HUB_CACHE if ':' not in name else torch.hub.get_dir()
+    return ValueError(f"arch {name!r}: its weights cannot be downloaded ({shorten(str(error), 120)}). Give a file with "
+                      f"them (--weights FILE), or copy them into the cache, {cache}")
+
+def _made_by(name, pretrained):
+    "What the function makes; with its best weights if it takes `weights`, as torchvision's do"
+    make = _resolve(name)
+    takes_weights = pretrained and callable(make) and 'weights' in inspect.signature(make).parameters
+    try: return make(weights='DEFAULT') if takes_weights else make()
+    except OSError as e: raise _cannot_download(name, e) from e
+
 def _named_model(name, pretrained):
     "timm's model of that name, or what `package.module:function` makes; `ValueError` suggests similar names"
-    if re.fullmatch(r'\w+(\.\w+)*:\w+', name): return _resolve(name)()
+    if re.fullmatch(r'\w+(\.\w+)*:\w+', name): return _made_by(name, pretrained)
     if ':' not in name and not timm.is_model(name):
         similar = difflib.get_close_matches(name.split('.')[0], timm.list_models(), n=3)
         hint = f"; did you mean {' or '.join(similar)}?" if similar else ''
@@ -185,9 +198,7 @@ def _named_model(name, pretrained):
     try:
         with _without_retries(): return timm.create_model(name, pretrained=True)
     except RuntimeError as e: raise ValueError(f"arch {name!r}: {e}") from e
-    except OSError as e:
-        raise ValueError(f"arch {name!r}: its weights cannot be downloaded ({shorten(str(e), 120)}). Give a file with "
-                         f"them (--weights FILE), or copy them into the cache, {constants.HF_HUB_CACHE}") from e
+    except OSError as e: raise _cannot_download(name, e) from e
 
 # %% ../nbs/learner.ipynb #87a518fa
 def _match_head(model, state):

@@ -10,7 +10,7 @@ from fgvc_fisher.data.forms import data_form
 from fgvc_fisher.experiment import Run, do_run, load_run, predict
 from fgvc_fisher.experiment.run import read_run, read_target, run_source
 from fgvc_fisher.experiment.saved import read_header
-from fgvc_fisher.learner import load_weights, remake_head, source_model
+from fgvc_fisher.learner import load_weights, n_outputs, remake_head, source_model
 from fgvc_fisher.retention import with_source_head
 from forks import shell
 
@@ -247,3 +247,48 @@ def test_without_a_network_it_is_said_at_once(monkeypatch, tmp_path):
     monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path))
     with pytest.raises(ValueError, match=f"'test_resnet'.*--weights.*{tmp_path}"): source_model('test_resnet')
     assert len(tried)==1 and not constants.HF_HUB_OFFLINE
+
+def test_torchvisions_weights(monkeypatch, tmp_path):
+    "A function of torchvision is asked for its weights; one without such a parameter makes its own"
+    asked = []
+    def fails(url, *args, **kwargs):
+        asked.append(url)
+        raise OSError('no route to host')
+    monkeypatch.setattr('torchvision.models._api.load_state_dict_from_url', fails)
+    name = 'torchvision.models:squeezenet1_1'
+    with pytest.raises(ValueError, match=f"'{name}'.*no route to host.*--weights"): source_model(name)
+    assert len(asked)==1 and n_outputs(source_model(name, None))==1000
+
+def test_a_sweep_says_what_its_data_is(flowers, tiny_weights, tmp_path):
+    grid = tmp_path/'grid.toml'
+    grid.write_text(f'''data = "flowers"
+arch = "test_resnet"
+weights = "{tiny_weights}"
+size = 32
+bs = 4
+epochs = 1
+num_workers = 0
+seeds = [1, 2]
+[[arm]]
+arm = "plain"
+''')
+    said = shell('fgvc-sweep', '--grid', grid, '--out', tmp_path/'out')
+    assert said.code==0 and said.out.count('read as a folder for each class')==1, said.err
+    assert 'read as' not in shell('fgvc-sweep', '--grid', grid, '--out', tmp_path/'out').out
+    shutil.rmtree(flowers/'rose')
+    (flowers/'rose').mkdir()
+    said = shell('fgvc-sweep', '--grid', grid, '--out', tmp_path/'other')
+    assert said.code==1 and 'rose' in said.err and 'Traceback' not in said.err and not (tmp_path/'other').exists()
+
+def test_the_page_of_any_run(flowers, tiny_weights, tmp_path):
+    "Its classes, its examples; what it does not know is said as that"
+    from fgvc_fisher.explore.classifier import try_run
+    run = Run(flowers, arch="test_resnet", weights=tiny_weights, size=32, bs=4, epochs=1, num_workers=0)
+    do_run(run, tmp_path/"run", quiet=True)
+    panel = try_run(tmp_path/'run')
+    assert any(o in panel.text for o in NAMES) and len(panel.controls['example'].options)>3
+    best = predict(load_run(tmp_path/'run'), [panel.controls['example'].value.path]).iloc[0]
+    assert best.label in panel.text and f'{best.probability:.0%}' in panel.text
+    assert ('does not know' in panel.text)==(best.probability<0.5)
+    shutil.move(flowers, tmp_path/'gone')
+    assert list(try_run(tmp_path/'run').controls['example'].options)==[('choose one', None)]
