@@ -229,10 +229,24 @@ def test_ids_and_files_of_runs_with_a_tree_are_as_they_were():
     assert Run('tree').id=='plain-42-4e4f0150'
     assert Run('tree', fisher_from='target', strength=1.).fisher_pictures==('target', 'tree', 'variant', 'train')
 
-@pytest.mark.parametrize('name', ['a.zip', 'a.TAR.GZ', 'a.7z'])
-def test_archives(name, tmp_path):
+@pytest.mark.parametrize('name,said', [('a.zip', 'unpack'), ('a.TAR.GZ', 'unpack'), ('a.7z', 'unpack'),
+                                       ('a.JPG', 'picture'), ('a.webp', 'picture')])
+def test_files_that_are_no_list(name, said, tmp_path):
     (tmp_path/name).write_bytes(b'x')
-    with pytest.raises(ValueError, match='unpack'): data_form(tmp_path/name)
+    with pytest.raises(ValueError, match=said): data_form(tmp_path/name)
+
+@pytest.mark.parametrize('names', [('a,b', 'c"d', 'e\'f'), ('Škoda', '日本', '🌹'), ('1', '1.0', '01'),
+                                   ('NA', 'nan', 'None'),
+                                   (' a', 'a', 'A'), ('x'*100, 'y'*100, 'z')])
+def test_names_of_classes(names, tiny_weights, tmp_path):
+    "Whatever the classes are called, the model file and the predictions have their names"
+    for i,name in enumerate(names):
+        for j in range(4): picture(tmp_path/'data'/name/f'{j}.png', 10*i+j)
+    run = Run(tmp_path/'data', arch='test_resnet', weights=tiny_weights, size=32, bs=4, epochs=1, num_workers=0)
+    do_run(run, tmp_path/'run', quiet=True)
+    learn = load_run(tmp_path/'run')
+    assert list(learn.dls.vocab)==sorted(names) and set(predict(learn, tmp_path/'data').label)<=set(names)
+    assert list(load_run(tmp_path/'run', pictures=True).dls.vocab)==sorted(names)
 
 # Weights that cannot be downloaded
 

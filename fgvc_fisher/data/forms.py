@@ -14,7 +14,9 @@ from pathlib import Path
 import pandas as pd
 
 # %% ../../nbs/data/forms.ipynb #f0a50005
-from .tables import aircraft_root, read_aircraft, read_image_folder, read_table, with_validation
+from fgvc_fisher.data.tables import (
+    aircraft_root, picture_suffixes, read_aircraft, read_image_folder, read_table, with_validation
+)
 
 # %% ../../nbs/data/forms.ipynb #f0a50008
 FORMS = {'aircraft': 'an FGVC-Aircraft tree', 'folder': 'a folder for each class', 'table': 'a CSV file'}
@@ -22,12 +24,15 @@ _ARCHIVES = ('.zip', '.tar', '.tgz', '.tar.gz', '.7z', '.rar')
 def data_form(
     path:str|Path, # A file or a folder
 )->str: # A key of `FORMS`
-    "The form of a data set. Raises `FileNotFoundError` if nothing is there, and `ValueError` for an archive."
+    """The form of a data set. Raises `FileNotFoundError` if nothing is there, and `ValueError` for an archive or a
+    picture."""
     path = Path(path)
     if not path.exists(): raise FileNotFoundError(f"data: there is no file or folder {path}")
     if path.is_file():
         if path.name.lower().endswith(_ARCHIVES):
             raise ValueError(f"data: {path} is an archive: unpack it, and give the folder")
+        if path.suffix.lower() in picture_suffixes():
+            raise ValueError(f"data: {path} is a picture: give a folder of pictures, or a CSV file that lists them")
         return 'table'
     try: aircraft_root(path)
     except FileNotFoundError: return 'folder'
