@@ -1,6 +1,6 @@
 "A run that is killed, goes on, and ends as if nothing had happened"
-import json, math, os, random, re, shutil, time
-from contextlib import suppress
+import io, json, math, os, random, re, shutil, time
+from contextlib import redirect_stdout, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 import pandas as pd, pytest, timm, torch
@@ -10,6 +10,7 @@ from filelock import FileLock
 from safetensors.torch import load_file, save_file
 from fgvc_fisher.experiment import Run, do_run, fine_tune, grid, read_grid, sweep
 from fgvc_fisher.experiment.run import KeepEpochs, make_learner, run_source
+from fgvc_fisher.experiment.sweeps import _Progress
 from fgvc_fisher.learner import source_model
 from forks import Forked
 
@@ -232,9 +233,20 @@ def test_what_fails_is_recorded_and_the_rest_goes_on(run, runs, tmp_path, capsys
     save_file(load_file(run.weights), bad.weights)
     assert len(sweep([bad], tmp_path/'out', retry=True, quiet=True))==1 and not error.exists()
 
-def test_jobs_do_what_one_process_does(runs, tmp_path):
+def test_jobs_do_what_one_process_does(runs, tmp_path, capsys):
+    "And each run has its line, whichever process has done it, and whatever this one was doing when it ended"
     rows = sweep(runs, tmp_path/'out', jobs=2)
     assert rows.id.tolist()==[o.id for o in runs] and rows['last'].notna().all()
+    said = capsys.readouterr().out
+    for o in runs: assert said.count(f'{o.arm}, seed {o.seed}: ')==1
+
+def test_a_line_is_printed_in_a_quiet_training(runs, tmp_path, capsys):
+    "Another run ends while this process is training"
+    one,other = runs[:2]
+    progress = _Progress([one, other], tmp_path/'out', quiet=True)
+    do_run(other, tmp_path/'out/runs'/other.id, tmp_path/'out/sources', quiet=True)
+    with redirect_stdout(io.StringIO()): progress()
+    assert f'{other.arm}, seed {other.seed}: ' in capsys.readouterr().out
 
 def test_invalid_arguments_of_a_sweep(runs, tmp_path):
     with pytest.raises(ValueError, match='jobs=0'): sweep(runs, tmp_path, jobs=0)

@@ -188,9 +188,9 @@ def _outcome(folder):
     return f"{text or 'diverged'} ({row['seconds']:.0f} s)"
 
 # %% ../../nbs/experiment/sweeps.ipynb #220fb96b
-def _print_once(text):
+def _print_once(text, file=None):
     "Print a line in the first of several processes."
-    if not processes()[1]: print(text, flush=True)
+    if not processes()[1]: print(text, file=file, flush=True)
 
 # %% ../../nbs/experiment/sweeps.ipynb #5430bec8
 class _Progress:
@@ -198,6 +198,7 @@ class _Progress:
     def __init__(self, runs, out, quiet):
         self.folders = {run: out/'runs'/run.id for run in runs}
         self.left = [run for run in runs if not _finished(self.folders[run])]
+        self.file = sys.stdout                                       # in a quiet training `print` writes elsewhere
         n_epochs = sum(run.epochs for run in runs)
         self.bar = progress_bar(total=n_epochs, initial=self.epochs(), unit='epoch', shown=not quiet)
     def epochs(self):
@@ -209,7 +210,7 @@ class _Progress:
         for run in [o for o in self.left if _finished(self.folders[o])]:
             self.left.remove(run)
             with self.bar.external_write_mode():
-                _print_once(f'{run.arm}, seed {run.seed}: {_outcome(self.folders[run])}')
+                _print_once(f'{run.arm}, seed {run.seed}: {_outcome(self.folders[run])}', self.file)
         if not self.bar.disable: self.bar.update(self.epochs()-self.bar.n)
 
 # %% ../../nbs/experiment/sweeps.ipynb #561bb194
