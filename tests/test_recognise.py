@@ -467,9 +467,9 @@ def test_source_and_what_is_left_of_it(drawn, photo):
         learn = aircraft_learner(aircraft_dls(drawn, size=64, bs=4, num_workers=0, transforms=transforms), source)
         softened(learn.model)
         with torch.no_grad():
-            dls = [source_dl(table, source, 64, num_workers=0, transforms=o) for o in ('plain', transforms)]
-            x,x_tuned = [next(iter(dl))[0].as_subclass(torch.Tensor) for dl in dls]
-            before,after = source(x)[0].softmax(-1),with_source_head(learn.model, source)(x_tuned)[0].softmax(-1)
+            x = next(iter(source_dl(table, source, 64, num_workers=0)))[0].as_subclass(torch.Tensor)
+            tuned = with_source_head(learn.model, source, 'source')
+            before,after = [model(x)[0].softmax(-1) for model in (source, tuned)]
         got = Recogniser(learn, source, list('abcdefg'))(photo).source
         assert list(got.name[:5])==['abcdefg'[i] for i in before.topk(5).indices]
         for o in got.itertuples():

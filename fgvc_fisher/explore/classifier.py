@@ -46,6 +46,7 @@ class _ClassifierView:
         for picture in self.pictures:
             picture.axes.clear()
             picture.axes.axis('off')
+            picture.fig.set_layout_engine('constrained')       # what is drawn next may need more room
 
     def draw(self, picture, note=''):
         "Draw all pictures; returns the sentence"
@@ -68,7 +69,7 @@ def _bars(self:_ClassifierView, ax, names, values, colors, title):
     ax.axis('on')
     height = 0.55/len(values)
     y = np.arange(len(names))
-    looks = zip(values, colors, ('before fine-tuning','after, with its head back'), (None,'///'))
+    looks = zip(values, colors, ('before fine-tuning','after, its head and statistics back'), (None,'///'))
     for i,(v,color,label,hatch) in enumerate(looks):
         bars = ax.barh(y+(i+0.5)*height, v, height, color=color, label=label, hatch=hatch, edgecolor='white')
         ax.bar_label(bars, [f'{o:.0%}' for o in v], padding=2, fontsize=7)
@@ -91,7 +92,7 @@ def _say(self:_ClassifierView, found):
     if found.source is None: return text
     before,after = [found.source.loc[found.source[o].idxmax()] for o in ('before','after')]
     return (f'{text} Its source predicts {before["name"]} ({before.before:.0%}); the fine-tuned model with the '
-            f'source\'s head back predicts {after["name"]} ({after.after:.0%}).')
+            f"source's head and statistics back predicts {after['name']} ({after.after:.0%}).")
 
 # %% ../../nbs/explore/classifier.ipynb #2a3ca2d8
 def _uploaded(value):

@@ -206,7 +206,7 @@ class Recogniser:
         self.labels = [str(o) for o in learn.dls.vocab]
         self.kin = _kin(learn, kin)
         self.names = None if source is None else class_names(n_outputs(source), names)
-        self.tuned = None if source is None else with_source_head(learn.model, source)
+        self.tuned = None if source is None else with_source_head(learn.model, source, 'source')
 
     def _variants(self, p):
         "The table of the most probable labels"
@@ -214,11 +214,11 @@ class Recogniser:
         table = pd.DataFrame(dict(label=[self.labels[i] for i in best], probability=p[best]))
         return table.merge(self.kin, on='label', how='left') if len(self.kin) else table
 
-    def _source(self, x, seen):
+    def _source(self, seen):
         "The table of the source's classes: the five most probable before, and the most probable after"
         if self.source is None: return None
-        before = _probabilities(self.source, _as_source_expects(seen, self.source))
-        after = _probabilities(self.tuned, x)
+        x = _as_source_expects(seen, self.source)
+        before,after = _probabilities(self.source, x),_probabilities(self.tuned, x)
         rows = np.argsort(-before, kind='stable')[:5]
         if after.argmax() not in rows: rows = np.append(rows, after.argmax())
         return pd.DataFrame(dict(name=[self.names[i] for i in rows], before=before[rows], after=after[rows]))
@@ -254,7 +254,7 @@ def __call__(self:Recogniser,
     with self.lock:
         x,seen = _batch(self.learn.dls, picture)
         p,heat = self._recognise(x)
-        return Recognised(seen, self._variants(p), heat, self._source(x, seen))
+        return Recognised(seen, self._variants(p), heat, self._source(seen))
 
 # %% ../../nbs/explore/recognise.ipynb #5a77d170
 def heat_picture(
