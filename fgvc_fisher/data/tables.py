@@ -16,7 +16,6 @@ from pathlib import Path
 from textwrap import shorten
 import numpy as np, pandas as pd, torch
 from PIL import Image
-from timm.data import ImageNetInfo
 
 # %% ../../nbs/data/tables.ipynb #334b391f
 UNKNOWN = 'unknown' # The label of pictures without one
@@ -447,6 +446,7 @@ def _has_imagenet_folders(path):
     return any(o.is_dir() and re.fullmatch('n[0-9]{8}', o.name) for o in found)
 def _imagenet_folders(path):
     "Pictures in folders named by WordNet id, with the class numbers of ImageNet-1k"
+    from timm.data import ImageNetInfo                               # slow to import, and only needed here
     table = read_image_folder(path)
     class_index = {wordnet_id: i for i,wordnet_id in enumerate(ImageNetInfo('imagenet-1k').label_names())}
     if other := sorted(set(table.label)-set(class_index)):
