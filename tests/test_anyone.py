@@ -195,6 +195,15 @@ def test_predictions_do_not_depend_on_the_batch(tiny_done, drawn):
     same = predict(learn, pd.DataFrame(dict(path=list(one.path))))
     assert same.label.equals(one.label)
 
+def test_a_loss_that_says_nothing_about_probabilities(tiny_done, drawn):
+    learn = load_run(tiny_done)
+    learn.loss_func.temperature = 1.
+    expected = predict(learn, drawn, n=1)
+    learn.loss_func = torch.nn.CrossEntropyLoss()
+    assert np.allclose(predict(learn, drawn, n=1).probability, expected.probability, atol=1e-6)
+    for wrong in (dict(n=0), dict(bs=0)):
+        with pytest.raises(ValueError, match=f'{next(iter(wrong))}=0'): predict(learn, drawn, **wrong)
+
 # Source pictures without labels
 
 def test_a_run_without_labels(tiny_run, unlabelled, tmp_path):

@@ -8,6 +8,7 @@ Docs: https://fgvc-fisher.github.io/fgvc_fisher/experiment/predict.html.md"""
 __all__ = ['CalibratedLoss', 'load_run', 'predict']
 
 # %% ../../nbs/experiment/predict.ipynb #94ed0003
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 import pandas as pd, torch
@@ -107,14 +108,17 @@ def predict(
 )->pd.DataFrame: # A row for each picture: `path`, `label`, `probability`, `label_2`, `probability_2`, ...
     """The most probable classes of pictures. Those that cannot be decoded are left out, with a warning that names them
     (each is decoded once more for that). Raises `FileNotFoundError` for missing pictures, `OSError` if none can be
-    decoded."""
+    decoded, `ValueError` for `n` or `bs` below 1."""
+    for name,value in dict(n=n, bs=bs).items():
+        if value<1: raise ValueError(f"{name}={value}: must be greater than 0")
+    activation = getattr(learn.loss_func, 'activation', partial(torch.softmax, dim=-1))
     table, = skip_bad([_table(pictures)], 'skip')
     dl = learn.dls.test_dl([o for _,o in table.iterrows()], bs=bs)
     classes = list(map(str, learn.dls.vocab))
     n = min(n, len(classes))
     model,found = learn.model.eval(),[]
     for batch in progress_bar(dl, progress, desc='predict', unit='batch'):
-        p = learn.loss_func.activation(model(batch[0]))[:,:len(classes)]
+        p = activation(model(batch[0]))[:,:len(classes)]
         found += zip(*[o.tolist() for o in p.topk(n)])
     rows = [dict(path=path) | {f'{name}{f"_{i+1}" if i else ""}': value for i in range(n)
                                for name,value in (('label', classes[best[i]]), ('probability', p[i]))}
