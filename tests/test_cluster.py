@@ -49,9 +49,9 @@ def test_an_address_that_a_cluster_left_behind(tmp_path, monkeypatch, no_ray):
     (tmp_path/'ray/ray_current_cluster').write_text('127.0.0.1:9')
     with pytest.raises(ValueError, match='127.0.0.1:9'): sweep([RUN], tmp_path/'out', engine='ray', address='auto')
 
-def test_without_ray(monkeypatch, tmp_path):
+def test_without_ray(monkeypatch, drawn, tmp_path):
     monkeypatch.setattr(on_cluster, 'find_spec', lambda name: None)
-    (tmp_path/'grid.toml').write_text('data = "a"\n[[arm]]\narm = "a"')
+    (tmp_path/'grid.toml').write_text(f'data = "{drawn}"\n[[arm]]\narm = "a"')
     with pytest.raises(ValueError, match=r"needs ray.*pip install 'fgvc_fisher\[cluster\]'"):
         fgvc_sweep(str(tmp_path/'grid.toml'), str(tmp_path/'out'), engine='ray')
 

@@ -77,10 +77,12 @@ beta = [1, 10]
 
 @pytest.mark.parametrize('args,named', [
     ([], '--grid'), (['--grid', 'nowhere.toml'], 'nowhere.toml'), (['--grid', 'bad.toml'], "bad.toml.*'betta'"),
+    (['--grid', 'gone.toml'], 'no file or folder.*gone'),
     (['--grid', 'good.toml', '--jobs', '0'], 'jobs=0'), (['--grid', 'good.toml', '--track', 'excel'], "'excel'")])
-def test_sweep_says_what_is_wrong(args, named, tmp_path):
+def test_sweep_says_what_is_wrong(args, named, drawn, tmp_path):
     (tmp_path/'bad.toml').write_text('data = "a"\n[[arm]]\narm = "a"\nbetta = 1')
-    (tmp_path/'good.toml').write_text('data = "a"\n[[arm]]\narm = "a"')
+    (tmp_path/'gone.toml').write_text('data = "gone"\n[[arm]]\narm = "a"')
+    (tmp_path/'good.toml').write_text(f'data = "{drawn}"\n[[arm]]\narm = "a"')
     said = shell('fgvc-sweep', *args, cwd=tmp_path)
     assert said.code!=0 and re.search(named, said.err) and 'Traceback' not in said.err
     assert not (tmp_path/'sweep').exists()
