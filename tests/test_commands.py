@@ -1,9 +1,14 @@
 "The commands, as somebody at a shell meets them"
 import json, re, shutil, subprocess, timm
+from dataclasses import fields
 import pandas as pd, pytest
 from safetensors.torch import load_file
-from fgvc_fisher.data.tables import pictures_in
+from fgvc_fisher.callback import STRENGTH
+from fgvc_fisher.cli import command_parser, fgvc_finetune
+from fgvc_fisher.data.forms import FORMS
+from fgvc_fisher.data.tables import LEVELS, pictures_in
 from fgvc_fisher.experiment.demo import demo
+from fgvc_fisher.experiment.run import RECIPES, Run
 from fgvc_fisher.experiment.saved import read_header
 from fgvc_fisher.fisher import DiagFisher
 from forks import BIN, shell
@@ -26,6 +31,16 @@ def test_an_interpreter_of_its_own():
     "As installed: the script's first line, and all that it imports"
     said = subprocess.run([BIN/'fgvc-demo', '--help'], capture_output=True, text=True)
     assert said.returncode==0 and '--seed' in said.stdout
+
+def test_defaults_that_are_written_twice():
+    "A command imports nothing heavy for its options, so these repeat what the library says"
+    options = {o.dest: o for o in command_parser(fgvc_finetune)._actions}
+    assert options['strength'].default==STRENGTH
+    assert set(options['form'].choices)=={'', *FORMS} and set(options['level'].choices)==set(LEVELS)
+    assert set(options['recipe'].choices)==set(RECIPES)
+    run = Run('tree', strength=STRENGTH)
+    shared = [o.name for o in fields(Run) if o.name in options and o.name not in ('size', 'weights', 'num_workers')]
+    for o in shared: assert o=='data' or options[o].default==getattr(run, o), o
 
 def test_finetune(drawn, drawn_source, tiny_weights, tmp_path):
     out = tmp_path/'out'

@@ -48,7 +48,7 @@ def _empty_dls(run, classes, transforms):
     dls = [blank(), blank()]                           # fastai looks at a picture to see what the steps return
     return DataLoaders(*dls, path=Path('.'), device=dls[0].device).new_empty()
 def _check_done(folder):
-    "`FileNotFoundError` if a run is not finished, `ValueError` if it diverged."
+    "The run of a folder. `FileNotFoundError` if it is not finished."
     run = read_run(folder)
     if not (folder/'result.json').is_file():
         raise FileNotFoundError(f"{folder}: this run is not finished, there is no result.json; the command that began "

@@ -6,7 +6,7 @@ Docs: https://fgvc-fisher.github.io/fgvc_fisher/experiment/run.html.md"""
 
 # %% auto #0
 __all__ = ['RECIPES', 'Recipe', 'Run', 'read_run', 'read_target', 'data_of', 'run_dls', 'make_learner', 'KeepEpochs', 'fine_tune',
-           'run_arm', 'run_source', 'machine_name', 'do_claimed_run', 'do_run']
+           'run_arm', 'SourceBundle', 'run_source', 'machine_name', 'do_claimed_run', 'do_run']
 
 # %% ../../nbs/experiment/run.ipynb #8b996043
 import hashlib, io, json, math, platform, random, re, sys, time
@@ -480,14 +480,14 @@ def _measure(model, pictures, file):
     write_text(file, repr(accuracy))
     return accuracy
 
-# %% ../../nbs/experiment/run.ipynb #cf3ebf0a
+# %% ../../nbs/experiment/run.ipynb #70adc008
 def _names_of_classes(table, model):
     "The names of the source's classes, in order; None if the pictures do not name all of them"
     if 'name' not in table or 'class_index' not in table: return None
     named = table.drop_duplicates('class_index').sort_values('class_index')
     return list(named.name) if named.class_index.tolist()==list(range(n_outputs(model))) else None
 
-#| export
+# %% ../../nbs/experiment/run.ipynb #cf3ebf0a
 class SourceBundle(NamedTuple):
     "The source model of a run, and what belongs to it."
     model:nn.Module # With its own head, on the device
