@@ -226,8 +226,11 @@ def test_train_to_the_end(training, tmp_path):
     reopened = explore_training(training.task, tmp_path, epochs=2)
     assert list(reopened.view.runs)==list(training.view.runs)
     reopened.training.close()
+    assert training.buttons['remove'].disabled
     training.chosen.value = (rows.id[0],)
+    assert not training.buttons['remove'].disabled
     training.remove()
+    assert training.buttons['remove'].disabled
     assert not training.view.runs and training.chosen.options==()
     assert (tmp_path/'runs'/rows.id[0]/'result.json').exists()
 

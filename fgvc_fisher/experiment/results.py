@@ -19,6 +19,8 @@ import matplotlib.pyplot as plt, numpy as np, pandas as pd
 # %% ../../nbs/experiment/results.ipynb #33089b82
 from adjustText import adjust_text
 from fastcore.basics import listify
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 from ..distributed.files import read_json, replace_file
 from .seeds import interval, paired, seeds_needed
@@ -344,7 +346,7 @@ def _check_columns(t, names, argument):
 def curves(
     out, # Folder of the experiment, or its curves as `read_curves` returns them
     published:pd.DataFrame|None=None, # Curves to draw in grey: `run`, `epoch`, `train_loss`, `val_loss`, `accuracy`
-)->plt.Figure: # Two panels: loss, accuracy
+)->Figure: # Two panels: loss, accuracy
     "Loss and accuracy by epoch: mean and range over seeds of each arm. `ValueError` if there is nothing to draw."
     c = read_curves(out) if isinstance(out, (str,os.PathLike)) else pd.DataFrame(out)
     _check_columns(c, ['epoch','arm','train_loss','valid_loss','accuracy'], 'curves')
@@ -453,9 +455,9 @@ def frontier(
     out, # Folder of the experiment, or its runs as a table or a list of dicts
     target:str|None=None, # Column with the accuracy on the target; None: 'test_last' if the runs have it, else 'last'
     before:float|None=None, # Accuracy of the source model on the source, drawn as a line; None: from the runs
-    ax:plt.Axes|None=None, # Axes to draw into; None: a new figure
+    ax:Axes|None=None, # Axes to draw into; None: a new figure
     source:str|None=None, # 'retention', or 'agreement' with the source; None: what more of the runs have
-)->plt.Axes: # One marker per arm: filled with the target's BatchNorm statistics, hollow with the source's
+)->Axes: # One marker per arm: filled with the target's BatchNorm statistics, hollow with the source's
     """Accuracy on the target against retention, or agreement with the source. `ValueError` if the runs have neither or
     no such accuracy."""
     runs = _finished(out)

@@ -9,7 +9,7 @@ __all__ = ['MEASURED', 'AGREED', 'layer_of', 'Compromise', 'read_compromise']
 
 # %% ../../nbs/explore/compromise.ipynb #1f7a8eb4
 import math
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -201,8 +201,8 @@ def _position(v, axis):
 # %% ../../nbs/explore/compromise.ipynb #b6d34924
 @patch
 def measure_grid(self:Compromise,
-    alphas:list=(0., 1e-5, 1e-4, 1e-3, 1e-2), # Ascending, the first is 0
-    strengths:list=(0., 1e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1., 10.), # Ascending, the first is 0
+    alphas:Sequence=(0., 1e-5, 1e-4, 1e-3, 1e-2), # Ascending, the first is 0
+    strengths:Sequence=(0., 1e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1., 10.), # Ascending, the first is 0
     progress:bool=True, # Show a progress bar?
 )->'Compromise': # Itself
     "Measure all combinations of two lists of strengths. Raises `ValueError` for lists that do not ascend from 0."

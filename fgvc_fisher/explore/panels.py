@@ -10,7 +10,7 @@ __all__ = ['FISHER_STYLE', 'PLAIN_STYLE', 'L2_STYLE', 'PERCENT', 'DASHES', 'Pict
 
 # %% ../../nbs/explore/panels.ipynb #072304c5
 import html, io, textwrap, threading, time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 import ipywidgets as widgets, numpy as np
 from IPython import get_ipython
@@ -161,7 +161,7 @@ class Panel:
         pictures:list, # `Picture`s
         draw:Callable, # `(**values) -> str`, the sentence; called at every change
         settle:Callable|None=None, # `(**values) -> Iterator`, work that is left; yields a sentence, or None
-        extra:list=(), # Further widgets, below the controls
+        extra:Sequence=(), # Further widgets, below the controls
     ):
         self.name = name
         self.title = title

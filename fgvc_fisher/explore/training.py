@@ -211,11 +211,14 @@ class TrainingPanel(Panel):
         self.buttons = {method: _button(label) for method,label in labels.items()}
         for method,button in self.buttons.items(): button.on_click(lambda _, method=method: getattr(self, method)())
         self.chosen = widgets.SelectMultiple(description='on the chart', rows=4, **control_layout({}))
+        self.chosen.observe(lambda change: self._allow_removal(), 'value')
         controls['arm'].observe(lambda change: self._set_strengths(change['new']), 'value')
         removal = widgets.HBox([self.chosen, self.buttons['remove']], layout=widgets.Layout(flex_flow='row wrap'))
         extra = [widgets.HBox([self.buttons['train'], self.buttons['stop']]), self.view.legend, removal]
         title = 'What does each arm learn, and what does it forget?'
         super().__init__('training', title, controls, self.view.pictures, self._drawn, self._follow, extra=extra)
+
+    def _allow_removal(self): self.buttons['remove'].disabled = not self.chosen.value
 
     def _set_strengths(self, arm):
         "Set the strengths to an arm's usual values"
@@ -235,7 +238,7 @@ def _drawn(self:TrainingPanel, **values):
     if list(self.chosen.options)!=options:
         self.chosen.value = ()                         # a browser could not find it among fewer options
         self.chosen.options = options
-    self.buttons['remove'].disabled = not options
+    self._allow_removal()
     return text
 
 # %% ../../nbs/explore/training.ipynb #e2ab4772

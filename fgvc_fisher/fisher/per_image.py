@@ -380,19 +380,20 @@ class SquaredGradients:
             for p in _leaves(weight):
                 if p in self.names: yield self.names[p],_pulled_back(weight, p, each)
 
-    def _by_autograd(self, x, labels, weights, names):
-        "The gradients of one image by plain autograd; None where the logits do not depend on a parameter"
-        with _Alone(): loss = _log_likelihood(self.model(x), labels, weights)
-        # LeViT keeps a part of its graph from call to call, so the graph is retained
-        params = [self.params[n] for n in names]
-        return dict(zip(names, torch.autograd.grad(loss, params, retain_graph=True, allow_unused=True)))
+# %% ../../nbs/fisher/per_image.ipynb #5e86723e
+def _by_autograd(squares, x, labels, weights, names):
+    "The gradients of one image by plain autograd; None where the logits do not depend on a parameter"
+    with _Alone(): loss = _log_likelihood(squares.model(x), labels, weights)
+    # LeViT keeps a part of its graph from call to call, so the graph is retained
+    params = [squares.params[n] for n in names]
+    return dict(zip(names, torch.autograd.grad(loss, params, retain_graph=True, allow_unused=True)))
 
-    def _reached(self, tape, logits, names):
-        "Those of some parameters that the logits of a batch depend on"
-        tape.take = lambda call, grad: None
-        params = [self.params[n] for n in names]
-        found = torch.autograd.grad(logits.sum(), params, retain_graph=True, allow_unused=True) if params else ()
-        return {n for n,g in zip(names, found) if g is not None}
+def _reached(squares, tape, logits, names):
+    "Those of some parameters that the logits of a batch depend on"
+    tape.take = lambda call, grad: None
+    params = [squares.params[n] for n in names]
+    found = torch.autograd.grad(logits.sum(), params, retain_graph=True, allow_unused=True) if params else ()
+    return {n for n,g in zip(names, found) if g is not None}
 
 # %% ../../nbs/fisher/per_image.ipynb #f35b68e3
 def _first_by_rules(squares, tape, logits, labels):
@@ -418,11 +419,11 @@ def verify(self:SquaredGradients,
     "Fill `coverage`: which rule is used for each parameter. Warns of parameters without a rule, and of unused ones."
     labels = logits.argmin(-1)                          # the least probable class: its gradient never vanishes
     by_rules = _first_by_rules(self, tape, logits, labels)
-    reference = self._by_autograd(x[:1], labels[:1], torch.ones_like(logits[:1,0]), list(self.params))
+    reference = _by_autograd(self, x[:1], labels[:1], torch.ones_like(logits[:1,0]), list(self.params))
     longest = max((g.norm() for g in reference.values() if g is not None), default=torch.zeros(()))
     before = self.coverage
     tolerance = 1e-6 if longest.dtype==torch.float64 else 1e-2
-    reached = self._reached(tape, logits, [n for n,g in reference.items() if g is None])
+    reached = _reached(self, tape, logits, [n for n,g in reference.items() if g is None])
     def how(name, g):
         if g is None: return WHOLE if name in reached or before.get(name)==WHOLE else UNUSED
         if name not in by_rules: return WHOLE
@@ -471,7 +472,7 @@ def add_slowly(self:SquaredGradients,
     if not self.slow: return
     for i in range(len(x)):
         image = slice(i, i+1)
-        for name,g in self._by_autograd(x[image], labels[image], weights[image], self.slow).items():
+        for name,g in _by_autograd(self, x[image], labels[image], weights[image], self.slow).items():
             if g is None: continue                         # the logits of this image do not depend on it
             self.sums[name].addcmul_(g, g)
             lengths[i,self.index[name]] += g.square().sum()
@@ -504,7 +505,7 @@ def add_batch(self:SquaredGradients,
     with record_calls(self.model, x) as (tape,logits):
         _check_logits(self.model, logits, n)
         is_new = self.verified!=self._uses(tape) or self.verified_n==1<n
-        if is_new or self._reached(tape, logits, self.unused): self.verify(x, tape, logits)
+        if is_new or _reached(self, tape, logits, self.unused): self.verify(x, tape, logits)
         dtype = torch.promote_types(logits.dtype, torch.float32)
         labels,weights = choose(logits.detach().to(dtype))
         lengths = torch.zeros(n, len(self.params), device=x.device, dtype=dtype)

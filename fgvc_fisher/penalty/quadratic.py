@@ -200,6 +200,14 @@ def _as_beta(strength, mean_fisher):
     if mean_fisher: return strength/mean_fisher
     raise ValueError(f"strength={strength}: the Fisher of all parameters under it is zero, and so is its mean")
 
+# %% ../../nbs/penalty/quadratic.ipynb #5212996c
+def _check_stored(anchor, dtype):
+    if dtype is not None and not dtype.is_floating_point:
+        raise ValueError(f"dtype={dtype}: anchor and Fisher need a floating-point type")
+    if hasattr(anchor, 'n_images'):
+        raise ValueError(f"anchor is a {type(anchor).__name__}, squared gradients instead of parameters: pass it "
+                         "as fisher=, and the source model or its state_dict as anchor=")
+
 # %% ../../nbs/penalty/quadratic.ipynb #087ed016
 class QuadraticPenalty:
     "Omega(theta), equation (1). Raises `ValueError` for invalid arguments and names the parameters or numbers."
@@ -218,11 +226,7 @@ class QuadraticPenalty:
         device=None, # Where they are stored; None: with the parameters; 'cpu' saves GPU memory, costs a transfer a step
     ):
         check_coefficients(fisher, alpha=alpha, beta=beta, l2sp=l2sp, strength=strength)
-        if dtype is not None and not dtype.is_floating_point:
-            raise ValueError(f"dtype={dtype}: anchor and Fisher need a floating-point type")
-        if hasattr(anchor, 'n_images'):
-            raise ValueError(f"anchor is a {type(anchor).__name__}, squared gradients instead of parameters: pass it "
-                             "as fisher=, and the source model or its state_dict as anchor=")
+        _check_stored(anchor, dtype)
         model = unwrap(model)
         reshard(model)
         new = _check_new(model, new)
