@@ -21,7 +21,7 @@ demo/report.html: $(READY)
 
 test: notebooks pytest    ## Every notebook from top to bottom, then the tests that are neither slow nor need a browser: minutes
 
-test-all: lint site notebooks browser $(IPYWIDGETS7)    ## Everything: also the slow tests, the documentation's links, the panels in a browser and with Colab's ipywidgets, and whether all is in sync
+test-all: lint site browser $(IPYWIDGETS7)    ## Everything: the tests with the slow ones, which run every notebook in an empty folder, the documentation's links, the panels in a browser and with Colab's ipywidgets, and whether all is in sync
 	$(PYTEST) -m '' --cov=fgvc_fisher --cov-report=term:skip-covered
 	$(MAKE) test-ipywidgets7 in-sync
 

@@ -51,9 +51,9 @@ def test_install_cell(name):
     assert INSTALL.fullmatch(first)
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name', OPENED)
+@pytest.mark.parametrize('name', ['index', *OPENED])
 def test_from_an_empty_folder(name, tmp_path):
-    "The process has the package already; what is not there is the repository around the notebook"
+    "nbdev's own test of a notebook, without the repository around it; the process has the package already"
     shutil.copy(ROOT/f'nbs/{name}.ipynb', tmp_path)
     process = Forked(run_elsewhere, tmp_path/f'{Path(name).name}.ipynb', ROOT/'results', cwd=tmp_path)
     assert process.wait(300)==0, (process.out+process.err)[-3000:]

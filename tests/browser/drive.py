@@ -64,8 +64,8 @@ def steady(page, f, quiet=0.5, ok=lambda o: True, seconds=60):
     raise AssertionError(f"not what was waited for after {seconds} s: {last}")
 
 def open_panel(page, url):
-    "Open a Voila page and wait for its widgets"
-    page.goto(url, timeout=120_000)
+    "Open a Voila page and wait for its widgets; Voila runs the notebook before it answers"
+    page.goto(url, timeout=240_000)
     return rendered(page)
 
 def rendered(page, quiet=0.5):
