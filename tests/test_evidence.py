@@ -123,6 +123,21 @@ def test_the_papers_pictures_resume(aircraft, tmp_path, monkeypatch, capsys):
     assert len(call(aircraft, tmp_path, stages='main', seeds=2, size=32))==4
     assert len(list(tmp_path.glob('work/runs/*')))==2
 
+def test_unprotected_channels_are_put_back(aircraft, tmp_path, monkeypatch, capsys):
+    "With a high limit most channels are unprotected; as trained the accuracy is the run's retention"
+    import unprotected
+    monkeypatch.setattr(aircraft, 'STAGES', tiny_arms(aircraft))
+    monkeypatch.setattr(unprotected, 'ALMOST_NONE', 1e9)
+    runs = call(aircraft, tmp_path, stages='main', seeds=1, size=32).set_index('arm')
+    for _ in range(2): unprotected.main(work=str(tmp_path/'work'), out=str(tmp_path/'out'))
+    rows = pd.read_csv(tmp_path/'out/unprotected.csv')
+    assert rows.arm.tolist()==['L2-SP-Fisher, strength = 0.5']
+    row = rows.iloc[0]
+    assert abs(row.tuned-runs.loc[row.arm,'retention_source_bn'])<1e-5
+    assert row.unprotected>row.of/2 and 0<=row.first_back<=1
+    assert row.moved>0 and row.deviation>0 and 0<=row.seen<=1
+    assert capsys.readouterr().out.count('unprotected channels back')==1
+
 def test_the_accelerators_call_with_two_pictures_a_class(aircraft, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(aircraft, 'STAGES', tiny_arms(aircraft))
     for o,v in dict(SIZES=(32,48), PAPER_SIZE=48).items(): monkeypatch.setattr(aircraft, o, v)
@@ -188,6 +203,15 @@ def made_up(scripts_runs, seeds):
                                           | dict(arm='WiSE-FT, t = 0.5', strength=0.5))
     return pd.DataFrame(found)
 
+def examined(rows):
+    "Rows of `benchmarks/unprotected.py`; the first run has no unprotected channel"
+    t = rows[rows.strength>0].reset_index(drop=True)
+    t = t[[o for o in t if o in ('arm','seed','arch','size','epochs','lr','level','amp')]]
+    t = t.assign(tuned=0.2, first_back=np.linspace(0.2, 0.6, len(t)), all_back=0.7, unprotected=3, of=9,
+                 parameter='a.weight', channel=1., moved=0.3, norm=0.1, deviation=0.1, typical_deviation=5., seen=0.)
+    t.loc[:0, ['parameter','channel','moved','norm','deviation','typical_deviation','seen']] = np.nan
+    return t
+
 PARTS = dict( # Of the rows: what a session may have measured so far
     everything=lambda t: t, choices=lambda t: t[t.arm.str.contains('^plain, .*epochs')],
     nothing=lambda t: t[:0], one=lambda t: t[t.arm=='plain'][:1], plain=lambda t: t[t.arm=='plain'],
@@ -210,6 +234,7 @@ def test_the_notebook_holds_for_any_rows(aircraft, tmp_path, monkeypatch, capsys
     rows = PARTS[part](made_up(runs, range(42, 45))).drop_duplicates(aircraft.KEY)
     (tmp_path/'results/aircraft').mkdir(parents=True)
     rows.to_csv(tmp_path/'results/aircraft/runs.csv', index=False)
+    examined(rows).to_csv(tmp_path/'results/aircraft/unprotected.csv', index=False)
     monkeypatch.chdir(tmp_path)
     shown,names = [],{}
     monkeypatch.setattr('IPython.display.display', lambda *args: shown.extend(args))

@@ -110,6 +110,13 @@ class SequenceFirst(nn.Module):
         self.mix,self.head = nn.MultiheadAttention(4,2),nn.Linear(4,3)
     def forward(self, x): return self.head(self.mix(*[x.transpose(0,1)]*3)[0]).mean(0)
 
+class Faint(nn.Module):
+    "Rows are tokens in a part whose gradients are ten million times smaller than those of the rest"
+    def __init__(self):
+        super().__init__()
+        self.faint,self.head = nn.Linear(4,3),nn.Linear(40,3)
+    def forward(self, x): return self.head(x.flatten(1)) + 1e-7*self.faint(x.transpose(0,1).tanh()).mean(0)
+
 def conv2ds():
     return Pooled(6, nn.Conv2d(4,8,3, stride=2, dilation=2, padding=3, groups=2), nn.ELU(inplace=True),
                   nn.Conv2d(8,8,(2,3), padding='same'), nn.ReLU(inplace=True),
@@ -169,7 +176,7 @@ def test_tokens_against_autograd():
     assert not fisher.coverage().rule.str.startswith(WHOLE).any()
 
 @pytest.mark.parametrize('cuts', [[5],[1,4],[4,1],[2,3],[1,1,3]])
-@pytest.mark.parametrize('make,shape', [(Shared,(5,3,6,6)), (Routed,(5,6)), (SequenceFirst,(5,8,4))])
+@pytest.mark.parametrize('make,shape', [(Shared,(5,3,6,6)), (Routed,(5,6)), (SequenceFirst,(5,8,4)), (Faint,(5,10,4))])
 def test_parameters_that_several_functions_use(make, shape, cuts):
     "The first batch may be a single image, where every order of rows seems right"
     model,(x,y) = make().double(),given(shape)

@@ -1,5 +1,6 @@
 "Whole runs of networks that are unlike most: with two heads, with tied weights, with one layer before the logits"
 from dataclasses import replace
+from pathlib import Path
 import pandas as pd, pytest, timm, torch
 from fastai.callback.core import Callback
 from safetensors.torch import load_file
@@ -65,3 +66,9 @@ def test_shared_memory_is_written(make, tmp_path):
     saved = load_file(tmp_path/'w.safetensors')
     assert saved.keys()==model.state_dict().keys()
     assert all(torch.equal(v, saved[k]) for k,v in model.state_dict().items())
+
+def test_every_classifier_of_timm_is_exact():
+    "The committed table of `benchmarks/every_classifier.py`"
+    t = pd.read_csv(Path(__file__).parents[1]/'results/every_classifier/table.csv')
+    assert len(t)>600 and t.model.is_unique
+    assert t.how.str.startswith('exact').all() and (t.difference<1e-6).all()

@@ -422,13 +422,13 @@ def verify(self:SquaredGradients,
     reference = _by_autograd(self, x[:1], labels[:1], torch.ones_like(logits[:1,0]), list(self.params))
     longest = max((g.norm() for g in reference.values() if g is not None), default=torch.zeros(()))
     before = self.coverage
-    tolerance = 1e-6 if longest.dtype==torch.float64 else 1e-2
+    tolerance,rounding = (1e-6,1e-12) if longest.dtype==torch.float64 else (1e-2,1e-6)
     reached = _reached(self, tape, logits, [n for n,g in reference.items() if g is None])
     def how(name, g):
         if g is None: return WHOLE if name in reached or before.get(name)==WHOLE else UNUSED
         if name not in by_rules: return WHOLE
         found,funcs = by_rules[name]
-        return funcs if (found-g).norm() <= tolerance*g.norm() + 1e-6*longest else WHOLE
+        return funcs if (found-g).norm() <= tolerance*g.norm() + rounding*longest else WHOLE
     self.coverage = {n: how(n, g) for n,g in reference.items()}
     self.verified,self.verified_n = self._uses(tape),tape.n
     for what,why in ((WHOLE, 'which is slower'), (UNUSED, 'zero Fisher information')):
