@@ -138,6 +138,17 @@ def test_unprotected_channels_are_put_back(aircraft, tmp_path, monkeypatch, caps
     assert row.moved>0 and row.deviation>0 and 0<=row.seen<=1
     assert capsys.readouterr().out.count('unprotected channels back')==1
 
+def test_statistics_of_the_target(aircraft, tmp_path, monkeypatch, capsys):
+    "Without those of the target the accuracy is the source's; the model that lends its layers stays as it is"
+    import norm_statistics
+    monkeypatch.setattr(norm_statistics, 'NETWORKS', dict(test_resnet='tiny.safetensors'))
+    monkeypatch.setattr(aircraft, 'STAGES', dict(main=[dict(arm='plain')]))
+    before = call(aircraft, tmp_path, stages='main', seeds=1, size=32).before
+    norm_statistics.main(str(tmp_path), str(tmp_path/'out'), str(tmp_path/'work'), 32)
+    rows = pd.read_csv(tmp_path/'out/norm_statistics.csv').set_index('layers')
+    assert rows.accuracy['none']==pytest.approx(before[0], abs=1e-5) and rows.pictures.eq(4).all()
+    assert rows.n_layers['all']==rows.n_layers.sum()/2>0
+
 def test_the_accelerators_call_with_two_pictures_a_class(aircraft, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(aircraft, 'STAGES', tiny_arms(aircraft))
     for o,v in dict(SIZES=(32,48), PAPER_SIZE=48).items(): monkeypatch.setattr(aircraft, o, v)
@@ -235,6 +246,7 @@ def test_the_notebook_holds_for_any_rows(aircraft, tmp_path, monkeypatch, capsys
     (tmp_path/'results/aircraft').mkdir(parents=True)
     rows.to_csv(tmp_path/'results/aircraft/runs.csv', index=False)
     examined(rows).to_csv(tmp_path/'results/aircraft/unprotected.csv', index=False)
+    shutil.copy(ROOT/'results/aircraft/norm_statistics.csv', tmp_path/'results/aircraft')
     monkeypatch.chdir(tmp_path)
     shown,names = [],{}
     monkeypatch.setattr('IPython.display.display', lambda *args: shown.extend(args))
