@@ -9,6 +9,7 @@ measures again what is left of ImageNet, with the source's head and BatchNorm st
 that has moved the furthest for its size. A row each, in `results/aircraft/unprotected.csv`:
 
 - tuned, all_back, first_back: accuracy on ImageNet as trained, with all of them back, and with the first of them back
+- valid, valid_back: accuracy on the target's validation pictures, as trained and with all of them back
 - unprotected: how many there are, of how many channels
 - parameter, channel: the first, the one that has moved the furthest
 - moved, norm: by how much it has moved, and how long it is in the source
@@ -25,7 +26,7 @@ from torch import nn
 from aircraft import KEY
 from evidence import add_rows, rows_of
 from fgvc_fisher.data.tables import read_folder
-from fgvc_fisher.experiment import read_runs
+from fgvc_fisher.experiment import load_run, read_runs
 from fgvc_fisher.experiment.run import read_run, run_source
 from fgvc_fisher.learner import head_names, source_dl
 from fgvc_fisher.retention import accuracy_on, source_parts
@@ -49,14 +50,27 @@ def channels(source, fisher, tuned):
     t = pd.DataFrame(rows)
     return t.loc[(t.moved/t.norm).sort_values(ascending=False).index]
 
-def accuracy(source, tuned, back, pictures):
-    "Accuracy on the source of the tuned weights, with some channels put back"
-    model = copy.deepcopy(source)
+def put_back(model, source, found):
+    "Give a model the source's values in the channels of a table"
     own = body(source)
     with torch.no_grad():
+        for o in found.itertuples(): model.get_parameter(o.parameter)[o.channel] = own[o.parameter][o.channel]
+
+def accuracy(source, tuned, found, pictures):
+    "Accuracy on the source of the tuned weights, with some channels put back"
+    model = copy.deepcopy(source)
+    with torch.no_grad():
         for name,p in body(model).items(): p.copy_(tuned[name])
-        for o in back.itertuples(): model.get_parameter(o.parameter)[o.channel] = own[o.parameter][o.channel]
+    put_back(model, source, found)
     return accuracy_on(model, pictures)
+
+def on_target(folder, source, found):
+    "Accuracy on the target as trained, and with some channels put back"
+    learn = load_run(folder, pictures=True)
+    with learn.no_bar():
+        before = learn.validate()[1]
+        put_back(learn.model, source, found)
+        return before,learn.validate()[1]
 
 def norm_after(model, images):
     "Name of a convolution's weight -> the BatchNorm that gets its output"
@@ -95,6 +109,7 @@ def examine(folder, work):
     row = {k: getattr(run, k) for k in KEY} | dict(
         tuned=accuracy(source, tuned, free[:0], pictures), all_back=accuracy(source, tuned, free, pictures),
         first_back=accuracy(source, tuned, first, pictures), unprotected=len(free), of=len(t))
+    row['valid'],row['valid_back'] = on_target(folder, source, free)
     if first.empty: return row
     norm = norm_after(source, pictures[0][0]).get(first.parameter.item())
     if norm is not None:
