@@ -218,12 +218,13 @@ def examined(rows):
     "Rows of `benchmarks/unprotected.py`; the first run has no unprotected channel"
     t = rows[rows.strength>0].reset_index(drop=True)
     t = t[[o for o in t if o in ('arm','seed','arch','size','epochs','lr','level','amp')]]
-    t = t.assign(tuned=0.2, first_back=np.linspace(0.2, 0.6, len(t)), all_back=0.7, unprotected=3, of=9,
-                 parameter='a.weight', channel=1., moved=0.3, norm=0.1, deviation=0.1, typical_deviation=5., seen=0.)
+    t = t.assign(tuned=0.2, first_back=np.linspace(0.2, 0.6, len(t)), all_back=0.7, valid=0.7, valid_back=0.69,
+                 unprotected=3, of=9, parameter='a.weight', channel=1., moved=0.3, norm=0.1, deviation=0.1,
+                 typical_deviation=5., seen=0.)
     t.loc[:0, ['parameter','channel','moved','norm','deviation','typical_deviation','seen']] = np.nan
     return t
 
-PARTS = dict( # Of the rows: what a session may have measured so far
+PARTS = dict( # Of the rows: what may have been measured so far
     everything=lambda t: t, choices=lambda t: t[t.arm.str.contains('^plain, .*epochs')],
     nothing=lambda t: t[:0], one=lambda t: t[t.arm=='plain'][:1], plain=lambda t: t[t.arm=='plain'],
     no_plain=lambda t: t[t.arm!='plain'], one_seed=lambda t: t[t.seed==42],
