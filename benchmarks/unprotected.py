@@ -4,9 +4,9 @@
 
 A channel is a row of a weight of two or more dimensions. One is called unprotected if its Fisher information is below a
 millionth of the median of its weight's channels: then hardly a source picture has seen it, and the Fisher term lets it
-move freely. For each finished run under the Fisher term this puts unprotected channels back to the source's values and
-measures again what is left of ImageNet, with the source's head and BatchNorm statistics: all at once, and the one alone
-that has moved the furthest for its size. A row each, in `results/aircraft/unprotected.csv`:
+move freely. For each finished run under the Fisher term or L2-SP this puts unprotected channels back to the source's
+values and measures again what is left of ImageNet, with the source's head and BatchNorm statistics: all at once, and
+the one alone that has moved the furthest for its size. A row each, in `results/aircraft/unprotected.csv`:
 
 - tuned, all_back, first_back: accuracy on ImageNet as trained, with all of them back, and with the first of them back
 - valid, valid_back: accuracy on the target's validation pictures, as trained and with all of them back
@@ -18,6 +18,7 @@ that has moved the furthest for its size. A row each, in `results/aircraft/unpro
 - seen: the share of the Fisher's pictures that have a gradient there which is not zero
 """
 import copy
+from dataclasses import replace
 from pathlib import Path
 import pandas as pd, torch
 from fastcore.script import call_parse
@@ -100,7 +101,7 @@ def share_seen(model, pictures, found):
 def examine(folder, work):
     "The row of a run"
     run = read_run(folder)
-    found = run_source(run, work/'sources', progress=False)
+    found = run_source(replace(run, strength=1.), work/'sources', progress=False) # with the Fisher, also for L2-SP
     source,pictures = found.model.eval(),list(found.pictures)
     tuned = load_file(folder/'model.safetensors')
     t = channels(source, found.fisher, tuned)
@@ -124,10 +125,10 @@ def main(
     work:str='.keep/aircraft', # The folder of the runs, as for `benchmarks/aircraft.py`
     out:str='results/aircraft', # Folder for the table
 ):
-    "Examine the finished runs under the Fisher term that have no row yet."
+    "Examine the finished runs under the Fisher term or L2-SP that have no row yet."
     work,file = Path(work),Path(out)/'unprotected.csv'
     runs = read_runs(work)
-    runs = runs[(runs.strength>0) & (runs.fisher_from=='source') & (runs.kind=='sampled')]
+    runs = runs[(runs.strength+runs.l2sp>0) & (runs.fisher_from=='source') & (runs.kind=='sampled')]
     done = {*rows_of(file).reindex(columns=KEY).itertuples(index=False, name=None)}
     for run in runs.itertuples():
         if tuple(getattr(run, o) for o in KEY) in done: continue
