@@ -22,7 +22,6 @@ from dataclasses import replace
 from pathlib import Path
 import pandas as pd, torch
 from fastcore.script import call_parse
-from safetensors.torch import load_file
 from torch import nn
 from aircraft import KEY
 from evidence import add_rows, rows_of
@@ -57,11 +56,9 @@ def put_back(model, source, found):
     with torch.no_grad():
         for o in found.itertuples(): model.get_parameter(o.parameter)[o.channel] = own[o.parameter][o.channel]
 
-def accuracy(source, tuned, found, pictures):
-    "Accuracy on the source of the tuned weights, with some channels put back"
-    model = copy.deepcopy(source)
-    with torch.no_grad():
-        for name,p in body(model).items(): p.copy_(tuned[name])
+def accuracy(tuned, source, found, pictures):
+    "Accuracy on the source, with some channels put back"
+    model = copy.deepcopy(tuned)
     put_back(model, source, found)
     return accuracy_on(model, pictures)
 
@@ -85,31 +82,25 @@ def norm_after(model, images):
     for o in hooks: o.remove()
     return found
 
-def share_seen(model, pictures, found):
-    "The share of pictures whose gradient is not zero in the channels of a table"
-    names = found.parameter.unique().tolist()
-    weights = [model.get_parameter(o) for o in names]
-    seen,n = torch.zeros(len(found)),0
-    for x,_ in pictures:
-        for image in x.split(1):
-            score = model(image).log_softmax(-1).max()
-            gradients = dict(zip(names, torch.autograd.grad(score, weights)))
-            seen += torch.tensor([gradients[o.parameter][o.channel].any() for o in found.itertuples()])
-            n += 1
-    return (seen/n).tolist()
+def share_seen(model, pictures, parameter, channel):
+    "The share of pictures whose gradient is not zero in a channel"
+    weight = model.get_parameter(parameter)
+    def gradient(image): return torch.autograd.grad(model(image).log_softmax(-1).max(), weight)[0]
+    seen = [gradient(image)[channel].any().item() for x,_ in pictures for image in x.split(1)]
+    return sum(seen)/len(seen)
 
 def examine(folder, work):
     "The row of a run"
     run = read_run(folder)
     found = run_source(replace(run, strength=1.), work/'sources', progress=False) # with the Fisher, also for L2-SP
     source,pictures = found.model.eval(),list(found.pictures)
-    tuned = load_file(folder/'model.safetensors')
-    t = channels(source, found.fisher, tuned)
+    tuned = load_run(folder, head='source').model              # with the source's head and BatchNorm statistics
+    t = channels(source, found.fisher, body(tuned))
     free = t[t.fisher<=ALMOST_NONE*t.typical_fisher]
     first = free[:1]
     row = {k: getattr(run, k) for k in KEY} | dict(
-        tuned=accuracy(source, tuned, free[:0], pictures), all_back=accuracy(source, tuned, free, pictures),
-        first_back=accuracy(source, tuned, first, pictures), unprotected=len(free), of=len(t))
+        tuned=accuracy(tuned, source, free[:0], pictures), all_back=accuracy(tuned, source, free, pictures),
+        first_back=accuracy(tuned, source, first, pictures), unprotected=len(free), of=len(t))
     row['valid'],row['valid_back'] = on_target(folder, source, free)
     if first.empty: return row
     norm = norm_after(source, pictures[0][0]).get(first.parameter.item())
@@ -117,7 +108,8 @@ def examine(folder, work):
         deviations = norm.running_var.sqrt()
         row |= dict(deviation=deviations[first.channel.item()].item(), typical_deviation=deviations.median().item())
     for_fisher,_ = source_parts(read_folder(run.source))
-    seen, = share_seen(source, source_dl(for_fisher, source, run.size, run.bs, num_workers=run.num_workers), first)
+    pictures = source_dl(for_fisher, source, run.size, run.bs, num_workers=run.num_workers)
+    seen = share_seen(source, pictures, first.parameter.item(), first.channel.item())
     return row | first.iloc[0].to_dict() | dict(seen=seen)
 
 @call_parse
