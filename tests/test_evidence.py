@@ -3,7 +3,7 @@ import json, shutil
 from dataclasses import asdict
 from itertools import product
 from pathlib import Path
-import matplotlib, matplotlib.pyplot as plt, numpy as np, pandas as pd, pytest, timm
+import matplotlib, matplotlib.pyplot as plt, numpy as np, pandas as pd, pytest, timm, torch
 from safetensors.torch import save_file
 from fgvc_fisher.experiment import results, table
 from fgvc_fisher.experiment.results import ACCURACIES
@@ -148,6 +148,31 @@ def test_statistics_of_the_target(aircraft, tmp_path, monkeypatch, capsys):
     rows = pd.read_csv(tmp_path/'out/norm_statistics.csv').set_index('layers')
     assert rows.accuracy['none']==pytest.approx(before[0], abs=1e-5) and rows.pictures.eq(4).all()
     assert rows.n_layers['all']==rows.n_layers.sum()/2>0
+
+def test_two_tasks_in_sequence(aircraft, tmp_path, monkeypatch, capsys):
+    "What a first run knew is its row's; a penalty that holds all keeps both, and another call does nothing again"
+    import sequence
+    draw_aircraft(tmp_path/'data/warbirds30', n_variants=3, n_per_split=2, size=48)
+    monkeypatch.setattr(aircraft, 'STAGES', tiny_arms(aircraft))
+    plain,fisher = [o['arm'] for o in aircraft.STAGES['main']][0],'L2-SP-Fisher, strength = 0.5'
+    held = dict(strength=1e9),('source','first')
+    monkeypatch.setattr(sequence, 'ARMS', [(plain, {}, ()), (fisher, *held), (fisher, dict(strength=0.5), ('first',))])
+    runs = call(aircraft, tmp_path, stages='main', seeds=1, size=32).set_index('arm')
+    for _ in range(2): sequence.main(str(tmp_path), str(tmp_path/'out'), str(tmp_path/'work'), 1)
+    rows = pd.read_csv(tmp_path/'out/sequence.csv').set_index('arm')
+    assert len(rows)==3 and capsys.readouterr().out.count('warbirds ')==3
+    for arm,row in rows.iterrows():
+        first = runs.loc[plain if arm==plain else fisher]
+        assert abs(row.first_before-first.test)<1e-5 and abs(row.source_before-first.retention_source_bn)<1e-5
+    both = rows.loc[f'{fisher}, by both Fishers']
+    assert both['first']==both.first_before and both.source==both.source_before and both.weighed_by=='source and first'
+
+def test_both_fishers_weigh_the_same(aircraft):
+    "Each is divided by its mean over the parameters that both have"
+    import sequence
+    fisher = dict(a=torch.tensor([1.,3.]), b=torch.tensor([[8.]]), head=torch.tensor([1e9]))
+    made = sequence.normalised(fisher, ['a','b'])
+    assert made.keys()=={'a','b'} and torch.allclose(torch.cat([made['a'],made['b'][0]]), torch.tensor([0.25,0.75,2.]))
 
 def test_the_accelerators_call_with_two_pictures_a_class(aircraft, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(aircraft, 'STAGES', tiny_arms(aircraft))
