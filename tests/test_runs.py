@@ -125,6 +125,10 @@ def test_every_file_comes_by_a_rename(run, sources, tmp_path, monkeypatch):
     left = {o for o in (tmp_path/'run').iterdir() if o.name!='lock'}
     assert {o.name for o in left}=={'run.json','curve.csv','model.safetensors','result.json'}
     assert {o: came.get(o) for o in left}=={o: stamp(o) for o in left} and tmp_path/'run/checkpoint.pt' in came
+    (tmp_path/'ordinary').touch()                              # safetensors writes for the owner alone
+    made = [*left, *sources.glob('*.safetensors')]
+    assert any(o.parent==sources for o in made)
+    assert {o.stat().st_mode for o in made}=={(tmp_path/'ordinary').stat().st_mode}
 
 def test_half_written_files_do_no_harm(run, tiny_done, sources, tmp_path, monkeypatch):
     def dies(state, file):

@@ -26,7 +26,10 @@ def replace_file(
     _,rank = processes()                                 # all ranks may write at once why a run failed
     temporary = path.with_name(f'{path.name}.{rank}.part' if rank else f'{path.name}.part')
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         write(temporary)
+        if temporary.stat().st_mode!=mode: temporary.chmod(mode)
         with open(temporary, 'rb') as f: os.fsync(f.fileno())
         os.replace(temporary, path)
     finally: temporary.unlink(missing_ok=True)
