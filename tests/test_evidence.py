@@ -273,6 +273,9 @@ def test_the_notebook_holds_for_any_rows(aircraft, tmp_path, monkeypatch, capsys
     rows.to_csv(tmp_path/'results/aircraft/runs.csv', index=False)
     examined(rows).to_csv(tmp_path/'results/aircraft/unprotected.csv', index=False)
     shutil.copy(ROOT/'results/aircraft/norm_statistics.csv', tmp_path/'results/aircraft')
+    sequence = pd.read_csv(ROOT/'results/aircraft/sequence.csv')
+    if part=='one_seed': sequence = sequence[sequence.seed==42]
+    sequence.to_csv(tmp_path/'results/aircraft/sequence.csv', index=False)
     monkeypatch.chdir(tmp_path)
     shown,names = [],{}
     monkeypatch.setattr('IPython.display.display', lambda *args: shown.extend(args))
