@@ -3,10 +3,10 @@
     python benchmarks/unprotected.py --work .keep/aircraft
 
 A channel is a row of a weight of two or more dimensions. One is called unprotected if its Fisher information is below a
-millionth of the median of its weight's channels: then hardly a source picture has seen it, and the Fisher term lets it
-move freely. For each finished run under the Fisher term or L2-SP this puts unprotected channels back to the source's
-values and measures again what is left of ImageNet, with the source's head and BatchNorm statistics: all at once, and
-the one alone that has moved the furthest for its size. A row each, in `results/aircraft/unprotected.csv`:
+millionth of the median of its weight's channels: then hardly a source picture has a gradient there, and the Fisher term
+lets it move freely. For each finished run under the Fisher term or L2-SP this puts unprotected channels back to the
+source's values and measures again what is left of ImageNet, with the source's head and BatchNorm statistics: all at
+once, and the one alone that has moved the furthest for its size. A row each, in `results/aircraft/unprotected.csv`:
 
 - tuned, all_back, first_back: accuracy on ImageNet as trained, with all of them back, and with the first of them back
 - valid, valid_back: accuracy on the target's validation pictures, as trained and with all of them back
@@ -16,6 +16,7 @@ the one alone that has moved the furthest for its size. A row each, in `results/
 - deviation, typical_deviation: of its output on ImageNet, as BatchNorm has it; and the median of the layer's channels
 - fisher, typical_fisher: its Fisher information, summed over its weights, and the median of the layer's channels
 - seen: the share of the Fisher's pictures that have a gradient there which is not zero
+- values: how many different values its activation takes on ImageNet; a saturated one takes two
 """
 import copy
 from dataclasses import replace
@@ -89,6 +90,16 @@ def share_seen(model, pictures, parameter, channel):
     seen = [gradient(image)[channel].any().item() for x,_ in pictures for image in x.split(1)]
     return sum(seen)/len(seen)
 
+def n_values(model, pictures, norm, channel):
+    "How many different values a channel takes after BatchNorm, and after the activation if that is a part of it"
+    found = set()
+    def look(module, args, out): found.update(out[:,channel].unique().tolist())
+    hook = norm.register_forward_hook(look)
+    with torch.no_grad():
+        for x,_ in pictures: model(x)
+    hook.remove()
+    return len(found)
+
 def examine(folder, work):
     "The row of a run"
     run = read_run(folder)
@@ -106,7 +117,8 @@ def examine(folder, work):
     norm = norm_after(source, pictures[0][0]).get(first.parameter.item())
     if norm is not None:
         deviations = norm.running_var.sqrt()
-        row |= dict(deviation=deviations[first.channel.item()].item(), typical_deviation=deviations.median().item())
+        row |= dict(deviation=deviations[first.channel.item()].item(), typical_deviation=deviations.median().item(),
+                    values=n_values(source, pictures, norm, first.channel.item()))
     for_fisher,_ = source_parts(read_folder(run.source))
     pictures = source_dl(for_fisher, source, run.size, run.bs, num_workers=run.num_workers)
     seen = share_seen(source, pictures, first.parameter.item(), first.channel.item())

@@ -135,7 +135,7 @@ def test_unprotected_channels_are_put_back(aircraft, tmp_path, monkeypatch, caps
     row = rows.iloc[0]
     assert abs(row.tuned-runs.loc[row.arm,'retention_source_bn'])<1e-5
     assert row.unprotected>row.of/2 and 0<=row.first_back<=1
-    assert row.moved>0 and row.deviation>0 and 0<=row.seen<=1
+    assert row.moved>0 and row.deviation>0 and 0<=row.seen<=1 and row['values']>2
     assert capsys.readouterr().out.count('unprotected channels back')==1
 
 def test_statistics_of_the_target(aircraft, tmp_path, monkeypatch, capsys):
@@ -245,8 +245,8 @@ def examined(rows):
     t = t[[o for o in t if o in ('arm','seed','arch','size','epochs','lr','level','amp')]]
     t = t.assign(tuned=0.2, first_back=np.linspace(0.2, 0.6, len(t)), all_back=0.7, valid=0.7, valid_back=0.69,
                  unprotected=3, of=9, parameter='a.weight', channel=1., moved=0.3, norm=0.1, deviation=0.1,
-                 typical_deviation=5., seen=0.)
-    t.loc[:0, ['parameter','channel','moved','norm','deviation','typical_deviation','seen']] = np.nan
+                 typical_deviation=5., seen=0., values=2)
+    t.loc[:0, ['parameter','channel','moved','norm','deviation','typical_deviation','seen','values']] = np.nan
     return t
 
 PARTS = dict( # Of the rows: what may have been measured so far
