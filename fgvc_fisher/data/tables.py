@@ -409,7 +409,8 @@ def read_table(
     needed = [path] if label is None else [path, label]
     if missing := set(needed)-set(table.columns):
         columns = ', '.join(map(str, table.columns))
-        raise ValueError(f"{name} has no column {', '.join(sorted(missing))}; its columns are {columns}")
+        raise ValueError(f"{name} has no column {', '.join(sorted(missing))}; its columns are {columns}: name those of "
+                         "the paths and labels with path and label")
     if not len(table): raise ValueError(f"{name} lists no pictures")
     is_empty = table[needed].isna().any(axis=1)
     if is_empty.any():
