@@ -2,6 +2,7 @@
 import runpy
 from pathlib import Path
 import pytest, torch
+from fastai.torch_core import set_seed
 from torchvision.models import squeezenet1_1
 from fgvc_fisher.data import aircraft_dls, read_aircraft, read_pictures
 from fgvc_fisher.experiment import grid, read_curves, sweep
@@ -73,10 +74,10 @@ def test_inception_v4_on_one_real_batch(photos):
     assert torch.isfinite(torch.tensor(learn.recorder.values[-1])).all() and cb.penalty.value().isfinite()
 
 def test_stable_at_every_beta_with_a_real_fisher(photos, mobilenet_075, monkeypatch):
-    "The proximal step goes hardly further for a larger beta, if at all; the explicit one breaks where it says it will"
+    "The proximal step never goes further for a larger beta; the explicit one breaks where it says it will"
     monkeypatch.syspath_prepend(Path(__file__).parent.parent/'benchmarks')
     from stability import train
-    torch.manual_seed(0)
+    set_seed(0)                                                # of the new head and of the order of the pictures
     pictures = read_pictures(photos/'data/imagenet_sample')[:64]
     fisher = estimate_fisher(mobilenet_075, source_dl(pictures, mobilenet_075, size=64, num_workers=0), progress=False)
     learn = aircraft_learner(aircraft_dls(photos/'data/airliners17', size=64, bs=8, num_workers=0), mobilenet_075)
@@ -85,7 +86,7 @@ def test_stable_at_every_beta_with_a_real_fisher(photos, mobilenet_075, monkeypa
     last = None
     for beta in (0., 1., 100., 1e6, 1e12):
         distance = [o['distance'] for o in run(beta, 'prox')]
-        assert len(distance)==6 and (last is None or distance[-1] < last*1.05)
+        assert len(distance)==6 and (last is None or distance[-1] < last*1.001)
         last = distance[-1]
     broken = run(100., 'grad')
     assert broken[0]['stiffness']>2 and (len(broken)<6 or broken[-1]['distance'] > 100*run(0., 'prox')[-1]['distance'])
