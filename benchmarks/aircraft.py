@@ -9,9 +9,9 @@ PHOTOS contains `data/fgvc20` (an FGVC-Aircraft tree), `data/imagenet_sample` an
 `labels.csv`) and the weights in `weights/`. Every other ImageNet picture of a class estimates the Fisher, the others
 measure retention. Everything is chosen on the validation split: the stages `epochs` and `rate`, on plain runs alone,
 come first, and the later ones use what they found (`EPOCHS`, `RATE`). Rows are written after every finished run, and a
-run that has a row in OUT is not done again. `nbs/evidence.ipynb` reads them. EWC is not clipped, as `Run` clips no
-gradient: where its explicit step is too long, it diverges. LwF needs a callback of its own, and runs one at a time.
-What was set about memory in `benchmarks/evidence.py` holds here, too.
+run that has a row in OUT is not done again. `nbs/evidence.ipynb` reads them. EWC is done as people write it, its
+gradients clipped at norm 1, and once without the clipping. LwF and the clipping need callbacks that a `Run` has no
+field for, and run one at a time. What was set about memory in `benchmarks/evidence.py` holds here, too.
 
 With `--accelerator` everything runs at 224 and 299 pixels with ten seeds and in float16, and the paper's recipe and
 three starts of it with Inception-v4, two of whose tensors are substitutes. A few steps are timed first and the script
@@ -22,6 +22,7 @@ from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 import pandas as pd, torch
+from fastai.callback.training import GradientClip
 from fastai.torch_core import default_device
 from fastcore.basics import chunked
 from fastcore.parallel import num_cpus
@@ -46,6 +47,8 @@ SIZE,LARGER = 160,224
 STRENGTHS,PULLS = [0.1, 0.25, 0.5, 1.], [0.1, 0.3, 1.]
 PAPER = dict(recipe='published', transforms='published', epochs=80)
 LWF = {f'LwF, weight = {o:g}': o for o in (0.1, 0.3, 1., 3., 10.)} # arm -> weight of the source's answers in the loss
+CLIPPED = 'EWC, clipped'
+EWC = dict(kind='empirical', step='grad')
 PUBLISHED = dict(step='published', l2sp=0.004)
 
 def paper(name):
@@ -63,7 +66,7 @@ STAGES = {
     'more': [dict(arm='L2', alpha=[5e-4]), dict(arm='L2-SP-Fisher', strength=[0.05, 2., 5., 10.]),
              dict(arm='L2-SP', l2sp=[0.01, 0.03, 3.]), dict(arm='both', l2sp=[0.01, 0.1], strength=[0.5])],
     'others': [dict(arm='last layer only', tune='head'), dict(arm='linear probe first', tune='head first'),
-               dict(arm='EWC', kind='empirical', step='grad', strength=[0.003, 0.01, 0.03, 0.1]),
+               dict(arm='EWC', strength=[0.03], **EWC), dict(arm=CLIPPED, strength=[0.01, 0.03, 0.1, 0.3, 1.], **EWC),
                dict(arm='as published', alpha=[0., 5e-4], beta=[0., 4e-5, 4e-4], **PUBLISHED),
                dict(arm='target Fisher', fisher_from='target', strength=STRENGTHS[1:])],
     'distilled': [dict(arm=o) for o in LWF],
@@ -143,6 +146,11 @@ def not_done(runs, out):
 
 def source_of(run): return source_model(run.arch, run.weights or None).to(default_device())
 
+def further_callbacks(run):
+    "What a `Run` has no field for: LwF's loss, and a limit to the gradients of EWC"
+    if run.arm in LWF: return [LwF(source_of(run), LWF[run.arm])]
+    return [GradientClip(1.)] if run.arm.startswith(CLIPPED) else []
+
 def say_how_long(runs, jobs):
     "Time a few steps of each network, size and recipe, and print how long the runs will take; returns the seconds"
     groups = defaultdict(list)
@@ -182,11 +190,12 @@ def do(runs, work, out, jobs, merging):
     "Do the runs without a row, `jobs` at a time, and write rows after each; then merge the plain ones"
     collect(runs, work, out)                                          # what an interrupted call has finished
     left = not_done(runs, out)
-    for some in chunked([o for o in left if o.arm not in LWF], jobs):
+    alone = [o for o in left if o.arm in LWF or o.arm.startswith(CLIPPED)]
+    for some in chunked([o for o in left if o not in alone], jobs):
         sweep(some, work, jobs, retry=True, quiet=True)
         collect(runs, work, out)
-    for run in [o for o in left if o.arm in LWF]:
-        do_run(run, work/'runs'/run.id, work/'sources', [LwF(source_of(run), LWF[run.arm])], quiet=True)
+    for run in alone:
+        do_run(run, work/'runs'/run.id, work/'sources', further_callbacks(run), quiet=True)
         collect(runs, work, out)
     if not merging: return
     for run in [o for o in runs if o.arm=='plain' and (work/'runs'/o.id/'result.json').exists()]:

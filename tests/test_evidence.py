@@ -123,6 +123,13 @@ def test_the_papers_pictures_resume(aircraft, tmp_path, monkeypatch, capsys):
     assert len(call(aircraft, tmp_path, stages='main', seeds=2, size=32))==4
     assert len(list(tmp_path.glob('work/runs/*')))==2
 
+def test_ewc_is_clipped(aircraft, tmp_path, monkeypatch, capsys):
+    "The penalty's gradient is clipped with the loss's: a step that would diverge does not"
+    arms = [dict(arm=o, strength=[1000], epochs=5, **aircraft.EWC) for o in ('EWC', aircraft.CLIPPED)]
+    monkeypatch.setattr(aircraft, 'STAGES', dict(others=arms))
+    rows = call(aircraft, tmp_path, stages='others', seeds=1, size=32).set_index('arm')
+    assert rows['last'].isna().to_dict()=={'EWC, strength = 1000': True, 'EWC, clipped, strength = 1000': False}
+
 def test_unprotected_channels_are_put_back(aircraft, tmp_path, monkeypatch, capsys):
     "With a high limit most channels are unprotected; as trained the accuracy is the run's retention"
     import unprotected
@@ -233,7 +240,7 @@ def made_up(scripts_runs, seeds):
         row = asdict(run) | {o: 0.7-0.02*held+rng.normal(0, 0.01) for o in ('best','last','test','test_last')}
         row |= {f'{o}_{k}_bn': 0.1+0.5*held/(held+1)+rng.normal(0, 0.01) for o in ('retention','agreement')
                 for k in ('target','source')}
-        if run.arm=='EWC, strength = 0.1': row |= {o: np.nan for o in row if o in ACCURACIES}
+        if run.arm=='EWC, strength = 0.03': row |= {o: np.nan for o in row if o in ACCURACIES}
         found.append(row | dict(before=0.75, seconds=1., machine='drawn'))
         if run.arm=='plain': found.append({k: v for k,v in found[-1].items() if not k.startswith('test')}
                                           | dict(arm='WiSE-FT, t = 0.5', strength=0.5))
@@ -253,7 +260,7 @@ PARTS = dict( # Of the rows: what may have been measured so far
     everything=lambda t: t, choices=lambda t: t[t.arm.str.contains('^plain, .*epochs')],
     nothing=lambda t: t[:0], one=lambda t: t[t.arm=='plain'][:1], plain=lambda t: t[t.arm=='plain'],
     no_plain=lambda t: t[t.arm!='plain'], one_seed=lambda t: t[t.seed==42],
-    diverged=lambda t: t[t.arm.str.contains('EWC')],
+    diverged=lambda t: t[t.arm.str.startswith('EWC, strength')],
     two_arms=lambda t: t[t.arm.isin(['plain','L2-SP-Fisher, strength = 0.5'])],
     uneven=lambda t: t[(t.seed==42) | t.arm.isin(['plain','L2-SP, l2sp = 0.1'])],
     apart=lambda t: t[(t.seed==42)==(t.arm=='plain')],               # no seed in common with plain
