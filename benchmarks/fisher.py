@@ -76,6 +76,12 @@ def fgvc_fisher(model, batches):
         return dict(estimate.fisher())
     return run
 
+@method('fgvc_fisher')
+def laid_out(model, batches):
+    "fgvc_fisher, channels last"
+    from fgvc_fisher.learner import channels_last
+    return fgvc_fisher(channels_last(model, batches[0][0].shape[-1]), batches)
+
 @method('torch')
 def vmap(model, batches):
     "torch.func vmap"

@@ -302,10 +302,10 @@ def _of_shards(model, shards, out, half, **settings):
 def _estimate(arch, images, shards, stream, out, weights, half, license, device, split, num_shards, size, bs, on_bad,
               n_images, target_error, jobs, engine, address, retries, **settings):
     "The Fisher of `fgvc-fisher`, written to its file; None in all but the first of several processes."
-    from fgvc_fisher.learner import source_model
+    from fgvc_fisher.learner import channels_last, source_model
     settings['provenance'] = _about(images or shards or stream, size, license, weights)
     parts = None if images else _shards(shards, stream, split, num_shards)
-    model = source_model(arch, weights or True).to(_device(device))
+    model = channels_last(source_model(arch, weights or True).to(_device(device)), size or None)
     common = dict(size=size or None, bs=bs, on_bad=on_bad)
     if images:
         limits = dict(n_images=n_images or None, target_error=target_error or None)

@@ -20,6 +20,13 @@ class Tied(nn.Module):
     def forward(self, x):
         return self.fc(self.second(self.first(self.stem(x).relu()).relu()).relu().mean((2,3)))
 
+class Flattens(nn.Module):
+    "A feature map goes through `view`, which raises an error in channels-last memory"
+    def __init__(self):
+        super().__init__()
+        self.conv,self.fc = nn.Conv2d(3, 8, 3, 4),nn.Linear(8*8*8, 4)
+    def forward(self, x): return self.fc(self.conv(x).relu().view(len(x), -1))
+
 def two_heads():
     return timm.models.deit.VisionTransformerDistilled(img_size=32, patch_size=16, embed_dim=24, depth=2, num_heads=2,
                                                        num_classes=4)
@@ -32,9 +39,10 @@ class Stop(Callback):
 def run(tiny_run, monkeypatch):
     monkeypatch.setattr(timm.models, 'tied', Tied, raising=False)
     monkeypatch.setattr(timm.models, 'two_heads', two_heads, raising=False)
+    monkeypatch.setattr(timm.models, 'flattens', Flattens, raising=False)
     return replace(tiny_run, weights=False, test='')
 
-@pytest.mark.parametrize('arch,heads', [('tied',['fc']), ('two_heads',['head','head_dist'])])
+@pytest.mark.parametrize('arch,heads', [('tied',['fc']), ('two_heads',['head','head_dist']), ('flattens',['fc'])])
 @pytest.mark.parametrize('tune', ['all', 'head', 'head first'])
 def test_a_run(arch, heads, tune, run, tmp_path):
     run = replace(run, arch=f'timm.models:{arch}', tune=tune, beta=0 if tune=='head' else run.beta)

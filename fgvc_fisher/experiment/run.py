@@ -21,8 +21,8 @@ import pandas as pd, torch
 from torch import Tensor, nn
 
 # %% ../../nbs/experiment/run.ipynb #31ae135f
-from fastai.callback.channelslast import ChannelsLast # adds `to_channelslast` to Learner  # noqa: F401
 from fastai.callback.core import Callback, CancelValidException
+from fastai.callback.fp16 import MixedPrecision # adds `to_fp16` to Learner  # noqa: F401
 from fastai.callback.schedule import ParamScheduler # adds `fit_one_cycle`  # noqa: F401
 from fastai.callback.training import BnFreeze
 from fastai.data.core import DataLoaders
@@ -44,8 +44,8 @@ from ..data.forms import FORMS, data_form, read_data
 from ..data.tables import is_labelled, pick_split, read_folder, take_fraction
 from ..data.transforms import named_transforms
 from fgvc_fisher.learner import (
-    TerminateTogether, aircraft_learner, distributed_training, head_names, n_outputs, normalise, source_dl,
-    source_model
+    TerminateTogether, aircraft_learner, channels_last, distributed_training, head_names, n_outputs, normalise,
+    source_dl, source_model
 )
 from ..callback import L2SPFisherCallback
 from ..fisher.diagonal import DiagFisher, weights_sha256
@@ -279,7 +279,8 @@ def make_learner(
     if target is None: target = read_target(run)
     set_seed(run.seed, reproducible=True)
     learn = RECIPES[run.recipe].learner(run_dls(run, target, run.valid or run.test), source)
-    learn.to_channelslast(use_amp=run.amp)
+    channels_last(learn.model, run.size)
+    if run.amp: learn.to_fp16()
     learn.train_bn = run.tune=='all'
     learn.add_cbs([_penalty(run, learn, source, fisher), TerminateTogether()])
     if run.tune!='all': learn.add_cb(BnFreeze())
@@ -520,7 +521,7 @@ def run_source(
     table = read_folder(run.source) if run.source else None
     _check_source(run, table)
     with no_random(): model = source_model(run.arch, run.weights or None)    # random weights are always the same
-    model = model.to(default_device())
+    model = channels_last(model.to(default_device()), run.size)
     shared = Path(shared)
     for_fisher,for_retention = source_parts(table) if run.source else (None,None)
     key = _key(run.arch, weights_sha256(model), run.source, run.size)
