@@ -174,6 +174,19 @@ def test_two_tasks_in_sequence(aircraft, tmp_path, monkeypatch, capsys):
     both = rows.loc[f'{fisher}, by both Fishers']
     assert both['first']==both.first_before and both.source==both.source_before and both.weighed_by=='source and first'
 
+def test_what_the_arms_cost(aircraft, tmp_path, monkeypatch, capsys):
+    "A row an arm and a row a kind of Fisher; memory is measured in a process of its own, which this test leaves out"
+    import cost
+    shutil.rmtree(tmp_path/'data/fgvc20')
+    draw_aircraft(tmp_path/'data/fgvc20', n_variants=2, n_per_split=110, size=48)   # enough for two batches
+    monkeypatch.setattr(cost, 'memory', lambda *args: 1.)
+    cost.main(str(tmp_path), str(tmp_path), size=32, rounds=1)
+    arms,kinds = [pd.read_csv(tmp_path/f'{o}.csv').set_index(k) for o,k in (('cost','arm'),('cost_fisher','what'))]
+    assert list(arms.index)==list(cost.ARMS) and arms.ratio['plain']==1 and (arms.step_ms>0).all()
+    assert list(kinds.index)==['training',*cost.ESTIMATES] and (kinds.pictures_s>0).all()
+    run = cost.one_epoch_run(tmp_path, tmp_path, 'LwF, weight = 1', 32)
+    assert cost.peak_memory(tmp_path, tmp_path, run.arm, 32)>100
+
 def test_both_fishers_weigh_the_same(aircraft):
     "Each is divided by its mean over the parameters that both have"
     import sequence
