@@ -56,7 +56,8 @@ def with_source_head(
     _check_body(tuned, own, head)
     from_source = {k for k in own if k.startswith(head) or k not in tuned}      # the latter: BatchNorm's counters
     if norm=='source': from_source |= {n for n,_ in source.named_buffers()}
-    combined.load_state_dict({k: v if k in from_source else tuned[k] for k,v in own.items()})
+    own.update((k, tuned[k]) for k in own.keys()-from_source)
+    combined.load_state_dict(own)
     return combined.to(next(model.parameters()).device)
 
 # %% ../nbs/retention.ipynb #783fba3c

@@ -20,11 +20,18 @@ class Tied(nn.Module):
     def forward(self, x):
         return self.fc(self.second(self.first(self.stem(x).relu()).relu()).relu().mean((2,3)))
 
+class Versioned(nn.Conv2d):
+    "As torchvision's MNASNet it takes only weights that say for which version of its class they are"
+    _version = 2
+    def _load_from_state_dict(self, state, prefix, metadata, *args):
+        if metadata.get('version')!=2: raise ValueError(f"version {metadata.get('version')}")
+        super()._load_from_state_dict(state, prefix, metadata, *args)
+
 class Flattens(nn.Module):
     "A feature map goes through `view`, which raises an error in channels-last memory"
     def __init__(self):
         super().__init__()
-        self.conv,self.fc = nn.Conv2d(3, 8, 3, 4),nn.Linear(8*8*8, 4)
+        self.conv,self.fc = Versioned(3, 8, 3, 4),nn.Linear(8*8*8, 4)
     def forward(self, x): return self.fc(self.conv(x).relu().view(len(x), -1))
 
 def two_heads():
@@ -41,6 +48,11 @@ def run(tiny_run, monkeypatch):
     monkeypatch.setattr(timm.models, 'two_heads', two_heads, raising=False)
     monkeypatch.setattr(timm.models, 'flattens', Flattens, raising=False)
     return replace(tiny_run, weights=False, test='')
+
+def test_auxiliary_outputs_are_refused_before_training(run, tmp_path):
+    run = replace(run, arch='torchvision.models:googlenet')
+    with pytest.raises(ValueError, match='GoogLeNetOutputs.*aux_logits=False'): do_run(run, tmp_path/'run', quiet=True)
+    assert not (tmp_path/'run').exists()
 
 @pytest.mark.parametrize('arch,heads', [('tied',['fc']), ('two_heads',['head','head_dist']), ('flattens',['fc'])])
 @pytest.mark.parametrize('tune', ['all', 'head', 'head first'])

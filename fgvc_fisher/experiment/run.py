@@ -44,8 +44,8 @@ from ..data.forms import FORMS, data_form, read_data
 from ..data.tables import is_labelled, pick_split, read_folder, take_fraction
 from ..data.transforms import named_transforms
 from fgvc_fisher.learner import (
-    TerminateTogether, aircraft_learner, channels_last, distributed_training, head_names, n_outputs, normalise,
-    source_dl, source_model
+    TerminateTogether, aircraft_learner, channels_last, check_logits, distributed_training, head_names, load_state,
+    n_outputs, normalise, source_dl, source_model
 )
 from ..callback import L2SPFisherCallback
 from ..fisher.diagonal import DiagFisher, weights_sha256
@@ -516,11 +516,12 @@ def run_source(
     progress:bool=True, # Show a bar while the Fisher is estimated?
     target:pd.DataFrame|None=None, # From `read_target`; default: read it if the Fisher is estimated on it
 )->SourceBundle:
-    """Make or read what a run needs of its source. `ValueError` if there are no pictures or too few for its Fisher, or
-    no labels where it needs them."""
+    """Make or read what a run needs of its source. `ValueError` if there are no pictures or too few for its Fisher, no
+    labels where it needs them, or if the network returns more than logits."""
     table = read_folder(run.source) if run.source else None
     _check_source(run, table)
     with no_random(): model = source_model(run.arch, run.weights or None)    # random weights are always the same
+    check_logits(model)
     model = channels_last(model.to(default_device()), run.size)
     shared = Path(shared)
     for_fisher,for_retention = source_parts(table) if run.source else (None,None)
@@ -553,7 +554,8 @@ def _test_accuracies(run, learn, target):
     last = accuracy_on(learn.model, dl)
     if keep.best in (None, run.epochs-1): return dict(test=last, test_last=last)
     chosen = copy_module(learn.model)
-    chosen.load_state_dict(load_file(keep.weights_of(keep.best)))
+    file = keep.weights_of(keep.best)
+    load_state(chosen, load_file(file), file)
     return dict(test=accuracy_on(chosen, dl), test_last=last)
 
 # %% ../../nbs/experiment/run.ipynb #70adc002

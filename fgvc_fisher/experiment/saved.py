@@ -24,7 +24,7 @@ from timm.data import ImageNetInfo
 from ..data.batches import read_batch
 from ..distributed.wrappers import match_names, unwrap
 from .store import save_weights
-from ..learner import SOURCE_PREFIX, head_names, n_outputs, remake_head, source_model
+from ..learner import SOURCE_PREFIX, head_names, load_state, n_outputs, remake_head, source_model
 
 # %% ../../nbs/experiment/saved.ipynb #5a7ed007
 def source_tensors(
@@ -132,7 +132,7 @@ def load_model(
     classes = about.source_classes
     if not classes: raise ValueError(f"{file} has no head of its source: it is from an earlier version")
     tuned,of_source = _read(file)
-    remake_head(model, len(classes)).load_state_dict({**_without_head(tuned, model), **of_source})
+    load_state(remake_head(model, len(classes)), {**_without_head(tuned, model), **of_source}, file)
     return model.eval(), classes, 1.
 
 # %% ../../nbs/experiment/saved.ipynb #5a7ed012
