@@ -444,8 +444,8 @@ class TestWhoseFisher:
         "The source model on the training split, with labels that it draws itself"
         from fgvc_fisher.data import pick_split, read_aircraft
         from fgvc_fisher.fisher import estimate_fisher
-        from fgvc_fisher.learner import source_dl
-        model = source_model(run.arch, run.weights)
+        from fgvc_fisher.learner import channels_last, source_dl
+        model = channels_last(source_model(run.arch, run.weights), run.size)
         pictures = pick_split(read_aircraft(run.data), 'train')
         want = estimate_fisher(model, source_dl(pictures, model, run.size, run.bs, 0), progress=False)
         found = self.fisher(replace(run, fisher_from='target'), tmp_path)
