@@ -33,7 +33,7 @@ def test_tables_come_from_the_rows(evidence, tmp_path, capsys):
     for o in ('runs.csv','merged.csv'): shutil.copy(ROWS/o, tmp_path)
     evidence.report(tmp_path)
     made = {o.name for o in tmp_path.iterdir()}
-    assert made == {o.name for o in ROWS.iterdir() if not o.name.startswith('cost')}
+    assert made == {o.name for o in ROWS.iterdir()}
     for o in made:
         if not o.endswith('.csv'): continue
         assert (tmp_path/o).read_text()==(ROWS/o).read_text(), f'{o}: run python benchmarks/evidence.py'
@@ -292,7 +292,8 @@ def test_the_notebook_holds_for_any_rows(aircraft, tmp_path, monkeypatch, capsys
     (tmp_path/'results/aircraft').mkdir(parents=True)
     rows.to_csv(tmp_path/'results/aircraft/runs.csv', index=False)
     examined(rows).to_csv(tmp_path/'results/aircraft/unprotected.csv', index=False)
-    shutil.copy(ROOT/'results/aircraft/norm_statistics.csv', tmp_path/'results/aircraft')
+    for o in ('norm_statistics','cost','cost_fisher'):
+        shutil.copy(ROOT/f'results/aircraft/{o}.csv', tmp_path/'results/aircraft')
     sequence = pd.read_csv(ROOT/'results/aircraft/sequence.csv')
     if part=='one_seed': sequence = sequence[sequence.seed==42]
     sequence.to_csv(tmp_path/'results/aircraft/sequence.csv', index=False)
