@@ -133,7 +133,7 @@ def _shared_names(model, names):
 def load_state(
     model:nn.Module, # The network, changed in place
     state:Mapping, # Name -> tensor, for all of its weights
-    file, # Where they are from, for the error
+    file:str|Path, # Where they are from, for the error
 ):
     "Copy all weights into a model. Raises `ValueError` that names those that do not fit."
     own = model.state_dict()
@@ -416,7 +416,7 @@ def check_logits(
     "Raises `ValueError` if a network in training returns more than logits, as far as a copy without numbers can tell."
     size = picture_stats(model)['size']
     try: out = _empty_copy(model).train()(torch.empty(2, 3, size, size, device='meta'))
-    except (RuntimeError, AssertionError): return
+    except Exception: return                             # whatever a network raises where there are no numbers
     if isinstance(out, Tensor) and out.ndim==2: return
     found = f'of the shape {tuple(out.shape)}' if isinstance(out, Tensor) else type(out).__name__
     raise ValueError(f"{type(model).__name__} in training returns {found}, and not logits (B, C): make it without "
