@@ -66,7 +66,8 @@ STAGES = {
     'more': [dict(arm='L2', alpha=[5e-4]), dict(arm='L2-SP-Fisher', strength=[0.05, 2., 5., 10.]),
              dict(arm='L2-SP', l2sp=[0.01, 0.03, 3.]), dict(arm='both', l2sp=[0.01, 0.1], strength=[0.5])],
     'others': [dict(arm='last layer only', tune='head'), dict(arm='linear probe first', tune='head first'),
-               dict(arm='EWC', strength=[0.03], **EWC), dict(arm=CLIPPED, strength=[0.001, 0.003, 0.01, 0.03, 0.3], **EWC),
+               dict(arm=CLIPPED, strength=[0.001, 0.003, 0.01, 0.03, 0.3], **EWC),
+               dict(arm='EWC', strength=[0.03], **EWC),                 # not clipped
                dict(arm='as published', alpha=[0., 5e-4], beta=[0., 4e-5, 4e-4], **PUBLISHED),
                dict(arm='target Fisher', fisher_from='target', strength=STRENGTHS[1:])],
     'distilled': [dict(arm=o) for o in LWF],
