@@ -10,8 +10,9 @@ PHOTOS contains `data/fgvc20` (an FGVC-Aircraft tree), `data/imagenet_sample` an
 measure retention. Everything is chosen on the validation split: the stages `epochs` and `rate`, on plain runs alone,
 come first, and the later ones use what they found (`EPOCHS`, `RATE`). Rows are written after every finished run, and a
 run that has a row in OUT is not done again. `nbs/evidence.ipynb` reads them. EWC is done as people write it, its
-gradients clipped at norm 1, and once without the clipping. LwF and the clipping need callbacks that a `Run` has no
-field for, and run one at a time. What was set about memory in `benchmarks/evidence.py` holds here, too.
+gradients clipped at norm 1, and once without the clipping; `clipped` clips those of other arms, too. LwF and the
+clipping need callbacks that a `Run` has no field for, and run one at a time. What was set about memory in
+`benchmarks/evidence.py` holds here, too.
 
 With `--accelerator` everything runs at 224 and 299 pixels with ten seeds and in float16, and the paper's recipe and
 three starts of it with Inception-v4, two of whose tensors are substitutes. A few steps are timed first and the script
@@ -47,7 +48,7 @@ SIZE,LARGER = 160,224
 STRENGTHS,PULLS = [0.1, 0.25, 0.5, 1.], [0.1, 0.3, 1.]
 PAPER = dict(recipe='published', transforms='published', epochs=80)
 LWF = {f'LwF, weight = {o:g}': o for o in (0.1, 0.3, 1., 3., 10.)} # arm -> weight of the source's answers in the loss
-CLIPPED = 'EWC, clipped'
+CLIPPED = 'EWC, clipped','clipped plain','clipped L2-SP-Fisher' # Arms with gradients clipped at norm 1
 EWC = dict(kind='empirical', step='grad')
 PUBLISHED = dict(step='published', l2sp=0.004)
 
@@ -66,10 +67,11 @@ STAGES = {
     'more': [dict(arm='L2', alpha=[5e-4]), dict(arm='L2-SP-Fisher', strength=[0.05, 2., 5., 10.]),
              dict(arm='L2-SP', l2sp=[0.01, 0.03, 3.]), dict(arm='both', l2sp=[0.01, 0.1], strength=[0.5])],
     'others': [dict(arm='last layer only', tune='head'), dict(arm='linear probe first', tune='head first'),
-               dict(arm=CLIPPED, strength=[0.001, 0.003, 0.01, 0.03, 0.3], **EWC),
+               dict(arm=CLIPPED[0], strength=[0.001, 0.003, 0.01, 0.03, 0.3], **EWC),
                dict(arm='EWC', strength=[0.03], **EWC),                 # not clipped
                dict(arm='as published', alpha=[0., 5e-4], beta=[0., 4e-5, 4e-4], **PUBLISHED),
                dict(arm='target Fisher', fisher_from='target', strength=STRENGTHS[1:])],
+    'clipped': [dict(arm=CLIPPED[1]), dict(arm=CLIPPED[2], strength=STRENGTHS[1:])],
     'distilled': [dict(arm=o) for o in LWF],
     'merged': [dict(arm='plain')],                                   # WiSE-FT and Fisher merging, after its training
     'pictures': [dict(arm=f'Fisher of {n} pictures', n_fisher=n, strength=0.5) for n in (30, 100, 300)],
@@ -148,7 +150,7 @@ def not_done(runs, out):
 def source_of(run): return source_model(run.arch, run.weights or None).to(default_device())
 
 def further_callbacks(run):
-    "What a `Run` has no field for: LwF's loss, and a limit to the gradients of EWC"
+    "What a `Run` has no field for: LwF's loss, and a limit to the gradients of some arms"
     if run.arm in LWF: return [LwF(source_of(run), LWF[run.arm])]
     return [GradientClip(1.)] if run.arm.startswith(CLIPPED) else []
 

@@ -125,7 +125,7 @@ def test_the_papers_pictures_resume(aircraft, tmp_path, monkeypatch, capsys):
 
 def test_ewc_is_clipped(aircraft, tmp_path, monkeypatch, capsys):
     "The penalty's gradient is clipped with the loss's: a step that would diverge does not"
-    arms = [dict(arm=o, strength=[1000], epochs=5, **aircraft.EWC) for o in ('EWC', aircraft.CLIPPED)]
+    arms = [dict(arm=o, strength=[1000], epochs=5, **aircraft.EWC) for o in ('EWC', aircraft.CLIPPED[0])]
     monkeypatch.setattr(aircraft, 'STAGES', dict(others=arms))
     rows = call(aircraft, tmp_path, stages='others', seeds=1, size=32).set_index('arm')
     assert rows['last'].isna().to_dict()=={'EWC, strength = 1000': True, 'EWC, clipped, strength = 1000': False}

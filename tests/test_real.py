@@ -122,6 +122,6 @@ def test_the_published_arm_beside_its_control(photos, tmp_path):
     plain,published = sweep(runs, tmp_path, quiet=True).to_dict('records')
     curves = read_curves(tmp_path).set_index('arm')
     assert plain['before']==published['before']>0.1 and curves.penalty['as published']>0.001
-    assert 0<abs(curves.train_loss['plain']-curves.train_loss['as published'])<0.1
+    assert 0<abs(curves.valid_loss['plain']-curves.valid_loss['as published'])<0.1
     shares = 'best', 'last', 'retention_target_bn', 'retention_source_bn'
     assert all(0<=o[k]<=1 for o in (plain,published) for k in shares)
