@@ -150,9 +150,9 @@ def not_done(runs, out):
 def source_of(run): return source_model(run.arch, run.weights or None).to(default_device())
 
 def further_callbacks(run):
-    "What a `Run` has no field for: LwF's loss, and a limit to the gradients of some arms"
-    if run.arm in LWF: return [LwF(source_of(run), LWF[run.arm])]
-    return [GradientClip(1.)] if run.arm.startswith(CLIPPED) else []
+    "Functions that make what a `Run` has no field for: LwF's loss, and a limit to the gradients of some arms"
+    if run.arm in LWF: return [lambda: LwF(source_of(run), LWF[run.arm])]
+    return [lambda: GradientClip(1.)] if run.arm.startswith(CLIPPED) else []
 
 def say_how_long(runs, jobs):
     "Time a few steps of each network, size and recipe, and print how long the runs will take; returns the seconds"
@@ -193,12 +193,11 @@ def do(runs, work, out, jobs, merging):
     "Do the runs without a row, `jobs` at a time, and write rows after each; then merge the plain ones"
     collect(runs, work, out)                                          # what an interrupted call has finished
     left = not_done(runs, out)
-    alone = [o for o in left if o.arm in LWF or o.arm.startswith(CLIPPED)]
-    for some in chunked([o for o in left if o not in alone], jobs):
+    for some in chunked([o for o in left if not further_callbacks(o)], jobs):
         sweep(some, work, jobs, retry=True, quiet=True)
         collect(runs, work, out)
-    for run in alone:
-        do_run(run, work/'runs'/run.id, work/'sources', further_callbacks(run), quiet=True)
+    for run in [o for o in left if further_callbacks(o)]:
+        do_run(run, work/'runs'/run.id, work/'sources', [make() for make in further_callbacks(run)], quiet=True)
         collect(runs, work, out)
     if not merging: return
     for run in [o for o in runs if o.arm=='plain' and (work/'runs'/o.id/'result.json').exists()]:

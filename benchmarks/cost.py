@@ -48,7 +48,8 @@ def one_epoch_run(photos, work, arm, size):
 def epoch(run, source):
     "Train for one epoch; the seconds of each batch but the first, and of the whole epoch"
     times,start = Times(),time.perf_counter()
-    fine_tune(run, source.model, source.fisher, cbs=[times, *further_callbacks(run)], quiet=True)
+    cbs = [times, *(make() for make in further_callbacks(run))]
+    fine_tune(run, source.model, source.fisher, cbs=cbs, quiet=True)
     return times.seconds[1:],time.perf_counter()-start
 
 def memory(photos, work, arm, size):
