@@ -21,6 +21,7 @@ is meant for a GPU, and has not been run on one yet. With `--tiny` the sizes are
 import gc, re, subprocess, sys, tempfile, time
 from contextlib import nullcontext
 from functools import partial
+from itertools import product
 from pathlib import Path
 from statistics import median
 from textwrap import shorten
@@ -176,12 +177,9 @@ def fisher_speed(network, size, bs, dtype, way, device, time_for):
 def fisher_table(table, device, networks, batches, seconds, **_):
     half = 'float16' if device=='cuda' else 'bfloat16'
     try:
-        for network,size in networks.items():
-            for bs in batches:
-                for dtype in ('float32', half):
-                    for way in WAYS:
-                        measure = partial(fisher_speed, network, size, bs, dtype, way, device, seconds)
-                        table.add(measure, network=network, size=size, bs=bs, dtype=dtype, rule=way)
+        for bs,dtype,(network,size),way in product(batches, ('float32',half), networks.items(), WAYS):
+            measure = partial(fisher_speed, network, size, bs, dtype, way, device, seconds)
+            table.add(measure, network=network, size=size, bs=bs, dtype=dtype, rule=way)
     finally: RULES[F.conv2d] = conv_rule
 
 # 3. The penalty

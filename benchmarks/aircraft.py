@@ -8,8 +8,9 @@
 PHOTOS contains `data/fgvc20` (an FGVC-Aircraft tree), `data/imagenet_sample` and `data/imagenet_extra` (pictures with a
 `labels.csv`) and the weights in `weights/`. Every other ImageNet picture of a class estimates the Fisher, the others
 measure retention. Everything is chosen on the validation split: the stages `epochs` and `rate`, on plain runs alone,
-come first, and the later ones use what they found (`EPOCHS`, `RATE`). Rows are written after every finished run, and a
-run that has a row in OUT is not done again. `nbs/evidence.ipynb` reads them. EWC is done as people write it, its
+come first, and the later ones use what they found (`EPOCHS`, `RATE`). Finished runs get their rows in OUT at the end of
+the call, also of one that is interrupted, or else by the next call; a run that has a row is not done again.
+`nbs/evidence.ipynb` reads them. EWC is done as people write it, its
 gradients clipped at norm 1, and once without the clipping; `clipped` clips those of other arms, too. LwF and the
 clipping need callbacks that a `Run` has no field for, and run one at a time. What was set about memory in
 `benchmarks/evidence.py` holds here, too.
@@ -25,7 +26,6 @@ from pathlib import Path
 import pandas as pd, torch
 from fastai.callback.training import GradientClip
 from fastai.torch_core import default_device
-from fastcore.basics import chunked
 from fastcore.parallel import num_cpus
 from fastcore.script import call_parse, store_true
 from filelock import FileLock
@@ -93,7 +93,7 @@ STAGES = {
 N_SEEDS = dict(epochs=1, rate=1, levels=1, rates=1)                    # choices and levels; elsewhere as many as asked
 ON_GPU = 'inception', 'starts'                                        # too slow for two cores
 SIZES,PAPER_SIZE = (224, 299), 299
-NOT_AGAIN = 'epochs', 'rate', 'larger', *ON_GPU                       # of the grid at each of the sizes
+NOT_AGAIN = 'epochs', 'rate', 'larger'                                # of the grid at each of the sizes
 KEY = ['arm', 'seed', 'arch', 'size', 'epochs', 'lr', 'level', 'amp'] # These columns identify a run, on any machine
 SETTING = KEY[2:6] + ['amp'] # Arms are compared where these are equal
 
@@ -135,11 +135,11 @@ def all_runs(photos, work, stages, seeds, epochs=EPOCHS, **kwargs):
         found += grid(arms, seeds[:N_SEEDS.get(stage)], **common)
     return list(dict.fromkeys(found))                                 # `merged` has runs of `main`
 
-def accelerator_runs(photos, work, seeds, **kwargs):
-    "The whole grid at each of `SIZES`, then what only Inception-v4 can show, at the paper's size"
-    stages,found = [o for o in STAGES if o not in NOT_AGAIN],[]
-    for size in SIZES: found += all_runs(photos, work, stages, seeds, size=size, **kwargs)
-    return found + all_runs(photos, work, ON_GPU, seeds, size=PAPER_SIZE, **kwargs)
+def accelerator_runs(photos, work, stages, seeds, **kwargs):
+    "The stages at each of `SIZES`; those that only Inception-v4 can show, at the paper's size"
+    at_each,at_one = [[o for o in stages if (o in ON_GPU)==large] for large in (False,True)]
+    found = [all_runs(photos, work, at_each, seeds, size=size, **kwargs) for size in SIZES]
+    return sum(found, []) + all_runs(photos, work, at_one, seeds, size=PAPER_SIZE, **kwargs)
 
 def not_done(runs, out):
     "The runs that have no row"
@@ -190,12 +190,13 @@ def collect(runs, work, out):
         add_rows(pd.concat([portable(found), *merged]), out/'runs.csv', KEY)
 
 def do(runs, work, out, jobs, merging):
-    "Do the runs without a row, `jobs` at a time, and write rows after each; then merge the plain ones"
+    "Do the runs without a row, `jobs` at a time, and write their rows; then merge the plain ones"
     collect(runs, work, out)                                          # what an interrupted call has finished
     left = not_done(runs, out)
-    for some in chunked([o for o in left if not further_callbacks(o)], jobs):
-        sweep(some, work, jobs, retry=True, quiet=True)
-        collect(runs, work, out)
+    together = [o for o in left if not further_callbacks(o)]
+    try:
+        if together: sweep(together, work, jobs, retry=True, quiet=True)
+    finally: collect(runs, work, out)
     for run in [o for o in left if further_callbacks(o)]:
         do_run(run, work/'runs'/run.id, work/'sources', [make() for make in further_callbacks(run)], quiet=True)
         collect(runs, work, out)
@@ -212,6 +213,10 @@ def report(out):
     shown = pd.concat(tables, names=[*SETTING,'arm']).fillna('–')
     shown.to_csv(out/'table.csv')
     print(shown.to_string())
+
+def default_stages(accelerator):
+    "Without those that are too slow for two cores; on an accelerator without those that only make choices"
+    return [o for o in STAGES if o not in (NOT_AGAIN if accelerator else ON_GPU)]
 
 def check(stages, counts):
     "`SystemExit` for an unknown stage and for a count below 1"
@@ -232,31 +237,30 @@ def main(
     photos:str='', # Folder with data/ and weights/; empty: only make the tables
     out:str='results/aircraft', # Folder for the rows and tables
     work:str='.keep/aircraft', # Folder for the runs, outside version control
-    stages:str=None, # Which, separated by commas; default: all but those of Inception-v4
+    stages:str=None, # Which, separated by commas; default: all that there is time for, see `default_stages`
     jobs:int=1, # Parallel processes
     seeds:int=None, # Runs an arm; default: 5, with `--accelerator` 10
     first:int=42, # The first seed; the others follow
     size:int=SIZE, # Side of the pictures in pixels
     epochs:int=EPOCHS, # Passes over the training split, where a stage does not say
     num_workers:int=None, # Processes per run that load pictures; default: 0, with `--accelerator` the cores there are
-    accelerator:store_true=False, # All of it at 224 and 299 pixels, instead of `stages` and `size`
+    accelerator:store_true=False, # At 224 and 299 pixels, instead of `size`
 ):
     "Do the runs that have no row yet, then make the tables."
     out,work = Path(out),Path(work)
-    stages = [o for o in STAGES if o not in ON_GPU] if stages is None else stages.split(',')
+    stages = default_stages(accelerator) if stages is None else stages.split(',')
     seeds = (10 if accelerator else 5) if seeds is None else seeds
     if num_workers is None: num_workers = max(1, num_cpus()//max(1, jobs)) if accelerator else 0
     check(stages, dict(jobs=jobs, seeds=seeds, size=size, epochs=epochs))
-    if photos: check_photos(Path(photos), [*stages, *ON_GPU] if accelerator else stages)
+    if photos: check_photos(Path(photos), stages)
     out.mkdir(parents=True, exist_ok=True)
     work.mkdir(parents=True, exist_ok=True)
     seeds = range(first, first+seeds)
     if photos and accelerator:
-        runs = accelerator_runs(Path(photos), work, seeds, epochs=epochs, num_workers=num_workers,
+        runs = accelerator_runs(Path(photos), work, stages, seeds, epochs=epochs, num_workers=num_workers,
                                 amp=torch.cuda.is_available())
-        left = not_done(runs, out)
-        say_how_long(left, jobs)
-        do(runs, work, out, jobs, True)
+        say_how_long(not_done(runs, out), jobs)
+        do(runs, work, out, jobs, 'merged' in stages)
     elif photos:
         runs = all_runs(Path(photos), work, stages, seeds, epochs, size=size, num_workers=num_workers)
         do(runs, work, out, jobs, 'merged' in stages)

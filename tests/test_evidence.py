@@ -105,16 +105,21 @@ def test_every_stage_of_the_papers_pictures_makes_runs(aircraft, tmp_path):
     assert all('two tensors substituted' in o['arm'] for stage in aircraft.ON_GPU for o in aircraft.STAGES[stage])
 
 def test_the_papers_pictures_resume(aircraft, tmp_path, monkeypatch, capsys):
-    "Rows come run by run; what has a row is not done again, also where its folder is gone"
+    "What is finished has a row when a call is interrupted, and is not done again, also where its folder is gone"
     monkeypatch.setattr(aircraft, 'STAGES', tiny_arms(aircraft))
-    seen,collect = [],aircraft.collect
-    def watched(*args):
-        collect(*args)
-        seen.append(len(aircraft.rows_of(tmp_path/'out/runs.csv')))
-    monkeypatch.setattr(aircraft, 'collect', watched)
+    sweep = aircraft.sweep
+    def interrupted(runs, *args, **kwargs):
+        sweep(runs[:1], *args, **kwargs)
+        raise KeyboardInterrupt
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(aircraft, 'sweep', interrupted)
+        call(aircraft, tmp_path, stages='main', seeds=1, size=32)
+    first = pd.read_csv(tmp_path/'out/runs.csv')
+    shutil.rmtree(tmp_path/'work/runs')
     rows = call(aircraft, tmp_path, stages='main', seeds=1, size=32)
+    assert first.arm.tolist()==['plain'] and len(list(tmp_path.glob('work/runs/*')))==1
     assert set(rows.num_workers)=={0}                                  # it is part of a run's id
-    assert seen==[0,1,2] and set(rows.arm)=={'plain','L2-SP-Fisher, strength = 0.5'}
+    assert set(rows.arm)=={'plain','L2-SP-Fisher, strength = 0.5'}
     assert not rows[['data','source','weights']].apply(lambda c: c.str.contains('/')).any(axis=None)
     assert rows[['last','test','retention_source_bn','before']].notna().all(axis=None)
     shutil.rmtree(tmp_path/'work/runs')
