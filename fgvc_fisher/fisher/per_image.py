@@ -13,7 +13,7 @@ __all__ = ['RULES', 'WHOLE', 'UNUSED', 'Call', 'Tape', 'record_calls', 'PerImage
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from textwrap import shorten
 
 # %% ../../nbs/fisher/per_image.ipynb #b1b93526
@@ -124,9 +124,10 @@ class PerImage:
                 for image in g: total.addcmul_(image, image)
                 lengths += [image.dot(image)[None] for image in g.flatten(1)]
             else:
-                total += g.square().sum(0)
-                lengths.append(g.reshape(len(g), -1).square().sum(1))
-        return torch.cat(lengths)
+                squares = g.square()
+                total += squares.sum(0)
+                lengths.append(squares.reshape(len(g), -1).sum(1))
+        return torch.cat(lengths) if len(lengths)>1 else lengths[0]
 
 # %% ../../nbs/fisher/per_image.ipynb #3873be2c
 class Blocks(PerImage):
@@ -216,10 +217,14 @@ def layer_norm_rule(n, grad, input, normalized_shape, weight=None, bias=None, ep
 
 # %% ../../nbs/fisher/per_image.ipynb #667ec424
 def _patches(input, weight, stride, padding, dilation, groups):
-    "The patches of images (k, C, H, W) that the weight sees: (k, groups, patch, positions)"
-    if weight[0,0].numel()==1 and not any(padding): x = input[(..., *(slice(None, None, step) for step in stride))]
-    else: x = F.unfold(input, weight.shape[2:], dilation, padding, stride)
-    return x.reshape(len(x), groups, weight[0].numel(), -1)
+    "The patches of images (k, C, ...) that the weight sees: (k, groups, patch, positions)"
+    kernel = weight.shape[2:]
+    x = F.pad(input, [t for t in reversed(padding) for _ in range(2)]) if any(padding) else input
+    steps = x.stride()[2:]
+    positions = [(m-d*(k-1)-1)//t+1 for m,k,t,d in zip(x.shape[2:], kernel, stride, dilation)]
+    windows = x.as_strided((*x.shape[:2], *kernel, *positions),
+                           (*x.stride()[:2], *(a*d for a,d in zip(steps, dilation)), *(a*t for a,t in zip(steps, stride))))
+    return windows.reshape(len(x), groups, weight[0].numel(), -1)
 
 # %% ../../nbs/fisher/per_image.ipynb #93e7982b
 def _by_kernel(n, grad, input, weight, outputs, *settings):
@@ -266,7 +271,7 @@ def conv_rule(n, grad, input, weight, bias=None, stride=1, padding=0, dilation=1
     input,w = input.to(grad.dtype),weight.to(grad.dtype)
     on_cpu = grad.device.type=='cpu'
     pointwise = w[0,0].numel()==1 and not any(padding)
-    unfold = not transposed and len(input)==n and (pointwise or (k==2 and not on_cpu))
+    unfold = not transposed and len(input)==n and (pointwise or not on_cpu)
     def block(outputs):
         if unfold: return _by_patches(n, grad, input, w, outputs, stride, padding, dilation, groups)
         return _by_kernel(n, grad, input, w, outputs, stride, padding, dilation, transposed, output_padding, groups)
@@ -409,6 +414,12 @@ def _first_by_rules(squares, tape, logits, labels):
     _backward(tape, logits, labels, torch.ones_like(logits[:,0]), take)
     return {n: (g, ', '.join(sorted(funcs[n]))) for n,g in gradients.items() if n not in failed}
 
+# %% ../../nbs/fisher/per_image.ipynb #4b867fe9
+def _accuracy(*dtypes):
+    "How far two ways to compute a gradient may differ: relative to itself, and to the longest gradient"
+    eps = max(torch.finfo(o).eps for o in dtypes)
+    return (1e-6,1e-12) if eps<1e-15 else (max(1e-2, 16*eps),1e-6)
+
 # %% ../../nbs/fisher/per_image.ipynb #fd17606b
 @patch
 def verify(self:SquaredGradients,
@@ -422,7 +433,7 @@ def verify(self:SquaredGradients,
     reference = _by_autograd(self, x[:1], labels[:1], torch.ones_like(logits[:1,0]), list(self.params))
     longest = max((g.norm() for g in reference.values() if g is not None), default=torch.zeros(()))
     before = self.coverage
-    tolerance,rounding = (1e-6,1e-12) if longest.dtype==torch.float64 else (1e-2,1e-6)
+    tolerance,rounding = _accuracy(longest.dtype, logits.dtype)     # autocast shows in the logits
     reached = _reached(self, tape, logits, [n for n,g in reference.items() if g is None])
     def how(name, g):
         if g is None: return WHOLE if name in reached or before.get(name)==WHOLE else UNUSED
@@ -434,6 +445,34 @@ def verify(self:SquaredGradients,
     for what,why in ((WHOLE, 'which is slower'), (UNUSED, 'zero Fisher information')):
         names = [n for n,found in self.coverage.items() if found==what and before.get(n)!=what]
         if names: warnings.warn(f"{shorten(', '.join(names), 400)}: {what}, {why}")
+
+# %% ../../nbs/fisher/per_image.ipynb #935c055f
+@patch
+def has_changed(self:SquaredGradients,
+    tape:Tape, # Of a forward pass
+    logits:Tensor, # Its result (B, C)
+)->bool:
+    "Does a forward pass use the parameters in another way than the verified one?"
+    differs = self.verified!=self._uses(tape) or self.verified_n==1<tape.n
+    return differs or bool(_reached(self, tape, logits, self.unused))
+
+# %% ../../nbs/fisher/per_image.ipynb #129ada4f
+def _tf32_settings():
+    "Where PyTorch keeps whether float32 is rounded to TF32, by object and attribute, and the value for `no`"
+    b = torch.backends
+    if hasattr(b.cudnn, 'conv'): return [(o, 'fp32_precision', 'ieee') for o in (b.cuda.matmul, b.cudnn.conv)]
+    return [(o, 'allow_tf32', False) for o in (b.cuda.matmul, b.cudnn)]
+
+@contextmanager
+def _exact_products():
+    "Products of float32 numbers without TF32."
+    settings = _tf32_settings()
+    before = [getattr(o, name) for o,name,_ in settings]
+    try:
+        for o,name,no in settings: setattr(o, name, no)
+        yield
+    finally:
+        for (o,name,_),old in zip(settings, before): setattr(o, name, old)
 
 # %% ../../nbs/fisher/per_image.ipynb #02181607
 @patch
@@ -493,6 +532,24 @@ def _check_logits(model, logits, n):
     if not logits.isfinite().all():
         raise FloatingPointError("the logits are not finite: look for NaN in the weights or in the images")
 
+# %% ../../nbs/fisher/per_image.ipynb #780b4bb8
+@patch
+def add_rounds(self:SquaredGradients,
+    x:Tensor, # Images (B, ...)
+    tape:Tape, # Of their forward pass
+    logits:Tensor, # Its result (B, C)
+    choose:Callable, # As in `add_batch`
+)->tuple: # The squared lengths (B, parameters), and the labels and weights that are left
+    "Add the labels that most images of a batch have."
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    labels,weights = choose(logits.detach().to(dtype))
+    lengths = torch.zeros(len(x), len(self.params), device=x.device, dtype=dtype)
+    together = int((2*(weights>0).sum(0)>len(x)).sum())
+    for k in range(together):
+        self.add_round(tape, logits, labels[:,k], weights[:,k], lengths, last=k==together-1)
+        self.add_slowly(x, labels[:,k], weights[:,k], lengths)
+    return lengths,labels[:,together:],weights[:,together:]
+
 # %% ../../nbs/fisher/per_image.ipynb #bb815940
 @patch
 def add_batch(self:SquaredGradients,
@@ -501,20 +558,13 @@ def add_batch(self:SquaredGradients,
 )->Tensor: # (B, parameters), the squared length of each image's gradient of each parameter, summed over its labels
     """Add the squared gradients of a batch, image by image. Raises `ValueError` if the network is no classifier,
     `FloatingPointError` if its logits are not finite."""
-    n = len(x)
-    with record_calls(self.model, x) as (tape,logits):
-        _check_logits(self.model, logits, n)
-        is_new = self.verified!=self._uses(tape) or self.verified_n==1<n
-        if is_new or _reached(self, tape, logits, self.unused): self.verify(x, tape, logits)
-        dtype = torch.promote_types(logits.dtype, torch.float32)
-        labels,weights = choose(logits.detach().to(dtype))
-        lengths = torch.zeros(n, len(self.params), device=x.device, dtype=dtype)
-        together = int((2*(weights>0).sum(0)>n).sum())
-        for k in range(together):
-            self.add_round(tape, logits, labels[:,k], weights[:,k], lengths, last=k==together-1)
-            self.add_slowly(x, labels[:,k], weights[:,k], lengths)
-    rest = (weights[:,together:]>0).any(1)
-    if rest.any():
-        remaining = labels[rest,together:],weights[rest,together:]
-        lengths[rest] += self.add_batch(x[rest], lambda _: remaining)
+    is_new = self.verified is None
+    with _exact_products() if is_new else nullcontext(), record_calls(self.model, x) as (tape,logits):
+        _check_logits(self.model, logits, len(x))
+        if is_new: self.verify(x, tape, logits)
+        elif self.has_changed(tape, logits): self.verified = None
+        if self.verified is not None: lengths,labels,weights = self.add_rounds(x, tape, logits, choose)
+    if self.verified is None: return self.add_batch(x, choose)           # once more, to verify it
+    rest = (weights>0).any(1)
+    if rest.any(): lengths[rest] += self.add_batch(x[rest], lambda _: (labels[rest],weights[rest]))
     return lengths
