@@ -15,8 +15,8 @@
 
 The tables lie in a folder named after the card. What has a row there is not measured again: a call that was cut off is
 repeated, and to measure a row anew remove it. Weights are random, and pictures are random or drawn unless `tree` is
-given. A rule is the better one for a shape and a device if its `images_s` is larger. On a CPU the script runs, too; it
-is meant for a GPU, and has not been run on one yet. With `--tiny` the sizes are those of its test.
+given. A rule is the better one for a shape and a device if its `images_s` is larger. On a CPU the script runs, too, but
+it is meant for a GPU. With `--tiny` the sizes are those of its test.
 """
 import gc, re, subprocess, sys, tempfile, time
 from contextlib import nullcontext
