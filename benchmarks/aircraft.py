@@ -17,8 +17,8 @@ clipping need callbacks that a `Run` has no field for, and run one at a time. Wh
 
 With `--accelerator` everything runs at 224 and 299 pixels with ten seeds and in float16, and the paper's recipe and
 three starts of it with Inception-v4, two of whose tensors are substitutes. A few steps are timed first and the script
-says how long all of it will take. It is restarted by the same call. Each process waits for its pictures and its kernels,
-so a large card carries as many jobs as there are cores.
+says how long all of it will take. It is restarted by the same call. A process mostly waits for pictures and kernels, so
+a large card carries as many jobs as there are cores.
 """
 import os
 from collections import defaultdict

@@ -222,8 +222,8 @@ def _patches(input, weight, stride, padding, dilation, groups):
     x = F.pad(input, [t for t in reversed(padding) for _ in range(2)]) if any(padding) else input
     steps = x.stride()[2:]
     positions = [(m-d*(k-1)-1)//t+1 for m,k,t,d in zip(x.shape[2:], kernel, stride, dilation)]
-    windows = x.as_strided((*x.shape[:2], *kernel, *positions),
-                           (*x.stride()[:2], *(a*d for a,d in zip(steps, dilation)), *(a*t for a,t in zip(steps, stride))))
+    within,between = [[a*b for a,b in zip(steps, o)] for o in (dilation, stride)]
+    windows = x.as_strided((*x.shape[:2], *kernel, *positions), (*x.stride()[:2], *within, *between))
     return windows.reshape(len(x), groups, weight[0].numel(), -1)
 
 # %% ../../nbs/fisher/per_image.ipynb #93e7982b
