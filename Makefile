@@ -8,7 +8,7 @@ PANEL_TESTS := tests/test_panels.py tests/test_explore.py tests/test_messages.py
 
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
-.PHONY: lint demo app test test-all notebooks pytest browser test-browser test-ipywidgets7 site sync in-sync clean
+.PHONY: lint demo app test test-all notebooks pytest coverage browser test-browser test-ipywidgets7 site sync in-sync clean
 
 demo: $(READY)    ## The whole method on drawn aircraft, offline: a table, pictures and demo/report.html
 	$(BIN)/fgvc-demo --out demo
@@ -22,7 +22,7 @@ demo/report.html: $(READY)
 test: notebooks pytest    ## Every notebook from top to bottom, then the tests that are neither slow nor need a browser: minutes
 
 test-all: lint site browser $(IPYWIDGETS7)    ## Everything: the tests with the slow ones, which run every notebook in an empty folder, the documentation's links, the panels in a browser and with Colab's ipywidgets, and whether all is in sync
-	$(PYTEST) -m '' --cov=fgvc_fisher --cov-report=term:skip-covered
+	$(PYTEST) -m ''
 	$(MAKE) test-ipywidgets7 in-sync
 
 notebooks: $(READY)
@@ -30,6 +30,9 @@ notebooks: $(READY)
 
 pytest: $(READY)
 	$(PYTEST)
+
+coverage: $(READY)    ## Which lines the tests that are not slow leave out; it makes them half as slow again
+	$(PYTEST) --cov=fgvc_fisher --cov-report=term:skip-covered
 
 browser: $(BROWSER_READY)    ## A headless Chromium, installed if there is none, or a sentence that says what to install
 	$(BIN)/python tools/browser.py
