@@ -10,7 +10,7 @@ __all__ = ['SOURCE_PREFIX', 'nesterov', 'load_state', 'load_weights', 'source_mo
            'aircraft_learner', 'distributed_training', 'TerminateTogether']
 
 # %% ../nbs/learner.ipynb #e5beb75e
-import difflib, inspect, pkgutil, re, socket
+import difflib, inspect, pkgutil, re, socket, time
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -450,6 +450,10 @@ class _SharedDL(DistributedDL):
         t = torch.tensor(t, device=process_state().device)
         torch.distributed.broadcast(t, rank)
         return t.tolist()
+    def get_idxs(self):
+        found = super().get_idxs()
+        time.sleep(0.02)                                       # let PyTorch's threads finish before workers are forked
+        return found
     def __len__(self):
         n = -(-self.dl.n//self.world_size)
         return n//self.bs if self.drop_last else -(-n//self.bs)
