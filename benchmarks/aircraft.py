@@ -10,15 +10,14 @@ PHOTOS contains `data/fgvc20` (an FGVC-Aircraft tree), `data/imagenet_sample` an
 measure retention. Everything is chosen on the validation split: the stages `epochs` and `rate`, on plain runs alone,
 come first, and the later ones use what they found (`EPOCHS`, `RATE`). Finished runs get their rows in OUT at the end of
 the call, also of one that is interrupted, or else by the next call; a run that has a row is not done again.
-`nbs/evidence.ipynb` reads them. EWC is done as people write it, its
-gradients clipped at norm 1, and once without the clipping; `clipped` clips those of other arms, too. LwF and the
-clipping need callbacks that a `Run` has no field for, and run one at a time. What was set about memory in
-`benchmarks/evidence.py` holds here, too.
+`nbs/evidence.ipynb` reads them. EWC is done as people write it, its gradients clipped at norm 1, and once without the
+clipping; `clipped` clips those of other arms, too. LwF and the clipping need callbacks that a `Run` has no field for,
+and run one at a time. What was set about memory in `benchmarks/evidence.py` holds here, too.
 
-With `--accelerator` everything runs at 224 and 299 pixels with ten seeds and in float16, and the paper's recipe and
-three starts of it with Inception-v4, two of whose tensors are substitutes. A few steps are timed first and the script
-says how long all of it will take. It is restarted by the same call. A process mostly waits for pictures and kernels, so
-a large card carries as many jobs as there are cores.
+With `--accelerator` everything, or the stages that are named, runs at 224 and 299 pixels with ten seeds and in float16,
+and the paper's recipe and three starts of it with Inception-v4, two of whose tensors are substitutes. A few steps are
+timed first and the script says how long all of it will take. It is restarted by the same call. A process mostly waits
+for pictures and kernels, so a large card carries as many jobs as there are cores.
 """
 import os
 from collections import defaultdict

@@ -452,7 +452,7 @@ class _SharedDL(DistributedDL):
         return t.tolist()
     def get_idxs(self):
         found = super().get_idxs()
-        time.sleep(0.02)                                       # let PyTorch's threads finish before workers are forked
+        if self.fake_l.num_workers: time.sleep(0.02)           # let PyTorch's threads finish before workers are forked
         return found
     def __len__(self):
         n = -(-self.dl.n//self.world_size)

@@ -73,7 +73,8 @@ def test_float32_and_its_layouts(name, layout):
     wanted = estimate_fisher(model, data, kind='empirical', progress=False)
     data = [(x.to(memory_format=layout),y) for x,y in data]
     got = estimate_fisher(model.to(DEVICE, memory_format=layout), data, kind='empirical', progress=False)
-    assert as_a_whole(got, wanted) < 1e-2
+    if name=='inception_v4': assert as_a_whole(got, wanted) < 1e-2             # its first layers' gradients are 1e-10
+    else: agree(got, wanted, 1e-2)
 
 @pytest.mark.parametrize('casts', [torch.float16,torch.bfloat16])
 @pytest.mark.parametrize('name', ['resnet50','mobilenetv3','convnext','vit'])
