@@ -23,12 +23,13 @@ from fgvc_fisher.explore.compromise import Compromise
 from fgvc_fisher.explore.recognise import Recogniser
 from fgvc_fisher.fisher import DiagFisher, estimate_fisher, shard_fisher, tar_shards
 from fgvc_fisher.fisher.diagonal import KINDS as KINDS_OF_FISHERS
-from fgvc_fisher.fisher.per_image import PerImage
+from fgvc_fisher.fisher.per_image import PerImage, SquaredGradients
 from fgvc_fisher.learner import aircraft_learner, n_outputs, nesterov, remake_head, source_model
 from fgvc_fisher.penalty import QuadraticPenalty
 from fgvc_fisher.penalty.merging import interpolate, merge
 from fgvc_fisher.retention import Retention, compare_with_source, retention, with_source_head
-from pretend import DEVICE, Pretend, pretend
+import pretend as pretend_module
+from pretend import DEVICE, Pretend, dispatch, pretend
 from test_fisher import (
     Branches, Pooled, Routed, SequenceFirst, Shared, TwoInputs, Uses, WAYS, Words, conv1ds, conv2ds, conv3ds, named,
     randomised
@@ -131,6 +132,23 @@ KINDS = {
     'sampled': dict(), 'three labels': dict(n_samples=3, seed=2), 'exact': dict(kind='exact'),
     'most of the mass': dict(kind='exact', mass=0.6), 'empirical': dict(kind='empirical'),
     'a few images': dict(n_images=5), 'until precise': dict(target_error=0.9), 'from image 7': dict(image_offset=7)}
+
+def test_few_operations(device, monkeypatch):
+    "Each is a kernel that a GPU has to launch: those of one more normalisation, beside the views"
+    counted = []
+    def counting(func, args, kwargs, float64=True):
+        if not func.is_view: counted.append(func)
+        return dispatch(func, args, kwargs, float64)
+    monkeypatch.setattr(pretend_module, 'dispatch', counting)
+    def count(n):
+        model = Pooled(4, *[nn.BatchNorm2d(4) for _ in range(n)]).to(device).eval()
+        squares,x = SquaredGradients(model),torch.randn(3,4,5,5).to(device)
+        def choose(logits): return torch.zeros_like(logits[:,:1], dtype=torch.int64),torch.ones_like(logits[:,:1])
+        squares.add_batch(x, choose)                                # verifies the rules
+        counted.clear()
+        squares.add_batch(x, choose)
+        return len(counted)
+    assert count(12)-count(2) <= 10*10
 
 @pytest.mark.parametrize('name', KINDS)
 def test_kinds(device, name):

@@ -18,7 +18,7 @@ from textwrap import shorten
 
 # %% ../../nbs/fisher/per_image.ipynb #b1b93526
 import torch
-from fastcore.basics import patch
+from fastcore.basics import groupby, patch
 from torch import nn, Tensor
 from torch.autograd.graph import get_gradient_edge
 from torch.nn import functional as F
@@ -112,6 +112,11 @@ class PerImage:
         at_once = 2**(20 if device.type=='cpu' else 26)//max(size, 1)
         self.step = min(n, 1<<max(at_once.bit_length()-1, 0))     # a power of two: two cores share it evenly
 
+    def all(self)->Tensor: # (n, *shape)
+        "The gradients of all images."
+        parts = [self.make(slice(a, a+self.step)) for a in range(0, self.n, self.step)]
+        return torch.cat(parts) if len(parts)>1 else parts[0]
+
     def add_squares_(self,
         total:Tensor, # (*shape), changed in place
     )->Tensor: # (n,), the squared length of each image's gradient
@@ -122,7 +127,8 @@ class PerImage:
             g = self.make(slice(a, a+self.step)).to(total.dtype)
             if large:                                             # one image at a time, while it is in the cache
                 for image in g: total.addcmul_(image, image)
-                lengths += [image.dot(image)[None] for image in g.flatten(1)]
+                order = sorted(range(1, g.ndim), key=g.stride, reverse=True)     # of memory: `flatten` copies nothing
+                lengths += [image.dot(image)[None] for image in g.permute(0, *order).flatten(1)]
             else:
                 squares = g.square()
                 total += squares.sum(0)
@@ -180,7 +186,7 @@ def linear_rule(n, grad, input, weight, bias=None):
     x = input.reshape(n, -1, input.shape[-1]).to(grad.dtype)
     if g.shape[1]==1: yield weight, Outer(g[:,0], x[:,0])
     else: yield weight, PerImage(n, lambda s: g[s].mT@x[s], weight.numel(), g.device)
-    yield bias, _computed(g.sum(1))
+    if bias is not None: yield bias, _computed(g.sum(1))
 
 # %% ../../nbs/fisher/per_image.ipynb #89afc5be
 @rule(F.batch_norm)
@@ -191,7 +197,7 @@ def batch_norm_rule(n, grad, input, running_mean, running_var, weight=None, bias
     if training: raise NotImplementedError("with batch statistics an image has no gradient of its own")
     g,x = _channels(grad, n),_channels(input, n)
     shifts,rstd = g.sum((1,3)),(running_var+eps).rsqrt()
-    def scales(s): return ((g[s]*x[s]).sum((1,3)) - running_mean*shifts[s])*rstd
+    def scales(s): return torch.addcmul((g[s]*x[s]).sum((1,3)), running_mean, shifts[s], value=-1)*rstd
     yield weight, PerImage(n, scales, 4*g[0].numel(), g.device)
     yield bias, _computed(shifts)
 
@@ -279,8 +285,8 @@ def conv_rule(n, grad, input, weight, bias=None, stride=1, padding=0, dilation=1
     if groups==1 and not transposed and on_cpu:
         n_outputs = max(1, 2**20//w[0].numel())
         blocks = [slice(a, a+n_outputs) for a in range(0, len(w), n_outputs)]
-    yield weight, Blocks(blocks, [block(outputs) for outputs in blocks])
-    yield bias, _computed(_channels(grad, n).sum((1,3)))
+    yield weight, Blocks(blocks, [block(o) for o in blocks]) if len(blocks)>1 else block(slice(None))
+    if bias is not None: yield bias, _computed(_channels(grad, n).sum((1,3)))
 
 # %% ../../nbs/fisher/per_image.ipynb #733e56c4
 @rule(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
@@ -474,6 +480,20 @@ def _exact_products():
     finally:
         for (o,name,_),old in zip(settings, before): setattr(o, name, old)
 
+# %% ../../nbs/fisher/per_image.ipynb #67d4f6fc
+SMALL = 2**12 # Numbers in a parameter that is added up together with others
+
+def _add_together(sums, gradients):
+    "Add the squares of gradients (n, *shape) to `sums`, one shape at a time. Name -> squared lengths (n,)"
+    def kind(name): return sums[name].shape,sums[name].dtype
+    lengths = {}
+    for (_,dtype),names in groupby(gradients, kind).items():
+        squares = torch.stack([gradients[o].to(dtype) for o in names], 1).square()
+        torch._foreach_add_([sums[o] for o in names], list(squares.sum(0)))
+        lengths |= zip(names, squares.reshape(*squares.shape[:2], -1).sum(2).unbind(1))
+    return lengths
+
+
 # %% ../../nbs/fisher/per_image.ipynb #02181607
 @patch
 def add_round(self:SquaredGradients,
@@ -485,19 +505,23 @@ def add_round(self:SquaredGradients,
     last:bool, # Is this the last backward pass of the batch? Then memory is freed
 ):
     "Add the squared gradients of one label per image, by the rules."
-    several,slow = {},set(self.slow)
-    def add(name, each): lengths[:,self.index[name]] += each.add_squares_(self.sums[name])
+    small,several,slow,found = {},{},set(self.slow),{}
+    def add(name, each): found[name] = each.add_squares_(self.sums[name])
     def take(call, grad):
         if not self._names_in(call) - slow: return
         for name,each in self._per_parameter(call, grad, tape.n):
             if name in slow: continue
-            if self.verified[name]==1: add(name, each)
+            if self.params[name].numel()<=SMALL: small[name] = small[name]+each.all() if name in small else each.all()
+            elif self.verified[name]==1: add(name, each)
             else: several.setdefault(name, []).append(each)
     _backward(tape, logits, labels, weights, take, last)
     with torch.no_grad():
-        for name,found in several.items():
+        for name,uses in several.items():
             p = self.params[name]
-            add(name, PerImage(tape.n, lambda s: sum(each.make(s) for each in found), p.numel(), p.device))
+            add(name, PerImage(tape.n, lambda s: sum(each.make(s) for each in uses), p.numel(), p.device))
+        found |= _add_together(self.sums, small)
+        nothing = torch.zeros_like(lengths[:,0])
+        lengths += torch.stack([found.get(name, nothing) for name in self.params], 1)
 
 # %% ../../nbs/fisher/per_image.ipynb #62f2e102
 @patch
