@@ -28,7 +28,6 @@ from fgvc_fisher.learner import aircraft_learner, n_outputs, nesterov, remake_he
 from fgvc_fisher.penalty import QuadraticPenalty
 from fgvc_fisher.penalty.merging import interpolate, merge
 from fgvc_fisher.retention import Retention, compare_with_source, retention, with_source_head
-import pretend as pretend_module
 from pretend import DEVICE, Pretend, dispatch, pretend
 from test_fisher import (
     Branches, Pooled, Routed, SequenceFirst, Shared, TwoInputs, Uses, WAYS, Words, conv1ds, conv2ds, conv3ds, named,
@@ -139,7 +138,7 @@ def test_few_operations(device, monkeypatch):
     def counting(func, args, kwargs, float64=True):
         if not func.is_view: counted.append(func)
         return dispatch(func, args, kwargs, float64)
-    monkeypatch.setattr(pretend_module, 'dispatch', counting)
+    monkeypatch.setattr('pretend.dispatch', counting)
     def count(n):
         model = Pooled(4, *[nn.BatchNorm2d(4) for _ in range(n)]).to(device).eval()
         squares,x = SquaredGradients(model),torch.randn(3,4,5,5).to(device)

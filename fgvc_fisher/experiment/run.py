@@ -122,6 +122,13 @@ def _check_together(run):
     if run.tune=='head' and (run.beta or run.l2sp or run.strength):
         raise ValueError("tune='head' trains no parameter that beta, strength or l2sp applies to: set them to 0")
 
+# %% ../../nbs/experiment/run.ipynb #8c81b30d
+def _settle(run):
+    "Make the values of all fields plain, and check them."
+    for o in fields(run): object.__setattr__(run, o.name, _plain(o, getattr(run, o.name)))
+    _check_fields(run)
+    _check_together(run)
+
 # %% ../../nbs/experiment/run.ipynb #ab72966f
 @dataclass(frozen=True)
 class Run:
@@ -161,10 +168,7 @@ class Run:
     label:str='label' # Of a CSV file: its column of labels
     split:str='split' # Of a CSV file: its column of splits
     fraction:float=1. # Fraction of the training split to use, the same for every class
-    def __post_init__(self):
-        for o in fields(self): object.__setattr__(self, o.name, _plain(o, getattr(self, o.name)))
-        _check_fields(self)
-        _check_together(self)
+    def __post_init__(self): _settle(self)
 
 # %% ../../nbs/experiment/run.ipynb #b9575548
 @patch(as_prop=True)

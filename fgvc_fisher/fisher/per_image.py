@@ -99,6 +99,9 @@ def record_calls(
         yield tape,out
     finally: tape.calls,tape.edges,tape.take = [],[],None
 
+# %% ../../nbs/fisher/per_image.ipynb #811b3f5a
+def _cat(tensors): return torch.cat(tensors) if len(tensors)>1 else tensors[0] # a single one is not copied
+
 # %% ../../nbs/fisher/per_image.ipynb #dea9c0aa
 class PerImage:
     "The gradients of one tensor for each image of a batch, computed a slice of images at a time."
@@ -112,10 +115,12 @@ class PerImage:
         at_once = 2**(20 if device.type=='cpu' else 26)//max(size, 1)
         self.step = min(n, 1<<max(at_once.bit_length()-1, 0))     # a power of two: two cores share it evenly
 
+    def slices(self)->Iterator: # Of gradients (k, *shape)
+        "The gradients, a slice of images after the other."
+        return (self.make(slice(a, a+self.step)) for a in range(0, self.n, self.step))
     def all(self)->Tensor: # (n, *shape)
         "The gradients of all images."
-        parts = [self.make(slice(a, a+self.step)) for a in range(0, self.n, self.step)]
-        return torch.cat(parts) if len(parts)>1 else parts[0]
+        return _cat(list(self.slices()))
 
     def add_squares_(self,
         total:Tensor, # (*shape), changed in place
@@ -123,8 +128,8 @@ class PerImage:
         "Add each image's squared gradient to `total`."
         lengths = []
         large = total.device.type=='cpu' and total.numel()>2**14
-        for a in range(0, self.n, self.step):
-            g = self.make(slice(a, a+self.step)).to(total.dtype)
+        for g in self.slices():
+            g = g.to(total.dtype)
             if large:                                             # one image at a time, while it is in the cache
                 for image in g: total.addcmul_(image, image)
                 order = sorted(range(1, g.ndim), key=g.stride, reverse=True)     # of memory: `flatten` copies nothing
@@ -133,7 +138,7 @@ class PerImage:
                 squares = g.square()
                 total += squares.sum(0)
                 lengths.append(squares.reshape(len(g), -1).sum(1))
-        return torch.cat(lengths) if len(lengths)>1 else lengths[0]
+        return _cat(lengths)
 
 # %% ../../nbs/fisher/per_image.ipynb #3873be2c
 class Blocks(PerImage):
@@ -176,7 +181,7 @@ def rule(
 def _images(t, n): return t.reshape(n, -1, *t.shape[1:])           # (n*k, ...) -> (n, k, ...): k pieces per image
 def _pieces(t, n, s): return _images(t, n)[s].flatten(0,1)         # the pieces of some images
 def _channels(t, n): return t.reshape(n, len(t)//n, t.shape[1], -1) # (n*k, C, ...) -> (n, k, C, positions)
-def _computed(t): return PerImage(len(t), lambda s: t[s], t[0].numel(), t.device) # gradients that exist already
+def _summed(g, dims): return PerImage(len(g), lambda s: g[s].sum(dims), 1, g.device) # not before they are needed
 
 # %% ../../nbs/fisher/per_image.ipynb #608c8fee
 @rule(F.linear)
@@ -186,7 +191,7 @@ def linear_rule(n, grad, input, weight, bias=None):
     x = input.reshape(n, -1, input.shape[-1]).to(grad.dtype)
     if g.shape[1]==1: yield weight, Outer(g[:,0], x[:,0])
     else: yield weight, PerImage(n, lambda s: g[s].mT@x[s], weight.numel(), g.device)
-    if bias is not None: yield bias, _computed(g.sum(1))
+    yield bias, _summed(g, 1)
 
 # %% ../../nbs/fisher/per_image.ipynb #89afc5be
 @rule(F.batch_norm)
@@ -199,7 +204,7 @@ def batch_norm_rule(n, grad, input, running_mean, running_var, weight=None, bias
     shifts,rstd = g.sum((1,3)),(running_var+eps).rsqrt()
     def scales(s): return torch.addcmul((g[s]*x[s]).sum((1,3)), running_mean, shifts[s], value=-1)*rstd
     yield weight, PerImage(n, scales, 4*g[0].numel(), g.device)
-    yield bias, _computed(shifts)
+    yield bias, PerImage(n, lambda s: shifts[s], 1, g.device)
 
 # %% ../../nbs/fisher/per_image.ipynb #cdd0998f
 @rule(F.group_norm)
@@ -210,7 +215,7 @@ def group_norm_rule(n, grad, input, num_groups, weight=None, bias=None, eps=1e-5
         normalised = F.group_norm(_pieces(input, n, s), num_groups, eps=eps)
         return (g[s]*_channels(normalised, len(range(n)[s]))).sum((1,3))
     yield weight, PerImage(n, scales, 4*g[0].numel(), g.device)
-    yield bias, _computed(g.sum((1,3)))
+    yield bias, _summed(g, (1,3))
 
 # %% ../../nbs/fisher/per_image.ipynb #99e697d4
 @rule(F.layer_norm)
@@ -219,7 +224,7 @@ def layer_norm_rule(n, grad, input, normalized_shape, weight=None, bias=None, ep
     g,x = [o.reshape(n, -1, *normalized_shape) for o in (grad,input)]
     def scales(s): return (g[s]*F.layer_norm(x[s], normalized_shape, eps=eps)).sum(1)
     yield weight, PerImage(n, scales, 4*g[0].numel(), g.device)
-    yield bias, _computed(g.sum(1))
+    yield bias, _summed(g, 1)
 
 # %% ../../nbs/fisher/per_image.ipynb #667ec424
 def _patches(input, weight, stride, padding, dilation, groups):
@@ -239,10 +244,7 @@ def _by_kernel(n, grad, input, weight, outputs, *settings):
     def one(i):
         found = torch.ops.aten.convolution_backward(gs[i], xs[i], w, None, *settings, [False,True,False])
         return found[1][None]
-    def make(s):
-        gradients = [one(i) for i in range(n)[s]]
-        return gradients[0] if len(gradients)==1 else torch.cat(gradients)
-    return PerImage(n, make, 2**30, grad.device)
+    return PerImage(n, lambda s: _cat([one(i) for i in range(n)[s]]), 2**30, grad.device)
 
 # %% ../../nbs/fisher/per_image.ipynb #76852cab
 def _by_patches(n, grad, input, weight, outputs, stride, padding, dilation, groups):
@@ -285,8 +287,9 @@ def conv_rule(n, grad, input, weight, bias=None, stride=1, padding=0, dilation=1
     if groups==1 and not transposed and on_cpu:
         n_outputs = max(1, 2**20//w[0].numel())
         blocks = [slice(a, a+n_outputs) for a in range(0, len(w), n_outputs)]
-    yield weight, Blocks(blocks, [block(o) for o in blocks]) if len(blocks)>1 else block(slice(None))
-    if bias is not None: yield bias, _computed(_channels(grad, n).sum((1,3)))
+    parts = [block(outputs) for outputs in blocks]
+    yield weight, Blocks(blocks, parts) if len(parts)>1 else parts[0]
+    yield bias, _summed(_channels(grad, n), (1,3))
 
 # %% ../../nbs/fisher/per_image.ipynb #733e56c4
 @rule(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
