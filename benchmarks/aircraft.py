@@ -11,8 +11,9 @@ measure retention. Everything is chosen on the validation split: the stages `epo
 come first, and the later ones use what they found (`EPOCHS`, `RATE`). Finished runs get their rows in OUT at the end of
 the call, also of one that is interrupted, or else by the next call; a run that has a row is not done again.
 `nbs/evidence.ipynb` reads them. EWC is done as people write it, its gradients clipped at norm 1, and once without the
-clipping; `clipped` clips those of other arms, too. LwF and the clipping need callbacks that a `Run` has no field for,
-and run one at a time. What was set about memory in `benchmarks/evidence.py` holds here, too.
+clipping; `clipped` clips those of other arms, too. `kept` normalises one layer by its running statistics in training:
+the one whose channel `benchmarks/saturated.py` looks at. LwF, the clipping and this need callbacks that a `Run` has no
+field for, and run one at a time. What was set about memory in `benchmarks/evidence.py` holds here, too.
 
 With `--accelerator` everything, or the stages that are named, runs at 224 and 299 pixels with ten seeds and in float16,
 and the paper's recipe and three starts of it with Inception-v4, two of whose tensors are substitutes. A few steps are
@@ -24,6 +25,7 @@ from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 import pandas as pd, torch
+from fastai.callback.core import Callback
 from fastai.callback.training import GradientClip
 from fastai.torch_core import default_device
 from fastcore.parallel import num_cpus
@@ -49,6 +51,7 @@ STRENGTHS,PULLS = [0.1, 0.25, 0.5, 1.], [0.1, 0.3, 1.]
 PAPER = dict(recipe='published', transforms='published', epochs=80)
 LWF = {f'LwF, weight = {o:g}': o for o in (0.1, 0.3, 1., 3., 10.)} # arm -> weight of the source's answers in the loss
 CLIPPED = 'EWC, clipped','clipped plain','clipped L2-SP-Fisher' # Arms with gradients clipped at norm 1
+KEPT,KEPT_NORM = 'L2-SP-Fisher with one layer kept','blocks.1.1.bn2'  # A layer with its running statistics in training
 EWC = dict(kind='empirical', step='grad')
 PUBLISHED = dict(step='published', l2sp=0.004)
 
@@ -72,6 +75,7 @@ STAGES = {
                dict(arm='as published', alpha=[0., 5e-4], beta=[0., 4e-5, 4e-4], **PUBLISHED),
                dict(arm='target Fisher', fisher_from='target', strength=STRENGTHS[1:])],
     'clipped': [dict(arm=CLIPPED[1]), dict(arm=CLIPPED[2], strength=STRENGTHS[1:])],
+    'kept': [dict(arm=KEPT, strength=[0.5])],
     'distilled': [dict(arm=o) for o in LWF],
     'merged': [dict(arm='plain')],                                   # WiSE-FT and Fisher merging, after its training
     'pictures': [dict(arm=f'Fisher of {n} pictures', n_fisher=n, strength=0.5) for n in (30, 100, 300)],
@@ -93,7 +97,7 @@ STAGES = {
 N_SEEDS = dict(epochs=1, rate=1, levels=1, rates=1)                    # choices and levels; elsewhere as many as asked
 ON_GPU = 'inception', 'starts'                                        # too slow for two cores
 SIZES,PAPER_SIZE = (224, 299), 299
-NOT_AGAIN = 'epochs', 'rate', 'larger'                                # of the grid at each of the sizes
+NOT_AGAIN = 'epochs', 'rate', 'kept', 'larger'                         # of the grid at each of the sizes
 KEY = ['arm', 'seed', 'arch', 'size', 'epochs', 'lr', 'level', 'amp'] # These columns identify a run, on any machine
 SETTING = KEY[2:6] + ['amp'] # Arms are compared where these are equal
 
@@ -149,8 +153,13 @@ def not_done(runs, out):
 
 def source_of(run): return source_model(run.arch, run.weights or None).to(default_device())
 
+class KeptNorm(Callback):
+    "Normalise one layer by its running statistics in training, too"
+    def before_train(self): self.model.get_submodule(KEPT_NORM).eval()
+
 def further_callbacks(run):
-    "Functions that make what a `Run` has no field for: LwF's loss, and a limit to the gradients of some arms"
+    "Functions that make what a `Run` has no field for: LwF's loss, a limit to the gradients, a layer's statistics"
+    if run.arm.startswith(KEPT): return [KeptNorm]
     if run.arm in LWF: return [lambda: LwF(source_of(run), LWF[run.arm])]
     return [lambda: GradientClip(1.)] if run.arm.startswith(CLIPPED) else []
 

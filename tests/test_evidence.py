@@ -4,8 +4,8 @@ from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 import matplotlib, matplotlib.pyplot as plt, numpy as np, pandas as pd, pytest, timm, torch
-from safetensors.torch import save_file
-from fgvc_fisher.experiment import results, table
+from safetensors.torch import load_model, save_file
+from fgvc_fisher.experiment import load_run, results, table
 from fgvc_fisher.experiment.results import ACCURACIES
 from fgvc_fisher.data.synthetic import draw_aircraft, draw_source
 
@@ -149,6 +149,32 @@ def test_unprotected_channels_are_put_back(aircraft, tmp_path, monkeypatch, caps
     assert row.unprotected>row.of/2 and 0<=row.first_back<=1
     assert row.moved>0 and row.deviation>0 and 0<=row.seen<=1 and row['values']>2
     assert capsys.readouterr().out.count('unprotected channels back')==1
+
+def test_a_saturated_channel_passes_a_gradient_on_by_the_batchs_statistics(aircraft, tmp_path, monkeypatch, capsys):
+    "Running statistics under which a channel is cut off: no gradient by them, one by those of a batch"
+    import saturated
+    state = timm.create_model('test_resnet', num_classes=4).state_dict()
+    state['bn1.running_mean'][1],state['bn1.running_var'][1] = 1e3,4.
+    save_file(state, tmp_path/'weights/tiny.safetensors')
+    monkeypatch.setattr(saturated, 'CHANNEL', ('conv1.6.weight',1))
+    monkeypatch.setattr(saturated, 'SIZES', (32,48))
+    saturated.main(str(tmp_path), str(tmp_path))
+    rows = pd.read_csv(tmp_path/'saturated.csv').set_index('statistics')
+    running,batch = rows.loc['running'],rows.loc['batch']
+    assert len(running)==len(batch)==4 and running.deviation.eq(2).all() and (batch.deviation!=2).all()
+    assert running[['open','gradient']].eq(0).all(axis=None) and (batch[['open','gradient']]>0).all(axis=None)
+
+def test_one_layer_keeps_its_statistics(aircraft, tmp_path, monkeypatch, capsys):
+    "A training with a layer kept leaves its running statistics as they were, and only those"
+    monkeypatch.setattr(aircraft, 'STAGES', dict(kept=aircraft.STAGES['kept']))
+    monkeypatch.setattr(aircraft, 'KEPT_NORM', 'bn1')
+    call(aircraft, tmp_path, stages='kept', seeds=1, size=32)
+    folder, = tmp_path.glob('work/runs/*')
+    source = timm.create_model('test_resnet', num_classes=4)
+    load_model(source, tmp_path/'weights/tiny.safetensors')
+    tuned,source = load_run(folder).model.state_dict(),source.state_dict()
+    changed = {k for k in source if k.endswith('running_var') and not torch.equal(tuned[k], source[k])}
+    assert changed=={k for k in source if k.endswith('running_var')}-{'bn1.running_var'}
 
 def test_statistics_of_the_target(aircraft, tmp_path, monkeypatch, capsys):
     "Without those of the target the accuracy is the source's; the model that lends its layers stays as it is"
@@ -297,7 +323,7 @@ def test_the_notebook_holds_for_any_rows(aircraft, tmp_path, monkeypatch, capsys
     (tmp_path/'results/aircraft').mkdir(parents=True)
     rows.to_csv(tmp_path/'results/aircraft/runs.csv', index=False)
     examined(rows).to_csv(tmp_path/'results/aircraft/unprotected.csv', index=False)
-    for o in ('norm_statistics','cost','cost_fisher'):
+    for o in ('norm_statistics','saturated','cost','cost_fisher'):
         shutil.copy(ROOT/f'results/aircraft/{o}.csv', tmp_path/'results/aircraft')
     sequence = pd.read_csv(ROOT/'results/aircraft/sequence.csv')
     if part=='one_seed': sequence = sequence[sequence.seed==42]
