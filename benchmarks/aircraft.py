@@ -62,7 +62,7 @@ def paper(name):
 
 # What each stage compares. The further strengths of `more` complete the curves once `main` has its seeds
 STAGES = {
-    'epochs': [dict(arm=f'plain, {n} epochs', epochs=n) for n in (10, 20, 30)],
+    'epochs': [dict(arm=f'plain, {n} epochs', epochs=n, lr=0.02) for n in (10, 20, 30)],  # before RATE was known
     'rate': [dict(arm=f'plain, {n} epochs, rate {lr:g}', lr=lr, epochs=n)
              for n,lr in ((10, 0.005), (10, 0.01), (10, 0.04), (10, 0.08), (20, 0.04))],
     'main': [dict(arm='plain'), dict(arm='L2-SP-Fisher', strength=STRENGTHS), dict(arm='L2-SP', l2sp=PULLS),
@@ -88,7 +88,8 @@ STAGES = {
                                        ('both', dict(l2sp=[0.03], strength=[0.5])))],
     'larger': [dict(arm='plain', size=LARGER), dict(arm='L2-SP', l2sp=PULLS, size=LARGER),
                dict(arm='L2-SP-Fisher', strength=STRENGTHS[1:], size=LARGER),
-               dict(arm='both', l2sp=[0.03], strength=[0.5], size=LARGER)],
+               dict(arm='both', l2sp=[0.03], strength=[0.5], size=LARGER),
+               *[dict(arm=f'plain at rate {lr:g}', lr=lr, size=LARGER) for lr in (RATE/2, RATE/4)]],
     'recipe': [PAPER | o for o in paper('published recipe')],
     'inception': [PAPER | o for o in paper(SUBSTITUTED)],
     'starts': [dict(arm=f'{SUBSTITUTED}: plain'), dict(arm=f'{SUBSTITUTED}: kernel at random', weights=RANDOM),

@@ -104,6 +104,16 @@ def test_every_stage_of_the_papers_pictures_makes_runs(aircraft, tmp_path):
     assert {run.seed for run in runs if run.arm=='plain, family'}=={0}
     assert all('two tensors substituted' in o['arm'] for stage in aircraft.ON_GPU for o in aircraft.STAGES[stage])
 
+def test_every_committed_row_is_of_a_run_of_a_stage(aircraft, tmp_path):
+    "So a call that resumes does none of them again; a merged model comes from a plain run"
+    key = [o for o in aircraft.KEY if o!='arch']                       # the fixture's is another
+    runs = [run for size,amp in product((160,*aircraft.SIZES), (False,True))
+            for run in aircraft.all_runs(tmp_path, tmp_path, aircraft.STAGES, range(42,52), size=size, amp=amp)]
+    known = {tuple(getattr(run, o) for o in key) for run in runs}
+    rows = pd.read_csv(ROOT/'results/aircraft/runs.csv')
+    rows = rows.assign(arm=rows.arm.where(~rows.arm.str.contains('^WiSE-FT|^Fisher merging'), 'plain'))
+    assert not {*rows[key].itertuples(index=False, name=None)}-known
+
 def test_the_papers_pictures_resume(aircraft, tmp_path, monkeypatch, capsys):
     "What is finished has a row when a call is interrupted, and is not done again, also where its folder is gone"
     monkeypatch.setattr(aircraft, 'STAGES', tiny_arms(aircraft))
