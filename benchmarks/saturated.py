@@ -19,7 +19,7 @@ from pathlib import Path
 import pandas as pd, torch
 from fastcore.script import call_parse
 import aircraft
-from unprotected import norm_after
+from unprotected import gradient, norm_after
 from fgvc_fisher.data import read_aircraft
 from fgvc_fisher.data.tables import pick_split, read_folder
 from fgvc_fisher.learner import source_dl, source_model
@@ -27,12 +27,6 @@ from fgvc_fisher.learner import source_dl, source_model
 CHANNEL = 'blocks.1.1.conv_dw.weight',33
 SIZES = 128,160,192,224,256
 N,BS = 128,32
-
-def relative_gradient(model, images, parameter, channel):
-    "The length of the gradient of the most likely class's log-likelihood in a channel, by the median of its layer"
-    most_likely = model(images).log_softmax(-1).max(-1).values.mean()
-    lengths = torch.autograd.grad(most_likely, model.get_parameter(parameter))[0].flatten(1).norm(dim=1)
-    return (lengths[channel]/lengths.median()).item()
 
 def look(model, batches, parameter, channel):
     "What one channel does on some batches, by the statistics of the mode that the model is in"
@@ -42,10 +36,12 @@ def look(model, batches, parameter, channel):
         between = ((out[:,channel]>0) & (out[:,channel]<6)).float().mean()
         found.append(dict(variance=variance.item(), open=between.item()))
     hook = norm.register_forward_hook(note)
-    gradients = [relative_gradient(model, o, parameter, channel) for o in batches]
+    for images in batches:
+        lengths = gradient(model, images, parameter).flatten(1).norm(dim=1)
+        found[-1]['gradient'] = (lengths[channel]/lengths.median()).item()
     hook.remove()
     mean = pd.DataFrame(found).mean()
-    return dict(deviation=mean.variance**0.5, open=mean.open, gradient=sum(gradients)/len(gradients))
+    return dict(deviation=mean.variance**0.5, open=mean.open, gradient=mean.gradient)
 
 @call_parse
 def main(

@@ -83,11 +83,14 @@ def norm_after(model, images):
     for o in hooks: o.remove()
     return found
 
+def gradient(model, images, parameter):
+    "The gradient of the log-likelihood of each image's most likely class, their mean"
+    most_likely = model(images).log_softmax(-1).max(-1).values.mean()
+    return torch.autograd.grad(most_likely, model.get_parameter(parameter))[0]
+
 def share_seen(model, pictures, parameter, channel):
     "The share of pictures whose gradient is not zero in a channel"
-    weight = model.get_parameter(parameter)
-    def gradient(image): return torch.autograd.grad(model(image).log_softmax(-1).max(), weight)[0]
-    seen = [gradient(image)[channel].any().item() for x,_ in pictures for image in x.split(1)]
+    seen = [gradient(model, image, parameter)[channel].any().item() for x,_ in pictures for image in x.split(1)]
     return sum(seen)/len(seen)
 
 def n_values(model, pictures, norm, channel):

@@ -107,7 +107,7 @@ def test_every_stage_of_the_papers_pictures_makes_runs(aircraft, tmp_path):
 def test_every_committed_row_is_of_a_run_of_a_stage(aircraft, tmp_path):
     "So a call that resumes does none of them again; a merged model comes from a plain run"
     key = [o for o in aircraft.KEY if o!='arch']                       # the fixture's is another
-    runs = [run for size,amp in product((160,*aircraft.SIZES), (False,True))
+    runs = [run for size,amp in product((aircraft.SIZE,*aircraft.SIZES), (False,True))
             for run in aircraft.all_runs(tmp_path, tmp_path, aircraft.STAGES, range(42,52), size=size, amp=amp)]
     known = {tuple(getattr(run, o) for o in key) for run in runs}
     rows = pd.read_csv(ROOT/'results/aircraft/runs.csv')
