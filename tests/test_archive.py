@@ -1,6 +1,7 @@
 "Downloading and unpacking the archive, against a server that fails in the ways that servers and networks do"
-import gzip, io, random, re, shutil, signal, subprocess, tarfile, time
+import gzip, io, os, random, re, shutil, signal, subprocess, tarfile, time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import count
 from threading import Thread
 import pytest
 from fgvc_fisher.data import untar_aircraft
@@ -249,3 +250,40 @@ def test_stopped_at_any_time(server, tmp_path, how):
         assert not (tmp_path/NAME).exists() or is_whole(tmp_path)
     get(tmp_path, server)
     assert is_whole(tmp_path) and is_clean(tmp_path) and 1<n<40 and server.asked==sorted(server.asked)
+
+def unpack_until(n, dest, url, keep):
+    "Be killed after the nth file got another name or was deleted"
+    left = count(n-1, -1)
+    def counted(f):
+        def change(*args, **kwargs):
+            f(*args, **kwargs)
+            if next(left)==0: os.kill(os.getpid(), signal.SIGKILL)
+        return change
+    for o in ('replace','unlink'): setattr(os, o, counted(getattr(os, o)))
+    untar_aircraft(dest, url, quiet=True, keep=keep)
+
+@pytest.mark.parametrize('keeps', [False,True])
+def test_killed_after_any_step(server, tmp_path, keeps):
+    "The next call tidies up, does not download again what is there, and makes the copy that was asked for"
+    for n in count(1):
+        dest,keep = [tmp_path/f'{n}'/o for o in ('dest','keep')]
+        for o in (dest, keep): o.mkdir(parents=True)
+        server.asked.clear()
+        ended = Forked(unpack_until, n, dest, server.url, keep if keeps else None).wait()
+        get(dest, server, keep=keep if keeps else None)
+        assert is_whole(dest) and is_clean(dest) and server.asked==[0]
+        kept = {o.name: o.read_bytes() for o in keep.iterdir()}
+        assert kept==({f'{NAME}.tar.gz': ARCHIVE} if keeps else {})
+        if not ended: break
+    assert n>(4 if keeps else 3)
+
+def test_the_users_own_archive_stays(server, tmp_path):
+    "Also where a download had begun"
+    server.status = 404
+    (tmp_path/f'{NAME}.tar.gz.part.tag').write_text('"a"')
+    file = tmp_path/f'{NAME}.tar.gz'
+    file.write_bytes(ARCHIVE)
+    untar_aircraft(tmp_path, file, quiet=True)
+    assert is_whole(tmp_path) and file.read_bytes()==ARCHIVE
+    untar_aircraft(tmp_path, server.url, quiet=True)
+    assert file.exists()

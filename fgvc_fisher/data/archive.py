@@ -29,10 +29,11 @@ TERMS = ('FGVC-Aircraft (Maji et al. 2013): the pictures are for non-commercial 
          'and belong to their photographers.')
 
 # %% ../../nbs/data/archive.ipynb #0065b973
+def _tag_file(file): return file.with_name(file.name+'.part.tag')
 def _open_rest(url, part, timeout):
     "Open `url` after the bytes that are in `part`. Returns the response and how many of these bytes are still valid."
     n_have = part.stat().st_size if part.exists() else 0
-    tag_file = part.with_name(part.name+'.tag')
+    tag_file = _tag_file(part.with_suffix(''))
     tag = tag_file.read_text() if tag_file.exists() else ''
     headers = {'User-Agent': 'fgvc_fisher', 'Accept-Encoding': 'identity'}
     if n_have and tag: headers |= {'Range': f'bytes={n_have}-', 'If-Range': tag}
@@ -88,7 +89,6 @@ def _download(url, file, size, timeout, quiet):
         if n_failed==3:
             raise ConnectionError(f"{url}: download failed after {n_bytes():,} bytes ({reason}). Call again to resume")
     os.replace(part, file)
-    part.with_name(part.name+'.tag').unlink()
 
 # %% ../../nbs/data/archive.ipynb #77dee0fe
 def _strict_filter(member, folder):
@@ -148,12 +148,21 @@ def _download_and_install(url, dest, size, timeout, quiet, keep):
     if not file.is_file(): _download(url, file, size, timeout, quiet)
     try: _install(file, dest, quiet)
     except ValueError as e:
-        file.unlink()
+        for o in (file, _tag_file(file)): o.unlink(missing_ok=True)
         raise ValueError(f"{e}. It was deleted; call again to download it anew") from e
+
+# %% ../../nbs/data/archive.ipynb #7d79031c
+def _tidy(url, dest, keep):
+    "Once the tree is there: copy a downloaded archive to `keep`, and delete what is left of the download"
+    shutil.rmtree(dest/f'.{NAME}.unpacking', ignore_errors=True)
+    file = dest/f'{NAME}.tar.gz'
+    if not _tag_file(file).exists(): return                          # not downloaded here
+    downloaded = [] if Path(url)==file else [file]                   # or the user's own
     try:
-        if kept:
-            with open(file, 'rb') as f: copy_file(f, kept)
-    finally: file.unlink()
+        if keep and downloaded and file.is_file():
+            with open(file, 'rb') as f: copy_file(f, keep/file.name)
+    finally:
+        for o in (*downloaded, file.with_name(file.name+'.part'), _tag_file(file)): o.unlink(missing_ok=True)
 
 # %% ../../nbs/data/archive.ipynb #cc524a45
 def untar_aircraft(
@@ -176,4 +185,5 @@ def untar_aircraft(
     dest.mkdir(parents=True, exist_ok=True)
     with FileLock(dest/f'.{NAME}.lock'):
         if not (dest/NAME).is_dir(): _download_and_install(url, dest, size, timeout, quiet, keep)
+        _tidy(url, dest, keep)
     return dest/NAME
