@@ -4,9 +4,9 @@
 
 1. `tests`: the tests that need a GPU, `tests/test_cuda.py`.
 2. `fisher`: images per second and peak memory of the empirical Fisher, beside a plain forward and backward pass of the
-   same batch, by the rule for convolutions: this package's choice, unfolding and a matrix product, one convolution with
-   a group for each image, and `convolution_backward` for one image at a time. `of_plain` is the median over turns of
-   its speed relative to the plain pass; `error` is relative to this package's Fisher.
+   same batch, by the rule for convolutions: first this package's choice, for all networks, then unfolding and a matrix
+   product, one convolution with a group for each image, and `convolution_backward` for one image at a time. `of_plain`
+   is the median over turns of its speed relative to the plain pass; `error` is relative to this package's Fisher.
 3. `penalty`: milliseconds of the proximal step, written in several ways. The first row only reads and writes the same
    bytes; `memory` is its time relative to a row's.
 4. `training`: pictures per second of the paper's recipe with the penalty, from the original pictures and from smaller
@@ -177,7 +177,7 @@ def fisher_speed(network, size, bs, dtype, way, device, time_for):
 def fisher_table(table, device, networks, batches, seconds, **_):
     half = 'float16' if device=='cuda' else 'bfloat16'
     try:
-        for bs,dtype,(network,size),way in product(batches, ('float32',half), networks.items(), WAYS):
+        for way,bs,dtype,(network,size) in product(WAYS, batches, ('float32',half), networks.items()):
             measure = partial(fisher_speed, network, size, bs, dtype, way, device, seconds)
             table.add(measure, network=network, size=size, bs=bs, dtype=dtype, rule=way)
     finally: RULES[F.conv2d] = conv_rule

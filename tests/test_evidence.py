@@ -113,6 +113,8 @@ def test_every_committed_row_is_of_a_run_of_a_stage(aircraft, tmp_path):
     rows = pd.read_csv(ROOT/'results/aircraft/runs.csv')
     rows = rows.assign(arm=rows.arm.where(~rows.arm.str.contains('^WiSE-FT|^Fisher merging'), 'plain'))
     assert not {*rows[key].itertuples(index=False, name=None)}-known
+    curves = pd.read_csv(ROOT/'results/aircraft/recipe_curves.csv')
+    assert {*curves.arm}=={o['arm'] for o in aircraft.STAGES['inception']}
 
 def test_the_papers_pictures_resume(aircraft, tmp_path, monkeypatch, capsys):
     "What is finished has a row when a call is interrupted, and is not done again, also where its folder is gone"
