@@ -4,7 +4,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import count
 from threading import Thread
 import pytest
-from fgvc_fisher.data import untar_aircraft
+from fgvc_fisher.data import archive, untar_aircraft
 from fgvc_fisher.data.archive import NAME
 from forks import Forked
 
@@ -276,6 +276,14 @@ def test_killed_after_any_step(server, tmp_path, keeps):
         assert kept==({f'{NAME}.tar.gz': ARCHIVE} if keeps else {})
         if not ended: break
     assert n>(4 if keeps else 3)
+
+def test_a_copy_that_is_interrupted_is_made_by_the_next_call(server, tmp_path, monkeypatch):
+    def interrupted(*args): raise KeyboardInterrupt
+    with monkeypatch.context() as patch:
+        patch.setattr(archive, 'copy_file', interrupted)
+        with pytest.raises(KeyboardInterrupt): get(tmp_path/'dest', server, keep=tmp_path)
+    get(tmp_path/'dest', server, keep=tmp_path)
+    assert (tmp_path/f'{NAME}.tar.gz').read_bytes()==ARCHIVE and server.asked==[0] and is_clean(tmp_path/'dest')
 
 def test_the_users_own_archive_stays(server, tmp_path):
     "Also where a download had begun"

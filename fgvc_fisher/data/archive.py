@@ -158,11 +158,15 @@ def _tidy(url, dest, keep):
     file = dest/f'{NAME}.tar.gz'
     if not _tag_file(file).exists(): return                          # not downloaded here
     downloaded = [] if Path(url)==file else [file]                   # or the user's own
-    try:
-        if keep and downloaded and file.is_file():
-            with open(file, 'rb') as f: copy_file(f, keep/file.name)
-    finally:
+    def delete():
         for o in (*downloaded, file.with_name(file.name+'.part'), _tag_file(file)): o.unlink(missing_ok=True)
+    if keep and downloaded and file.is_file():                       # interrupted here, the next call copies it
+        try:
+            with open(file, 'rb') as f: copy_file(f, keep/file.name)
+        except OSError:
+            delete()
+            raise
+    delete()
 
 # %% ../../nbs/data/archive.ipynb #cc524a45
 def untar_aircraft(
