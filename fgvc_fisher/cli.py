@@ -279,14 +279,16 @@ def _of_folder(model, images, out, half, size, bs, on_bad, **settings):
     "Estimate, and write in the first of several processes; the others return None."
     from fgvc_fisher.data.tables import read_folder
     from fgvc_fisher.distributed.ranks import processes, shutdown_processes
-    from fgvc_fisher.fisher.estimate import estimate_fisher
+    from fgvc_fisher.fisher.estimate import estimate_fisher, remove_checkpoint
     from fgvc_fisher.learner import source_dl
     batches = source_dl(read_folder(images), model, size, bs, on_bad=on_bad)
-    fisher = estimate_fisher(model, batches, checkpoint=f'{out}.checkpoint', **settings)
-    _,rank = processes()
+    n,rank = processes()
+    checkpoint = f'{out}.checkpoint'
+    fisher = estimate_fisher(model, batches, checkpoint=checkpoint, keep_checkpoint=True, **settings)
     shutdown_processes()
     if rank: return None
     fisher.save(out, half)
+    remove_checkpoint(checkpoint, n)
     return fisher
 
 # %% ../nbs/cli.ipynb #7d3f2e50

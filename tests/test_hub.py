@@ -1,12 +1,17 @@
 "The command, interrupted and in several processes; to the Hub and back through a server that answers as the Hub does"
-import base64, importlib, json, os, re, sys, time, warnings
+import base64, errno, importlib, json, os, re, sys, time, warnings
 from functools import partial
 from hashlib import sha1
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from threading import Thread
 import pytest, timm, torch
 from safetensors.torch import save_file
+from fgvc_fisher import cli
+from fgvc_fisher.experiment import do_run
 from fgvc_fisher.fisher import DiagFisher, estimate_fisher
+from fgvc_fisher.fisher.estimate import Estimate
+from fgvc_fisher.learner import source_model
 from forks import Forked, shell, shells
 
 @pytest.fixture(scope='module')
@@ -55,6 +60,37 @@ def test_killed_and_started_again_ends_with_the_same_bits(tmp_path):
     assert a.n_images==b.n_images==24 and a.provenance==b.provenance and torch.equal(a.moments, b.moments)
     assert all(torch.equal(a.sums[k], b.sums[k]) for k in a)
     assert not list(tmp_path.glob('*.checkpoint*'))
+
+def by_command(run, out):
+    "What `fgvc-fisher` does with a folder of pictures"
+    model = source_model(run.arch, run.weights)
+    cli._of_folder(model, run.source, out, False, run.size, run.bs, 'error', progress=False)
+    return out
+def by_run(run, out):
+    do_run(run, out, quiet=True)
+    return next(out.rglob('*-sampled.safetensors'))
+
+@pytest.mark.parametrize('do', [by_command,by_run])
+def test_nothing_is_lost_when_the_fisher_cannot_be_written(do, tiny_run, tmp_path, monkeypatch):
+    "Its checkpoint stays until it is in its file, and the next call need not look at a picture again"
+    wanted,save,add,added = DiagFisher.load(do(tiny_run, tmp_path/'wanted')),DiagFisher.save,Estimate.add,[]
+    def full(self, path, *args):
+        if 'checkpoint' not in Path(path).name: raise OSError(errno.ENOSPC, 'no space left')
+        save(self, path, *args)
+    def counted(self, x, *args):
+        added.append(len(x))
+        return add(self, x, *args)
+    often = partial(estimate_fisher, checkpoint_every=0)
+    for module in ('fgvc_fisher.fisher.estimate', 'fgvc_fisher.experiment.run'):
+        monkeypatch.setattr(f'{module}.estimate_fisher', often)
+    monkeypatch.setattr(Estimate, 'add', counted)
+    with monkeypatch.context() as patch:
+        patch.setattr(DiagFisher, 'save', full)
+        with pytest.raises(OSError, match='no space left'): do(tiny_run, tmp_path/'again')
+    assert sum(added)==wanted.n_images and list(tmp_path.rglob('*.checkpoint'))
+    found = DiagFisher.load(do(tiny_run, tmp_path/'again'))
+    assert sum(added)==wanted.n_images and not list(tmp_path.rglob('*.checkpoint*'))
+    assert all(torch.equal(found.sums[k], v) for k,v in wanted.sums.items())
 
 def test_checkpoint_of_another_estimate(tmp_path):
     net,x = torch.nn.Linear(4,3),torch.randn(3,8,4)

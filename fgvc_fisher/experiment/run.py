@@ -49,7 +49,7 @@ from fgvc_fisher.learner import (
 )
 from ..callback import L2SPFisherCallback
 from ..fisher.diagonal import DiagFisher, weights_sha256
-from ..fisher.estimate import estimate_fisher
+from ..fisher.estimate import estimate_fisher, remove_checkpoint
 from ..retention import accuracy_on, compare_with_source, source_parts
 from .paper import AsPublished, fit_published, published_learner
 from .saved import save_model, temperature_on
@@ -473,9 +473,11 @@ def _estimate(run, model, pictures, file, progress):
     "The run's Fisher, estimated and written to a file."
     about = dict(images=run.source if run.fisher_from=='source' else f'{run.data}, {run.train}', file=run.weights)
     mass = 0.99 if run.kind=='exact' else 1.
-    fisher = estimate_fisher(model, pictures, run.kind, mass=mass, checkpoint=f'{file}.{run.bs}.checkpoint',
-                             progress=progress, provenance=about)
+    checkpoint = f'{file}.{run.bs}.checkpoint'
+    fisher = estimate_fisher(model, pictures, run.kind, mass=mass, checkpoint=checkpoint, progress=progress,
+                             provenance=about, keep_checkpoint=True)
     on_rank0(lambda: fisher.save(file))
+    on_rank0(lambda: remove_checkpoint(checkpoint, processes()[0]))
     return fisher
 
 # %% ../../nbs/experiment/run.ipynb #1a8e97f9
