@@ -335,7 +335,7 @@ def test_the_notebook_holds_for_any_rows(aircraft, tmp_path, monkeypatch, capsys
     (tmp_path/'results/aircraft').mkdir(parents=True)
     rows.to_csv(tmp_path/'results/aircraft/runs.csv', index=False)
     examined(rows).to_csv(tmp_path/'results/aircraft/unprotected.csv', index=False)
-    for o in ('norm_statistics','saturated','cost','cost_fisher'):
+    for o in ('norm_statistics','saturated','recipe_curves','cost','cost_fisher'):
         shutil.copy(ROOT/f'results/aircraft/{o}.csv', tmp_path/'results/aircraft')
     sequence = pd.read_csv(ROOT/'results/aircraft/sequence.csv')
     if part=='one_seed': sequence = sequence[sequence.seed==42]
