@@ -29,11 +29,12 @@ TERMS = ('FGVC-Aircraft (Maji et al. 2013): the pictures are for non-commercial 
          'and belong to their photographers.')
 
 # %% ../../nbs/data/archive.ipynb #0065b973
-def _tag_file(file): return file.with_name(file.name+'.part.tag')
+def _part(file): return file.with_name(file.name+'.part')
+def _tag(part): return part.with_name(part.name+'.tag')
 def _open_rest(url, part, timeout):
     "Open `url` after the bytes that are in `part`. Returns the response and how many of these bytes are still valid."
     n_have = part.stat().st_size if part.exists() else 0
-    tag_file = _tag_file(part.with_suffix(''))
+    tag_file = _tag(part)
     tag = tag_file.read_text() if tag_file.exists() else ''
     headers = {'User-Agent': 'fgvc_fisher', 'Accept-Encoding': 'identity'}
     if n_have and tag: headers |= {'Range': f'bytes={n_have}-', 'If-Range': tag}
@@ -71,7 +72,7 @@ def _fetch_rest(url, part, size, timeout, quiet):
 # %% ../../nbs/data/archive.ipynb #1682cd15
 def _download(url, file, size, timeout, quiet):
     "Download `url` to `file`, which appears when it is complete"
-    part = file.with_name(file.name+'.part')
+    part = _part(file)
     def n_bytes(): return part.stat().st_size if part.exists() else 0
     most,n_failed = n_bytes(),0
     while True:
@@ -148,7 +149,7 @@ def _download_and_install(url, dest, size, timeout, quiet, keep):
     if not file.is_file(): _download(url, file, size, timeout, quiet)
     try: _install(file, dest, quiet)
     except ValueError as e:
-        for o in (file, _tag_file(file)): o.unlink(missing_ok=True)
+        for o in (file, _tag(_part(file))): o.unlink(missing_ok=True)
         raise ValueError(f"{e}. It was deleted; call again to download it anew") from e
 
 # %% ../../nbs/data/archive.ipynb #7d79031c
@@ -156,10 +157,11 @@ def _tidy(url, dest, keep):
     "Once the tree is there: copy a downloaded archive to `keep`, and delete what is left of the download"
     shutil.rmtree(dest/f'.{NAME}.unpacking', ignore_errors=True)
     file = dest/f'{NAME}.tar.gz'
-    if not _tag_file(file).exists(): return                          # not downloaded here
+    part = _part(file)
+    if not _tag(part).exists(): return                               # not downloaded here
     downloaded = [] if Path(url)==file else [file]                   # or the user's own
     def delete():
-        for o in (*downloaded, file.with_name(file.name+'.part'), _tag_file(file)): o.unlink(missing_ok=True)
+        for o in (*downloaded, part, _tag(part)): o.unlink(missing_ok=True)
     if keep and downloaded and file.is_file():                       # interrupted here, the next call copies it
         try:
             with open(file, 'rb') as f: copy_file(f, keep/file.name)
