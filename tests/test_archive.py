@@ -81,9 +81,10 @@ def test_quiet_in_ci(server, tmp_path, monkeypatch, capfd):
     assert capfd.readouterr()==('','')
 
 def test_goes_on_where_it_broke_off(server, tmp_path):
+    "With the last byte that came"
     server.cut = 70_000
     get(tmp_path, server)
-    assert server.asked==[*range(0, len(ARCHIVE), 70_000)] and is_whole(tmp_path) and is_clean(tmp_path)
+    assert server.asked==[*range(0, len(ARCHIVE), 69_999)] and is_whole(tmp_path) and is_clean(tmp_path)
 
 def test_goes_on_in_the_next_call(server, tmp_path):
     server.cut = 0
@@ -94,7 +95,16 @@ def test_goes_on_in_the_next_call(server, tmp_path):
     assert part.stat().st_size==50_000 and not (tmp_path/NAME).exists()
     server.cut = None
     get(tmp_path, server)
-    assert server.asked[-1]==50_000 and is_whole(tmp_path) and is_clean(tmp_path)
+    assert server.asked[-1]==49_999 and is_whole(tmp_path) and is_clean(tmp_path)
+
+@pytest.mark.parametrize('n', [1, 2, 50_000, len(ARCHIVE)-1, len(ARCHIVE)])
+def test_ended_after_any_byte(server, tmp_path, n):
+    "The last one, too: the file only has not got its name yet"
+    part = tmp_path/f'{NAME}.tar.gz.part'
+    part.write_bytes(ARCHIVE[:n])
+    part.with_name(part.name+'.tag').write_text('"a"')
+    get(tmp_path, server)
+    assert server.asked==[n-1] and is_whole(tmp_path) and is_clean(tmp_path)
 
 @pytest.mark.parametrize('ranges,tag', [(False,'"a"'), (True,None)])
 def test_starts_again_where_the_server_cannot_go_on(server, tmp_path, ranges, tag):

@@ -32,8 +32,8 @@ TERMS = ('FGVC-Aircraft (Maji et al. 2013): the pictures are for non-commercial 
 def _part(file): return file.with_name(file.name+'.part')
 def _tag(part): return part.with_name(part.name+'.tag')
 def _open_rest(url, part, timeout):
-    "Open `url` after the bytes that are in `part`. Returns the response and how many of these bytes are still valid."
-    n_have = part.stat().st_size if part.exists() else 0
+    "Open `url` at the last byte of `part`. Returns the response and how many bytes of `part` come before it."
+    n_have = max(part.stat().st_size-1, 0) if part.exists() else 0
     tag_file = _tag(part)
     tag = tag_file.read_text() if tag_file.exists() else ''
     headers = {'User-Agent': 'fgvc_fisher', 'Accept-Encoding': 'identity'}
@@ -63,7 +63,6 @@ def _fetch_rest(url, part, size, timeout, quiet):
     bar = progress_bar(total=length, initial=n_have, unit='B', unit_scale=True, desc=part.stem, shown=not quiet)
     with response, open(part, 'r+b' if n_have else 'wb', buffering=0) as f, bar:
         f.seek(n_have)
-        f.truncate()
         while block := response.read1(2**18):
             f.write(block)
             bar.update(len(block))
