@@ -12,15 +12,13 @@ import math
 from collections import Counter
 from functools import cache, partial
 from itertools import islice, zip_longest
-from pathlib import Path
 from textwrap import shorten
 import pandas as pd, torch
 from torch import Tensor, nn
-from torch.utils.data import RandomSampler
 from fastcore.basics import patch
 from fastai.torch_core import no_random
 from .callback import RecorderColumns
-from .data.batches import has_labels, read_batch
+from .data.batches import check_batches, has_labels, is_shuffled, read_batch
 from .data.tables import pick_split
 from .distributed.wrappers import copy_module, match_names, mismatch_advice, shares_parameters, unwrap
 from .learner import head_names
@@ -84,6 +82,7 @@ def accuracy_on(
 )->float: # From 0 to 1; NaN if a logit is NaN
     """The share of pictures whose most probable class is the right one.
     Raises `ValueError` if there are no pictures, or labels that the model has no class for."""
+    check_batches(dl, 'dl')
     right = n = 0
     for batch in dl:
         x,y = read_batch(batch, model)
@@ -101,19 +100,17 @@ def retention(
 )->dict: # Accuracy from 0 to 1, with BatchNorm's statistics of the 'target' and of the 'source'
     """What a fine-tuned model still knows of its source. Each set of statistics gets pictures in its own normalisation.
     Without labels see `compare_with_source`."""
+    check_batches(dl, 'dl', passes=2 if tuned_dl is None or tuned_dl is dl else 1)
     pictures = dict(target=dl if tuned_dl is None else tuned_dl, source=dl)
     return {norm: accuracy_on(with_source_head(model, source, norm), pictures[norm]) for norm in pictures}
 
 # %% ../nbs/retention.ipynb #d315cb1a
-def _shuffles(dl):
-    "Whether a loader of PyTorch or fastai says that it yields its pictures in a random order"
-    return getattr(dl, 'shuffle', False) is True or isinstance(getattr(dl, 'sampler', None), RandomSampler)
 def _same_pictures(dl, tuned_dl, labelled):
     "`(batch, tuned batch, labels or None)`. Raises `ValueError` if the loaders do not yield the same pictures"
     missing = object()
     found = set()
     is_one = tuned_dl is None or tuned_dl is dl
-    if not is_one and (_shuffles(dl) or _shuffles(tuned_dl)):
+    if not is_one and (is_shuffled(dl) or is_shuffled(tuned_dl)):
         raise ValueError("dl and tuned_dl must yield the same pictures in the same order: make both without shuffling")
     for batch,tuned in ((o,o) for o in dl) if is_one else zip_longest(dl, tuned_dl, fillvalue=missing):
         if batch is missing or tuned is missing:
@@ -153,6 +150,7 @@ def compare_with_source(
     """What a fine-tuned model still knows of its source, and how far its answers are those of the source model.
     `target_bn` is with the target's BatchNorm statistics, `source_bn` with the source's. NaN if the model's logits are.
     Raises `ValueError` if the model, the pictures or the labels do not fit the source."""
+    for name,batches in (('dl', dl), ('tuned_dl', dl if tuned_dl is None else tuned_dl)): check_batches(batches, name)
     before = with_source_head(source, source)
     networks = {norm: with_source_head(model, source, norm) for norm in ('target','source')}
     states = [o.state_dict().values() for o in networks.values()]
@@ -187,12 +185,7 @@ class Retention(RecorderColumns):
         pictures, # Source pictures that the Fisher was not estimated on, batches as from `source_dl`
         labelled:bool=True, # Use the labels if there are any? False if those of the loader mean nothing
     ):
-        if isinstance(pictures, (str,Path,pd.DataFrame)) or not hasattr(pictures, '__iter__'):
-            raise ValueError(f"pictures: a Retention needs batches, got {type(pictures).__name__}; "
-                             "pass a DataLoader, such as source_dl(pictures, source)")
-        if iter(pictures) is pictures:
-            raise ValueError(f"pictures: a {type(pictures).__name__} can be read only once, and a Retention reads it "
-                             "every epoch; pass a DataLoader or a list of batches")
+        check_batches(pictures, 'pictures', passes=2)                  # and more, with every epoch
         self.source,self.pictures,self.labelled = source,pictures,labelled
     def begin(self): self.check(self.learn.model)
     def check(self,

@@ -1,12 +1,19 @@
 "Batches as loaders of all kinds yield them, in the Fisher and in the retention"
 from collections import UserDict, namedtuple
-import numpy as np, pytest, torch
+from functools import partial
+from pathlib import Path
+import numpy as np, pandas as pd, pytest, torch
+from fastai.data.core import DataLoaders
+from fastai.data.load import DataLoader as FastaiLoader
 from fastai.torch_core import TensorCategory, TensorImage
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import (
+    BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler, SubsetRandomSampler, TensorDataset,
+    WeightedRandomSampler
+)
 from fgvc_fisher.data.batches import read_batch
 from fgvc_fisher.fisher import estimate_fisher
-from fgvc_fisher.retention import accuracy_on, retention
+from fgvc_fisher.retention import Retention, accuracy_on, compare_with_source, retention
 
 torch.manual_seed(0)
 MODEL = nn.Sequential(nn.Flatten(), nn.Linear(48,7))
@@ -105,7 +112,54 @@ def test_a_mistake_is_noticed_before_much_is_computed():
     "A tuple of images and labels instead of a loader; a whole data set"
     with pytest.raises(ValueError, match=r'\(5,\)'): estimate_fisher(MODEL, (X,Y), progress=False)
     with pytest.raises(ValueError, match='DataLoader'): estimate_fisher(MODEL, TensorDataset(X, Y), progress=False)
-    with pytest.raises(ValueError, match='str'): estimate_fisher(MODEL, dict(image=X, label=Y), progress=False)
+
+NO_BATCHES = {
+    'folder': ('pictures', 'str'), 'path': (Path('pictures'), 'PosixPath|WindowsPath'), 'nothing': (None, 'NoneType'),
+    'table': (pd.DataFrame(dict(path=['a.jpg'])), 'DataFrame'), 'dict': (dict(image=X, label=Y), 'dict'),
+    'number': (3, 'int'), 'network': (MODEL, 'Sequential'), 'loaders': (DataLoaders(FastaiLoader([X])), 'dls.valid'),
+}
+READERS = [partial(estimate_fisher, MODEL), partial(accuracy_on, MODEL), partial(retention, MODEL, MODEL),
+           partial(compare_with_source, MODEL, MODEL), lambda o: compare_with_source(MODEL, MODEL, [X], o),
+           partial(Retention, MODEL)]
+@pytest.mark.parametrize('name', NO_BATCHES)
+def test_what_yields_no_batches(name):
+    data,named = NO_BATCHES[name]
+    for read in READERS:
+        if data is None and read is READERS[4]: continue                       # `tuned_dl=None` is its default
+        with pytest.raises(ValueError, match=named): read(data)
+
+def test_a_generator_is_read_once():
+    "A retention with one loader reads it twice, a `Retention` every epoch"
+    def once(): return iter([(X,Y)])
+    assert estimate_fisher(MODEL, once(), 'empirical', progress=False).n_images==5
+    assert accuracy_on(MODEL, once())==accuracy_on(MODEL, [(X,Y)])
+    assert retention(MODEL, MODEL, once(), once())==retention(MODEL, MODEL, [(X,Y)])
+    assert compare_with_source(MODEL, MODEL, once())==compare_with_source(MODEL, MODEL, [(X,Y)])
+    for refused in (lambda o: retention(MODEL, MODEL, o), lambda o: retention(MODEL, MODEL, o, o), READERS[-1]):
+        with pytest.raises(ValueError, match='only once'): refused(once())
+
+DATA = TensorDataset(X, Y)
+SHUFFLED = {
+    'PyTorch': DataLoader(DATA, 2, shuffle=True), 'seeded': DataLoader(DATA, 2, True, generator=torch.Generator()),
+    'weighted': DataLoader(DATA, 2, sampler=WeightedRandomSampler(torch.ones(5), 5)),
+    'some': DataLoader(DATA, 2, sampler=SubsetRandomSampler([0,1,2])),
+    'batches': DataLoader(DATA, batch_sampler=BatchSampler(RandomSampler(DATA), 2, False)),
+    'fastai': FastaiLoader(DATA, bs=2, shuffle=True, num_workers=0),
+}
+IN_ORDER = {
+    'PyTorch': DataLoader(DATA, 2), 'fastai': FastaiLoader(DATA, bs=2, num_workers=0), 'list': [(X,Y)],
+    'batches': DataLoader(DATA, batch_sampler=BatchSampler(SequentialSampler(DATA), 2, False)),
+}
+@pytest.mark.parametrize('name', SHUFFLED)
+def test_a_checkpoint_needs_the_same_order(name, tmp_path):
+    "Without one a shuffled loader will do"
+    assert estimate_fisher(MODEL, SHUFFLED[name], progress=False).n_images>=3
+    with pytest.raises(ValueError, match='shuffling'):
+        estimate_fisher(MODEL, SHUFFLED[name], checkpoint=tmp_path/'part', progress=False)
+
+@pytest.mark.parametrize('name', IN_ORDER)
+def test_a_loader_in_order(name, tmp_path):
+    assert estimate_fisher(MODEL, IN_ORDER[name], checkpoint=tmp_path/'part', progress=False).n_images==5
 
 @pytest.mark.parametrize('kind', ['sampled','exact','empirical'])
 def test_one_logit(kind):

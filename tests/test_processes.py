@@ -5,8 +5,11 @@ from dataclasses import replace
 from pathlib import Path
 import pandas as pd, pytest, torch
 from fastai.callback.core import Callback
+from fastai.data.load import DataLoader as FastaiLoader
+from fastai.distributed import DistributedDL
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 from fgvc_fisher.data import read_pictures
-from fgvc_fisher.fisher import DiagFisher
+from fgvc_fisher.fisher import DiagFisher, estimate_fisher
 from fgvc_fisher.learner import source_model
 from fgvc_fisher.distributed.ranks import shutdown_processes, processes
 from fgvc_fisher.retention import accuracy_on
@@ -60,6 +63,29 @@ def test_the_numbers_are_those_of_one_process(run, together, tmp_path):
     assert one.n_images==two.n_images
     learn = load_run(together, pictures=True)
     assert there['last']==pytest.approx(accuracy_on(learn.model, learn.dls.valid), abs=1e-12)
+
+def estimate(folder):
+    "Of a loader with all pictures, and what is said of loaders with a part, or in an order of their own"
+    from accelerate import Accelerator
+    accelerator = Accelerator(cpu=True)
+    data,model = TensorDataset(torch.arange(40.).view(10,4)),torch.nn.Linear(4,3)
+    with torch.no_grad(): model.weight.zero_()
+    loaders = [DataLoader(data, 2), DataLoader(data, 2, sampler=DistributedSampler(data)),
+               accelerator.prepare(DataLoader(data, 2)), DistributedDL(FastaiLoader(data, bs=2, num_workers=0)),
+               DataLoader(data, 2, shuffle=True)]
+    def tried(loader):
+        try: return f'{estimate_fisher(model, loader, progress=False).n_images} images'
+        except ValueError as e: return str(e)
+    (folder/f'{processes()[1]}').write_text('\n'.join(map(tried, loaders)))
+    shutdown_processes()
+
+def test_each_needs_a_loader_of_all_pictures(tmp_path):
+    "One that is divided already would be divided twice, and half of the pictures left out without a word"
+    succeed(ranks(estimate, tmp_path))
+    for rank in '01':
+        whole,*divided,shuffled = (tmp_path/rank).read_text().splitlines()
+        assert whole=='10 images' and len(divided)==3 and 'without shuffling' in shuffled
+        assert all('before it was divided' in o for o in divided)
 
 def test_if_one_dies_the_run_ends_and_can_be_resumed(run, together, tmp_path):
     folder = tmp_path/'run'

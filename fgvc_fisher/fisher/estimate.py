@@ -26,7 +26,7 @@ import fgvc_fisher
 from ..distributed.ranks import processes, progress_bar
 from ..distributed.sharded import check_whole, for_float64
 from ..distributed.wrappers import unwrap
-from ..data.batches import read_batch
+from ..data.batches import check_batches, is_divided, is_shuffled, read_batch
 from .per_image import SquaredGradients
 from fgvc_fisher.fisher.diagonal import (
     DiagFisher, KINDS, differing_parameters, parameter_digests, parameter_totals, standard_error, weights_sha256
@@ -275,6 +275,7 @@ def estimate_fisher(
     check_whole(model, 'estimate_fisher')
     about = _provenance(model, plan, image_offset, provenance)
     n_processes,rank = processes()
+    _check_data(data, n_processes, checkpoint)
     if checkpoint: checkpoint = _own_checkpoint(checkpoint, n_processes, rank)
     with model_restored(model):
         estimate = Estimate(model, plan, about)
@@ -308,6 +309,17 @@ def _add_batches(estimate, batches, image_offset, target_error, checkpoint, chec
         if target_error and all_had_a_turn and not skip and estimate.reached(target_error, n_processes): return
 
 # %% ../../nbs/fisher/estimate.ipynb #6dc79477
+def _check_data(data, n_processes, checkpoint):
+    "Raises `ValueError` for what yields no batches, or other ones to each process or in the next call"
+    check_batches(data, 'data')
+    if n_processes>1 and is_divided(data):
+        raise ValueError("data: the processes take turns with its batches, so each needs a loader of all pictures: "
+                         "pass it as it was before it was divided among them")
+    if not is_shuffled(data) or n_processes==1 and not checkpoint: return
+    reason = 'several processes take turns with' if n_processes>1 else 'a checkpoint counts'
+    raise ValueError(f"data: {reason} its batches, so they must come in the same order every time: make the loader "
+                     "without shuffling")
+
 def _length(data):
     "How many batches there are; None where nobody knows, as for a stream"
     try: return len(data)
