@@ -430,9 +430,12 @@ def aircraft_learner(
     n_out:int|None=None, # Outputs of the new head; None: one for each class
     **kwargs # Passed to fastai's `Learner`
 )->Learner: # Measures accuracy; weight decay is off
-    """A fastai `Learner` for a pretrained network with a new head. Raises `ValueError` if `dls` has the normalisation
-    of another model, the model does not take three channels or does not return logits in training, or `loss_func` does
-    not take the targets of `dls`."""
+    """A fastai `Learner` for a pretrained network with a new head. Raises `ValueError` if `dls` is no `DataLoaders` or
+    has the normalisation of another model, the model does not take three channels or does not return logits in
+    training, or `loss_func` does not take the targets of `dls`."""
+    if not isinstance(dls, DataLoaders):
+        raise ValueError(f"dls: DataLoaders are needed, not {type(dls).__name__}; make them with aircraft_dls, "
+                         "folder_dls or table_dls")
     n_out = n_out or dls.c
     model = remake_head(source_model(arch, weights), n_out)
     check_logits(model)

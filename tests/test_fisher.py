@@ -406,6 +406,11 @@ def test_logits_without_a_gradient():
     with pytest.raises(ValueError, match='Frozen have no gradient'):
         estimate_fisher(Frozen(4,3), [torch.randn(5,4)], progress=False)
 
+def test_a_network_without_a_head():
+    "Its features look like logits"
+    headless = timm.create_model('test_resnet', num_classes=0)
+    with pytest.raises(ValueError, match='num_classes=0'): estimate_fisher(headless, [torch.randn(2,3,32,32)])
+
 def test_a_network_without_parameters():
     with pytest.raises(ValueError, match='Flatten has no parameters'):
         estimate_fisher(nn.Flatten(), [torch.randn(5,4)], progress=False)

@@ -17,6 +17,11 @@ from fgvc_fisher.data import aircraft_dls
 from fgvc_fisher.data.transforms import MixedCrossEntropy
 from conftest import mobilenet
 
+@pytest.mark.parametrize('wrong', ['path', 'loader', 'none'])
+def test_what_is_no_dataloaders(wrong, drawn):
+    dls = dict(path=drawn, loader=aircraft_dls(drawn, size=32, num_workers=0).train, none=None)[wrong]
+    with pytest.raises(ValueError, match='dls: DataLoaders.*aircraft_dls'): aircraft_learner(dls, 'test_resnet')
+
 def test_weights_of_another_architecture(tmp_path):
     save_file(timm.create_model('test_efficientnet').state_dict(), tmp_path/'e.safetensors')
     with pytest.raises(ValueError, match='e.safetensors.*ResNet.*bn1.bias.*blocks.0.0'):

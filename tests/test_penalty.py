@@ -2,6 +2,7 @@
 import copy, math, re
 from itertools import product
 import pytest, timm, torch
+from torch import nn
 from fgvc_fisher.fisher import DiagFisher
 from fgvc_fisher.penalty import QuadraticPenalty, find_new
 from fgvc_fisher.penalty.quadratic import BUNCH
@@ -125,9 +126,25 @@ def test_stiffest_names_the_parameter(tuned):
     model.requires_grad_(False)
     assert penalty.stiffest(0.01)==(0., None)
 
-@pytest.mark.parametrize('lr', [-0.1, math.nan, math.inf])
+@pytest.mark.parametrize('lr', [-0.1, math.nan, math.inf, '0.1', None])
 def test_invalid_rates(tuned, lr):
     with pytest.raises(ValueError, match=f'lr={lr}'): QuadraticPenalty(tuned[0], alpha=1.).prox_(lr)
+
+def test_rates_by_name(tuned):
+    "By the names of the wrapped model, too; by others nothing would move without a word"
+    model = tuned[0]
+    def after(lr):
+        other = copy.deepcopy(model)
+        QuadraticPenalty(other, alpha=1.).prox_(lr)
+        return [*other.parameters()]
+    wrapped = {n: 0.1 for n,_ in nn.DataParallel(torch.compile(model)).named_parameters()}
+    assert all(map(torch.equal, after(wrapped), after(0.1)))
+    some = {n: r for n,r in wrapped.items() if 'bn' in n}
+    moved = [not torch.equal(p, q) for p,q in zip(after(some), model.parameters())]
+    assert moved==['bn' in n and p.any().item() for n,p in model.named_parameters()]
+    for wrong in (dict(head=0.1), {n.upper(): 0.1 for n in wrapped}, wrapped | dict(head=0.1)):
+        with pytest.raises(ValueError, match='no such parameter'): after(wrong)
+        with pytest.raises(ValueError, match='no such parameter'): QuadraticPenalty(model, alpha=1.).stiffest(wrong)
 
 @pytest.mark.parametrize('kw,said', [
     (dict(alpha_on='head'), "alpha_on='head'.*all, weights, new, published"),

@@ -8,6 +8,7 @@ from fgvc_fisher.data import (
     class_weights, hold_out, pick_split, read_aircraft, read_folder, read_image_folder, read_pictures, read_table,
     take_fraction
 )
+from fgvc_fisher.learner import aircraft_learner
 from fgvc_fisher.data.tables import crop_to_boxes, picture_suffixes, read_lines, split_name
 
 @pytest.fixture(scope='module')
@@ -205,6 +206,24 @@ def test_hidden(file, tmp_path):
     assert read(root)==[('train','a'), ('train','b')] and len(read_folder(root))==2
     root = make(tmp_path/'splits', 'Train/a/1.jpg', 'Dev/a/1.jpg', *[f'{o}/{file}' for o in ('Train','Dev')], file)
     assert read(root)[0]==('train','a') if file[0]=='a' else read(root)==[('train','a'), ('val','a')]
+
+def test_what_a_learner_leaves_is_no_class(flowers):
+    "fastai's `lr_find` makes the folder `models` below the data, and `save` a file in it"
+    before,dls = read_image_folder(flowers/'train'),folder_dls(flowers/'train', size=32, bs=4, num_workers=0)
+    learn = aircraft_learner(dls, 'test_resnet', None)
+    with learn.no_bar(), learn.no_logging(): learn.lr_find(num_it=20, show_plot=False)
+    assert (flowers/'train/models').is_dir() and not list((flowers/'train/models').iterdir())
+    pd.testing.assert_frame_equal(read_image_folder(flowers/'train'), before)
+    learn.save('best')
+    pd.testing.assert_frame_equal(read_image_folder(flowers/'train'), before)
+
+def test_a_class_called_models(flowers):
+    "Pictures make it one, and so does anything else but saved models: a class must not vanish in silence"
+    (flowers/'train/models').mkdir()
+    (flowers/'train/models/1.heic2').touch()
+    with pytest.raises(FileNotFoundError, match='models'): folder_dls(flowers/'train')
+    (flowers/'train/rose').rename(flowers/'train/models/rose')
+    assert 'models' in read_image_folder(flowers/'train').label.cat.categories
 
 LAYOUTS = {
     'a class called train': (['bus/1.jpg','car/1.jpg','train/1.jpg'], [('train',o) for o in ('bus','car','train')]),

@@ -272,6 +272,9 @@ def estimate_fisher(
     model,plan = unwrap(model),LabelPlan(kind, seed, n_samples, mass)
     _check_stop(n_images, target_error)
     if next(model.parameters(), None) is None: raise ValueError(f"{type(model).__name__} has no parameters")
+    if getattr(model, 'num_classes', None)==0:
+        raise ValueError(f"{type(model).__name__} was made with num_classes=0, so it has no head and returns features "
+                         "instead of logits: load it with its pretrained head")
     check_whole(model, 'estimate_fisher')
     about = _provenance(model, plan, image_offset, provenance)
     n_processes,rank = processes()

@@ -357,7 +357,7 @@ def _prox_weights(penalty, params, step):
 
 # %% ../../nbs/penalty/quadratic.ipynb #e104ca7e
 def _learning_rates(params, lr):
-    "Parameter name -> learning rate; `ValueError` for an invalid rate, and for an optimizer of other parameters"
+    "Parameter name -> learning rate; `ValueError` for an invalid rate and for other parameters than the penalty's"
     if isinstance(optimizer := lr, torch.optim.Optimizer):
         by_id = {id(p): float(group['lr']) for group in optimizer.param_groups for p in group['params']}
         lr = {n: by_id[id(p)] for n,p in params.items() if id(p) in by_id}
@@ -365,8 +365,12 @@ def _learning_rates(params, lr):
             raise ValueError(f"this {type(optimizer).__name__} has none of the penalty's {len(params)} parameters: "
                              "make the penalty for the model that the optimizer trains, after sharding it")
     rates = lr if isinstance(lr, Mapping) else dict.fromkeys(params, lr)
+    if rates.keys()-params.keys():
+        rates = match_names(rates, params)
+        if unknown := [n for n in rates if n not in params]:
+            raise ValueError(f"lr: {shorten(', '.join(unknown), 400)}: the penalty's model has no such parameter")
     for rate in set(rates.values()):
-        if not (math.isfinite(rate) and rate>=0):
+        if not (isinstance(rate, Real|Tensor) and math.isfinite(rate) and rate>=0):
             raise ValueError(f"lr={rate}: a learning rate must be a finite number, 0 or larger")
     return rates
 
@@ -377,7 +381,8 @@ def prox_(self:QuadraticPenalty,
     lr:float|Mapping|torch.optim.Optimizer, # Rate of the step just taken: one number, name -> rate, or the optimizer
 ):
     """Move every trainable parameter by the exact proximal step of the penalty.
-    A parameter that is not in the mapping or the optimizer does not move. Raises `ValueError` for an invalid rate."""
+    A parameter that is not in the mapping or the optimizer does not move. Raises `ValueError` for an invalid rate, and
+    for names or an optimizer of other parameters."""
     for (rate,alpha,anchored),names in _bunches(self, _learning_rates(self.params, lr)):
         params = {n: self.params[n] for n in names}
         ps = [local_tensor(p) for p in params.values()]
