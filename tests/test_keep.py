@@ -74,7 +74,12 @@ def test_a_session_ends_with_its_disk(run, tiny_done, drive, tmp_path, epoch):
 
 def test_the_last_copy_counts_when_a_session_dies(run, tiny_done, drive, tmp_path):
     "A copy is made while the training goes on; what came later is done again"
-    def dies(): shutil.copytree(drive.folder, tmp_path/'left')
+    def dies():
+        "The drive as it is now; a copy that comes meanwhile may rename a file, so try again then"
+        for _ in range(100):
+            try: return shutil.copytree(drive.folder, tmp_path/'left')
+            except (shutil.Error, FileNotFoundError): shutil.rmtree(tmp_path/'left')
+        pytest.fail('the drive never came to rest')
     def waits():
         for _ in range(600):
             if f'runs/{run.id}/checkpoint.pt' in drive.names(): return dies()

@@ -10,7 +10,7 @@ __all__ = ['IMAGES', 'LABELS', 'read_batch', 'has_labels', 'check_batches', 'is_
 # %% ../../nbs/data/batches.ipynb #1c8152ae
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-import pandas as pd, torch
+import torch
 from torch import Tensor, nn
 from torch.utils.data import DistributedSampler, RandomSampler, SubsetRandomSampler, WeightedRandomSampler
 
@@ -128,7 +128,7 @@ def check_batches(
     kind = type(batches).__name__
     if isinstance(getattr(batches, 'loaders', None), list):
         raise ValueError(f"{name}: a {kind} has several loaders; pass one of them, such as dls.valid")
-    no_batches = isinstance(batches, (str,Path,pd.DataFrame,Mapping,nn.Module))
+    no_batches = isinstance(batches, (str,Path,Mapping,nn.Module)) or hasattr(batches, 'iterrows')     # a table
     if no_batches or not (hasattr(batches, '__iter__') or hasattr(batches, '__getitem__')):
         raise ValueError(f"{name}: batches (B, ...) are needed, not {kind}; pass a DataLoader, such as "
                          "source_dl(pictures, model), or a list of batches")
