@@ -150,7 +150,8 @@ def compare_with_source(
     """What a fine-tuned model still knows of its source, and how far its answers are those of the source model.
     `target_bn` is with the target's BatchNorm statistics, `source_bn` with the source's. NaN if the model's logits are.
     Raises `ValueError` if the model, the pictures or the labels do not fit the source."""
-    for name,batches in (('dl', dl), ('tuned_dl', dl if tuned_dl is None else tuned_dl)): check_batches(batches, name)
+    check_batches(dl, 'dl')
+    if tuned_dl is not None: check_batches(tuned_dl, 'tuned_dl')
     before = with_source_head(source, source)
     networks = {norm: with_source_head(model, source, norm) for norm in ('target','source')}
     states = [o.state_dict().values() for o in networks.values()]

@@ -271,11 +271,7 @@ def estimate_fisher(
     estimate; `FloatingPointError` if logits or the result are not finite."""
     model,plan = unwrap(model),LabelPlan(kind, seed, n_samples, mass)
     _check_stop(n_images, target_error)
-    if next(model.parameters(), None) is None: raise ValueError(f"{type(model).__name__} has no parameters")
-    if getattr(model, 'num_classes', None)==0:
-        raise ValueError(f"{type(model).__name__} was made with num_classes=0, so it has no head and returns features "
-                         "instead of logits: load it with its pretrained head")
-    check_whole(model, 'estimate_fisher')
+    _check_model(model)
     about = _provenance(model, plan, image_offset, provenance)
     n_processes,rank = processes()
     _check_data(data, n_processes, checkpoint)
@@ -311,7 +307,16 @@ def _add_batches(estimate, batches, image_offset, target_error, checkpoint, chec
         all_had_a_turn = k%n_processes==n_processes-1
         if target_error and all_had_a_turn and not skip and estimate.reached(target_error, n_processes): return
 
-# %% ../../nbs/fisher/estimate.ipynb #6dc79477
+# %% ../../nbs/fisher/estimate.ipynb #744d7f68
+def _check_model(model):
+    "Raises `ValueError` for a network without parameters, without a head, or sharded"
+    name = type(model).__name__
+    if next(model.parameters(), None) is None: raise ValueError(f"{name} has no parameters")
+    if getattr(model, 'num_classes', None)==0:
+        raise ValueError(f"{name} was made with num_classes=0, so it has no head and returns features instead of "
+                         "logits: load it with its pretrained head")
+    check_whole(model, 'estimate_fisher')
+
 def _check_data(data, n_processes, checkpoint):
     "Raises `ValueError` for what yields no batches, or other ones to each process or in the next call"
     check_batches(data, 'data')
@@ -323,6 +328,7 @@ def _check_data(data, n_processes, checkpoint):
     raise ValueError(f"data: {reason} its batches, so they must come in the same order every time: make the loader "
                      "without shuffling")
 
+# %% ../../nbs/fisher/estimate.ipynb #6dc79477
 def _length(data):
     "How many batches there are; None where nobody knows, as for a stream"
     try: return len(data)
