@@ -5,9 +5,9 @@ from dataclasses import replace
 import numpy as np, pandas as pd, pytest, torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from fgvc_fisher.data import read_data, read_folder
+from fgvc_fisher.data import read_data, read_folder, read_image_folder
 from fgvc_fisher.data.forms import data_form
-from fgvc_fisher.experiment import Run, do_run, load_run, predict
+from fgvc_fisher.experiment import Run, do_run, load_run, predict, sweep
 from fgvc_fisher.experiment.run import read_run, read_target, run_source
 from fgvc_fisher.experiment.saved import read_header
 from fgvc_fisher.learner import load_weights, n_outputs, remake_head, source_model
@@ -70,6 +70,19 @@ def test_a_folder_to_predictions(flowers, unlabelled, tiny_weights, tmp_path):
     assert said.code==0 and 'broken.jpg' in said.err and 'Traceback' not in said.err
     rows = pd.read_csv(csv)
     assert len(rows)==1 and rows.label[0].startswith('class ') and list(rows)[-1]=='probability_2'
+
+def test_results_beside_the_classes(flowers, tiny_weights, tmp_path, monkeypatch):
+    "What a run and a sweep write among the folders of the classes is no class, for them and for later ones"
+    monkeypatch.chdir(flowers)
+    before = read_image_folder('.')
+    how = [*options(tiny_weights, 'finetuned'), '--strength', 0]
+    for seed in (1,2):
+        said = shell('fgvc-finetune', '--data', '.', *how, '--seed', seed, '--out', f'finetuned/{seed}')
+        assert said.code==0 and '3 classes' in said.out, said.err
+    run = Run('.', arch='test_resnet', weights=str(tiny_weights), epochs=1, size=32, bs=4, num_workers=0)
+    assert not sweep([run, replace(run, seed=1)], 'sweep', quiet=True).attrs['failed']
+    do_run(run, 'again', quiet=True)
+    pd.testing.assert_frame_equal(read_image_folder('.'), before)
 
 def test_a_list_to_predictions(flowers, drawn_source, tiny_weights, tmp_path):
     "Names of columns, paths that are absolute or relative, a split by another name"

@@ -276,13 +276,16 @@ def pictures_in(
     return [Path(root)/name for root,name in sorted(found)]
 
 # %% ../../nbs/data/tables.ipynb #b8dd7f9b
-def _is_of_learner(folder):
-    "Is it the folder `models`, which fastai's `save` and `lr_find` make below the data?"
-    return folder.name=='models' and all(o.is_dir() or o.suffix=='.pth' for o in folder.rglob('*'))
+def _is_written(folder, pictures):
+    "Did fastai's `save` or `lr_find` make it below the data (`models`), or a run or a sweep, with its `lock`?"
+    if pictures: return False
+    files = [o for o in folder.rglob('*') if not o.is_dir()]
+    return folder.name=='models' and all(o.suffix=='.pth' for o in files) or any(o.name=='lock' for o in files)
 def _subfolders(folder):
-    "Each folder in it that is not hidden, in order, with its pictures; the one of saved models is left out"
+    "Each folder in it that is not hidden, in order, with its pictures; those that a training has written are left out"
     folders = [o for o in sorted(Path(folder).iterdir()) if o.is_dir() and not is_hidden(o.name)]
-    return {o: pictures_in(o) for o in folders if not _is_of_learner(o)}
+    found = {o: pictures_in(o) for o in folders}
+    return {o: files for o,files in found.items() if not _is_written(o, files)}
 
 # %% ../../nbs/data/tables.ipynb #49de1e81
 def _split_folders(path):
