@@ -9,7 +9,7 @@ from fgvc_fisher.experiment.results import results_file
 
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT/'tools'))
-links,pages = [importlib.import_module(o) for o in ('links', 'pages')]
+links,pages,outputs = [importlib.import_module(o) for o in ('links', 'pages', 'outputs')]
 
 NOTEBOOKS = [o.relative_to(ROOT/'nbs').with_suffix('').as_posix() for o in sorted((ROOT/'nbs').rglob('*.ipynb'))
              if '.ipynb_checkpoints' not in o.parts]
@@ -89,6 +89,26 @@ def test_results_that_cannot_be_had(address, elsewhere, monkeypatch):
 @pytest.mark.parametrize('name', ['', '.', '..', 'study', '../served/study/runs.csv', 'study/../../a.csv', '/a.txt'])
 def test_names_of_results_that_cannot_be_meant(name, elsewhere):
     with pytest.raises(ValueError, match=re.escape(repr(name))): results_file(name)
+
+# Outputs as they are stored
+
+BAR = '█\r\r |-----| 0% [0/2]\r |█████| 100% [2/2]\r'+20*' '+'\r'
+@pytest.mark.parametrize('text,left', [
+    ('a\nb\n', 'a\nb\n'), (BAR+'done\n', 'done\n'), ('epoch  loss   \n'+BAR+'0  0.5   \n', 'epoch  loss\n0  0.5\n'),
+    ('12345\rab', 'ab345'), ('a\r\nb', 'a\nb'), ('a\n\n  b', 'a\n\n  b')])
+def test_what_a_terminal_shows(text, left): assert outputs.as_terminal(text)==left
+
+def test_an_output_of_which_nothing_is_left():
+    kept = [dict(output_type='stream', text=['a\n', 'b']), dict(output_type='display_data', data={'image/png': ''})]
+    cells = [dict(cell_type='markdown'), dict(outputs=[dict(output_type='stream', text=BAR.splitlines(True)), *kept])]
+    outputs.settle(cells)
+    assert cells==[dict(cell_type='markdown'), dict(outputs=kept)]
+
+def test_no_output_draws_over_itself():
+    for name in NOTEBOOKS:
+        cells = json.loads((ROOT/f'nbs/{name}.ipynb').read_text(encoding='utf-8'))['cells']
+        texts = [''.join(o.get('text', '')) for cell in cells for o in cell.get('outputs', [])]
+        assert not any('\r' in o for o in texts), f'{name}: make sync'
 
 # Links
 

@@ -1,0 +1,34 @@
+"""Leave of what the notebooks printed what a terminal would show in the end: no bar that was drawn over itself
+
+    python tools/outputs.py
+
+`make sync` calls it. GitHub and the documentation show an output as it is stored, with every state of a bar in a line.
+"""
+import json
+from pathlib import Path
+
+NBS = Path(__file__).parent.parent/'nbs'
+
+def as_terminal(text):
+    "What a terminal shows in the end: after a carriage return the line is written over"
+    def shown(line):
+        left = ''
+        for part in line.split('\r'): left = part+left[len(part):]
+        return left.rstrip()
+    return '\n'.join(shown(o) for o in text.split('\n'))
+
+def settle(cells):
+    "Change the printed outputs of some cells; those of which nothing is left are removed"
+    for cell in cells:
+        for o in cell.get('outputs', []):
+            if 'text' in o: o['text'] = as_terminal(''.join(o['text'])).splitlines(keepends=True)
+        if 'outputs' in cell: cell['outputs'] = [o for o in cell['outputs'] if ''.join(o.get('text', 'data')).strip()]
+
+if __name__=='__main__':
+    for file in sorted(NBS.rglob('*.ipynb')):
+        if '.ipynb_checkpoints' in file.parts: continue
+        before = file.read_text(encoding='utf-8')
+        notebook = json.loads(before)
+        settle(notebook['cells'])
+        after = json.dumps(notebook, sort_keys=True, indent=1, ensure_ascii=False)+'\n'
+        if after!=before: file.write_text(after, encoding='utf-8')
