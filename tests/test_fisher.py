@@ -5,7 +5,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from functools import partial
-from torchvision.models import squeezenet1_1, vgg11_bn
+from torchvision.models import squeezenet1_1
 from fgvc_fisher.fisher import DiagFisher, estimate_fisher
 from fgvc_fisher.fisher.estimate import draw_labels, most_probable, model_restored
 from fgvc_fisher.fisher.per_image import SquaredGradients
@@ -132,7 +132,6 @@ def named(name, **kw): return partial(timm.create_model, name, num_classes=5, **
 NETWORKS = { # and the shape of a batch: small, since convolutions in float64 are slow
     'inception_v4': (named('inception_v4'), (2,3,75,75)),
     'inception_v3': (named('inception_v3'), (2,3,75,75)),
-    'inception_resnet_v2': (named('inception_resnet_v2'), (2,3,75,75)),
     'mobilenetv1_075': (lambda: mobilenet(num_classes=5), (2,3,32,32)),
     'mobilenetv3_small_100': (named('mobilenetv3_small_100'), (2,3,32,32)),
     'resnet18': (named('resnet18'), (3,3,48,48)),
@@ -146,14 +145,12 @@ NETWORKS = { # and the shape of a batch: small, since convolutions in float64 ar
     'swin_tiny': (named('swin_tiny_patch4_window7_224', img_size=56, depths=(1,1,1,1)), (2,3,56,56)),
     'resnetv2_50': (named('resnetv2_50'), (2,3,48,48)),           # standardised weights
     'squeezenet1_1': (lambda: squeezenet1_1(num_classes=5), (3,3,64,64)),
-    'vgg11_bn': (lambda: vgg11_bn(num_classes=5), (2,3,32,32)),
     'conv2ds': (conv2ds, (3,4,9,9)), 'conv1ds': (conv1ds, (5,4,11)), 'conv3ds': (conv3ds, (3,4,5,5,5)),
     'branches': (Branches, (5,6)),
     'two_inputs': (TwoInputs, (5,5)),
 }
 
-SLOW = {'inception_v3', 'inception_resnet_v2', 'resnet18', 'resnet50', 'resnext50_32x4d', 'densenet121',
-        'efficientnet_b0', 'vgg11_bn'} # the others have every rule that these have
+SLOW = {'inception_v3', 'resnet18', 'resnet50', 'resnext50_32x4d', 'densenet121', 'efficientnet_b0'} # the others have every rule that these have
 WHOLE = 'the whole network' # the beginning of what `coverage` says where there is no rule
 
 def test_rounding_rejects_no_rule():

@@ -119,7 +119,7 @@ def test_two_jobs_are_kept(run, tmp_path):
     runs = [replace(run, seed=o, epochs=2) for o in (1,2)]
     rows = sweep(runs, tmp_path/'out', 2, quiet=True, keep=tmp_path/'drive')
     shutil.rmtree(tmp_path/'out')
-    assert sweep(runs, tmp_path/'out', 2, quiet=True, keep=tmp_path/'drive').equals(rows)
+    assert sweep(runs, tmp_path/'out', quiet=True, keep=tmp_path/'drive').equals(rows)
 
 def test_a_checkpoint_is_kept_at_most_every_so_often(run, drive, tmp_path, monkeypatch):
     copied = []

@@ -43,7 +43,7 @@ def settings(drawn_source, tmp_path, monkeypatch):
 
 def test_paper(settings):
     "The whole control flow with the recipe's own outputs, transforms and schedule"
-    small = {'size=299, bs=32, epochs=80': 'size=75, bs=32, epochs=2'}
+    small = {'size=299, bs=32, epochs=80': 'size=75, bs=32, epochs=1'}
     names = walk(settings | small | {"MODE  = 'demo'": "MODE  = 'paper'"})
     rows = names['rows']
     learn = names['make_learner'](names['runs'][0], names['source'].model)

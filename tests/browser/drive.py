@@ -149,16 +149,6 @@ def since_move(page, i=0):
         return t.length ? {first: t[0], last: t.at(-1), n: t.length} : null
     }''')
 
-def latency(page, label, n=30, i=0, quiet=0.3):
-    "Milliseconds from each of `n` single moves of a slider, to and fro, to the new picture on the screen"
-    res = []
-    for k in range(n):
-        settled(page, i, quiet)
-        slide(page, label, -1 if k%2 else 1)
-        steady(page, lambda: since_move(page, i), 0.02, ok=bool)
-        res.append(since_move(page, i)['first'])
-    return res
-
 def burst(page, label, n=40, i=0, quiet=1.5, pause=0.):
     "`n` quick moves: seconds they took, milliseconds from the last one to the last picture, and the number of pictures"
     settled(page, i)

@@ -215,4 +215,3 @@ def test_the_page_to_play_in(voila, page, tmp_path):
 def test_in_lab(in_lab, tmp_path):
     move_sliders(in_lab)
     upload_some(in_lab, tmp_path)
-    train_stop_and_remove(in_lab)
