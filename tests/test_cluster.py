@@ -171,33 +171,11 @@ def check_resumed(folder, curve):
 def drive(runs, out, address):
     print('failed:', sweep(runs, out, quiet=True, engine='ray', address=address).attrs['failed'])
 
-@pytest.mark.slow
-@pytest.mark.xdist_group('ray')
-def test_the_table_is_the_local_engines(ray_cluster, common, alone, tmp_path, capfd):
-    "Also when one run fails and another one's process dies"
-    runs = grid(ARMS, **common)
-    bad = replace(runs[0], arm='bad', weights=str(tmp_path/'missing.safetensors'))
-    dies = replace(runs[0], arm='dies', arch='ray_cluster:dies')
-    how = dict(quiet=True, engine='ray', address=ray_cluster.address)
-    rows = sweep([bad, *runs, dies], tmp_path/'out', cpus=lambda run: run.bs/4, retries=0, **how)
-    said = capfd.readouterr()
-    assert 'Configuration for experiment' not in said.out and 'Traceback' not in said.out+said.err
-    assert rows.attrs['failed']==2 and '2 of 4 runs failed' in said.out
-    assert 'dies, seed 42: failed: WorkerDied' in said.out
-    errors = [(tmp_path/'out/runs'/o.id/'error.txt').read_text() for o in (bad,dies)]
-    assert 'missing.safetensors' in errors[0] and 'WorkerDied' in errors[1]
-    check_same(runs, rows, tmp_path/'out', alone)
-    pd.testing.assert_frame_equal(sweep([bad, *runs, dies], tmp_path/'out', **how), rows, check_exact=True)
-    assert '4 of them done before' in capfd.readouterr().out
-    assert len(list((tmp_path/'out/sources').glob('*.safetensors')))==1
-
-@pytest.mark.slow
-@pytest.mark.xdist_group('ray')
-def test_workers_machines_and_drivers_are_killed(ray_cluster, common, alone, tmp_path):
-    "The worker of one run and the machine of the other; when the first has resumed and gone on, the driver"
-    runs,out = grid(ARMS, **common | dict(epochs=20)),tmp_path/'out'
-    second = ray_cluster.add_machine()
-    driver = Forked(drive, runs, out, ray_cluster.address)
+def kill_all(runs, out, cluster):
+    """The worker of one run and the machine of the other; when the first has resumed and gone on, the driver.
+    Returns what was there of each run when it was killed"""
+    second = cluster.add_machine()
+    driver = Forked(drive, runs, out, cluster.address)
     def both():
         "A run on the first machine with its worker, and one on the second"
         there = [(*o, p) for o in begun(out) if (p := holder(o[0]))]
@@ -205,13 +183,34 @@ def test_workers_machines_and_drivers_are_killed(ray_cluster, common, alone, tmp
         return set(on_second)=={True,False} and (there[on_second.index(False)], there[on_second.index(True)])
     here,there = until(both)
     here[2].kill()
-    ray_cluster.remove_machine(second)
+    cluster.remove_machine(second)
     psutil.wait_procs([here[2],there[2]], timeout=60)
     first = {o: len(curve) for o,curve in begun(out)}
     resumed = until(lambda: [(o, curve) for o,curve in begun(out) if len(curve)>first[o] and holder(o)])
     driver.kill()
     assert 'its worker died; it resumes' in driver.out, driver.out+driver.err
-    rows = sweep(runs, out, quiet=True, engine='ray', address=ray_cluster.address)
-    for folder,curve in (here[:2], there[:2], *resumed): check_resumed(folder, curve)
+    return [here[:2], there[:2], *resumed]
+
+@pytest.mark.slow
+@pytest.mark.xdist_group('ray')
+def test_a_sweep_of_which_everything_is_killed(ray_cluster, common, alone, tmp_path, capfd):
+    "The next sweep goes on, also when one run fails and another one's process dies, and has the local engine's table"
+    runs,out = grid(ARMS, **common | dict(epochs=20)),tmp_path/'out'
+    killed = kill_all(runs, out, ray_cluster)
+    bad = replace(runs[0], arm='bad', weights=str(tmp_path/'missing.safetensors'))
+    dies = replace(runs[0], arm='dies', arch='ray_cluster:dies')
+    how = dict(quiet=True, engine='ray', address=ray_cluster.address)
+    capfd.readouterr()
+    rows = sweep([bad, *runs, dies], out, cpus=lambda run: run.bs/4, retries=0, **how)
+    said = capfd.readouterr()
+    assert 'Configuration for experiment' not in said.out and 'Traceback' not in said.out+said.err
+    assert rows.attrs['failed']==2 and '2 of 4 runs failed' in said.out
+    assert 'dies, seed 42: failed: WorkerDied' in said.out
+    errors = [(out/'runs'/o.id/'error.txt').read_text() for o in (bad,dies)]
+    assert 'missing.safetensors' in errors[0] and 'WorkerDied' in errors[1]
+    for folder,curve in killed: check_resumed(folder, curve)
     check_same(runs, rows, out, alone)
     assert not list(out.rglob('checkpoint.pt')) and not list(out.rglob('*.part'))
+    assert len(list((out/'sources').glob('*.safetensors')))==1
+    pd.testing.assert_frame_equal(sweep([bad, *runs, dies], out, **how), rows, check_exact=True)
+    assert '4 of them done before' in capfd.readouterr().out

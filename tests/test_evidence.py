@@ -313,7 +313,7 @@ def examined(rows):
     return t
 
 PARTS = dict( # Of the rows: what may have been measured so far
-    everything=lambda t: t, choices=lambda t: t[t.arm.str.contains('^plain, .*epochs')],
+    choices=lambda t: t[t.arm.str.contains('^plain, .*epochs')],
     nothing=lambda t: t[:0], one=lambda t: t[t.arm=='plain'][:1], plain=lambda t: t[t.arm=='plain'],
     no_plain=lambda t: t[t.arm!='plain'], one_seed=lambda t: t[t.seed==42],
     diverged=lambda t: t[t.arm.str.startswith('EWC, strength')],
@@ -323,7 +323,7 @@ PARTS = dict( # Of the rows: what may have been measured so far
     other_seed=lambda t: t[(t.seed==42)==t.arm.str.contains('L2-SP-Fisher')],
     accelerator=lambda t: pd.concat([t, *(t.assign(size=o, amp=True) for o in (224,299))]),
     on_accelerator_only=lambda t: t[t.seed==42].assign(size=299, amp=True),
-    two_rates=lambda t: pd.concat([t, t.assign(lr=0.04)]), two_lengths=lambda t: pd.concat([t, t.assign(epochs=30)]),
+    two_settings=lambda t: pd.concat([t, t.assign(lr=0.04), t.assign(epochs=30)]),
     without_agreement=lambda t: t.drop(columns=[o for o in t if o.startswith('agreement')]))
 
 @pytest.mark.parametrize('part', PARTS)

@@ -150,7 +150,8 @@ NETWORKS = { # and the shape of a batch: small, since convolutions in float64 ar
     'two_inputs': (TwoInputs, (5,5)),
 }
 
-SLOW = {'inception_v3', 'resnet18', 'resnet50', 'resnext50_32x4d', 'densenet121', 'efficientnet_b0'} # the others have every rule that these have
+# The others have every rule that these have
+SLOW = {'inception_v3', 'resnet18', 'resnet50', 'resnext50_32x4d', 'densenet121', 'efficientnet_b0'}
 WHOLE = 'the whole network' # the beginning of what `coverage` says where there is no rule
 
 def test_rounding_rejects_no_rule():

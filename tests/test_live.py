@@ -470,6 +470,7 @@ def test_ended_at_any_moment_it_goes_on(run, tmp_path, monkeypatch):
             time.sleep(random.uniform(0, 0.3))
             training._process.popen.kill() if how=='killed' else training.stop()
             assert has(training.wait(100), *dict(killed=['failed','Killed'], stopped=['stopped'])[how]), training.log
+        monkeypatch.setattr(live, '_CODE', FAKE)
         training.start(run)
         assert has(training.wait(100), 'done', 'accuracy'), training.log
         assert training.epochs(run.id)[KEPT].notna().all(axis=None)

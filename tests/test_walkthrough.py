@@ -55,8 +55,11 @@ def test_paper(settings):
     assert len(learn.metrics)==2 and hasattr(learn, 'mixed_precision')
     assert next(learn.model.parameters()).is_contiguous(memory_format=torch.channels_last)
 
-def test_strong(settings):
-    small = {'cache=True, size=448, bs=16, epochs=40': 'cache=False, size=75, bs=16, epochs=1'}
+def test_strong(settings, tiny_weights):
+    small = {'cache=True, size=448, bs=16, epochs=40': 'cache=False, size=32, bs=16, epochs=1'}
+    small_network = f"arch='test_resnet', weights='{tiny_weights}'"
+    settings = {k: v.replace("arch='conftest:narrow_inception', weights=True", small_network)
+                for k,v in settings.items()}
     rows = walk(settings | small | {"MODE  = 'demo'": "MODE  = 'strong'"})['rows']
     assert rows['last'].isna().all() and rows.test.notna().all() and (rows.train=='trainval').all()
     assert rows.arm.tolist()==['plain', 'L2-SP-Fisher, strength = 0.5']
