@@ -20,6 +20,8 @@ from fgvc_fisher.experiment import read_runs
 from fgvc_fisher.experiment.results import style
 from piped import SUBPROCESS
 
+pytestmark = pytest.mark.xdist_group('explore')   # What its tests share is made once
+
 @pytest.fixture(scope='module', autouse=True)
 def trainings_begin_at_once():
     with pytest.MonkeyPatch.context() as patch:

@@ -11,6 +11,8 @@ from fgvc_fisher.experiment import Run, do_run
 from fgvc_fisher.experiment.run import KeepEpochs
 from forks import Forked
 
+pytestmark = pytest.mark.xdist_group('live')   # What its tests share is made once
+
 @pytest.fixture(scope='module')
 def run(tiny_run): return tiny_run
 

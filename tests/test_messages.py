@@ -47,6 +47,8 @@ published = explore_published()
 # A process that only says that it trains
 live._CODE = """
 import json, sys, time
+
+pytestmark = pytest.mark.xdist_group('messages')   # What its tests share is made once
 def say(**said): print(json.dumps(said), flush=True)
 if not sys.stdin.readline(): sys.exit()
 for i in range(1, 9):

@@ -17,6 +17,8 @@ from fgvc_fisher.experiment import do_run, load_run
 from fgvc_fisher.experiment.run import KeepEpochs, make_learner
 from forks import BIN, ranks, shells, succeed
 
+pytestmark = pytest.mark.xdist_group('processes')   # What its tests share is made once
+
 @pytest.fixture(scope='module')
 def run(tiny_run): return tiny_run
 

@@ -17,6 +17,8 @@ except ImportError: pytest.skip("torch.distributed.fsdp.fully_shard came with Py
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
+pytestmark = pytest.mark.xdist_group('sharded')   # What its tests share is made once
+
 COEFS = dict(alpha=0.02, beta=3., l2sp=0.1)
 SCALED = COEFS | dict(beta=0., strength=3.)
 NEW = ['7']
