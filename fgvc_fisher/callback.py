@@ -19,9 +19,11 @@ from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
 from fastai.distributed import rank_distrib
 from fastai.learner import Recorder, SkipToEpoch
-from .distributed.sharded import is_sharded, local_tensor, reshard
+from .distributed.sharded import is_sharded, local_tensor, matching_shard, reduce_over_shards, reshard
 from .distributed.wrappers import unwrap
-from .penalty.quadratic import QuadraticPenalty, named_like, find_new, is_new, check_coefficients
+from fgvc_fisher.penalty.quadratic import (
+    QuadraticPenalty, named_like, find_new, is_new, check_coefficients, check_new
+)
 
 # %% ../nbs/callback.ipynb #7babca0c
 class ColumnNames(Callback):
@@ -178,6 +180,19 @@ def _shares_memory(anchor, model):
     anchor,params = named_like(anchor, model),_parameters(model)
     return any(n in anchor and local_tensor(anchor[n]).data_ptr()==local_tensor(p).data_ptr() for n,p in params.items())
 
+# %% ../nbs/callback.ipynb #5f86f925
+def _other_head(model, anchor, new):
+    "The parameters of the last layer, if these alone have other values than in the anchor"
+    params = {n: p for n,p in model.named_parameters() if not is_new(n, new)}
+    anchor = named_like(anchor, model)
+    def differs(n, p):
+        own = local_tensor(p.detach())
+        return torch.tensor(float(not torch.equal(own, matching_shard(anchor[n].detach(), p).to(own))), device='cpu')
+    found = reduce_over_shards({n: differs(n, p) for n,p in params.items()}, params, 'max')
+    last = [n for n,_ in model.named_parameters()][-1].rpartition('.')[0]
+    other = [n for n,o in found.items() if o.item()]
+    return other if last and all(n.rpartition('.')[0]==last for n in other) else []
+
 # %% ../nbs/callback.ipynb #ca8691db
 def _make_penalty(cb, model):
     "The penalty of a callback for a model"
@@ -185,6 +200,8 @@ def _make_penalty(cb, model):
     if new is None:
         sources = [source for source in (anchor, cb.fisher) if source is not None]
         new = list(dict.fromkeys(n for source in sources for n in find_new(model, source)))
+        if anchor is not None: new += _other_head(model, anchor, new)
+    else: new = check_new(model, new)
     if anchor is None:
         held = held_parameters(cb.penalty, model)
         kept = {n: cb.penalty.anchor[old] for n,old in held.items() if old in cb.penalty.anchor}

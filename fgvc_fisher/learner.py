@@ -325,6 +325,17 @@ def _replaced_by_reset(model):
     new = [n for n,parameters in ids.items() if n and parameters and old_ids.isdisjoint(parameters)]
     return [n for n in new if n.rpartition('.')[0] not in new]
 
+# %% ../nbs/learner.ipynb #80477369
+def _last_layer(network):
+    "The name of the layer that runs last, or was made last where a copy without numbers cannot run; in a list"
+    empty,ran = _empty_copy(network),[]
+    layers = {n: m for n,m in empty.named_modules() if n and isinstance(m, (nn.Linear,nn.Conv2d))}
+    for name,layer in layers.items(): layer.register_forward_hook(lambda *_, name=name: ran.append(name))
+    size = picture_stats(network)['size']
+    try: empty(torch.empty(2, 3, size, size, device='meta'))
+    except Exception: ran = []                           # whatever a network raises where there are no numbers
+    return (ran or list(layers))[-1:]
+
 # %% ../nbs/learner.ipynb #cd8a6bab
 def head_names(
     model:nn.Module, # A classifier, wrapped or not
@@ -332,7 +343,7 @@ def head_names(
     "The names of the layers that make the logits. Raises `ValueError` if there is no such layer."
     network = unwrap(model)
     if hasattr(network, 'reset_classifier'): names = _replaced_by_reset(network)
-    else: names = [n for n,m in network.named_modules() if n and isinstance(m, (nn.Linear,nn.Conv2d))][-1:]
+    else: names = _last_layer(network)
     if not names:
         raise ValueError(f"{type(network).__name__} has no linear or convolutional layer that could be its head")
     return names

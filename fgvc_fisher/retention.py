@@ -46,7 +46,9 @@ def with_source_head(
     source:nn.Module, # The source model; likewise
     norm:str='target', # BatchNorm's statistics: 'target' for those of `model`, 'source' to restore the source's
 )->nn.Module: # A new model with the source's outputs, in evaluation mode
-    "The fine-tuned model with the head of its source. Raises `ValueError` if its body is not the source's."
+    """The fine-tuned model with the head of its source. Raises `ValueError` if its body is not the source's, and for
+    another `norm`."""
+    if norm not in ('target','source'): raise ValueError(f"norm={norm!r}: choose 'target' or 'source'")
     model,source = unwrap(model),unwrap(source)
     combined = copy_module(source).eval()
     own,head = combined.state_dict(),tuple(f'{name}.' for name in head_names(source))

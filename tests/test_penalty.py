@@ -216,9 +216,9 @@ def test_invalid_coefficients(tuned, kw, said):
 
 def test_fisher_of_another_network_names_what_differs(tuned):
     model,_,fisher,_ = tuned
-    other = fisher | {'conv_stem.weight': torch.ones(1), 'layer4.weight': torch.ones(2)}
+    other = fisher | {'conv_stem.weight': torch.ones(1), 'layer4.weight': torch.ones(2), 'head.weight': torch.ones(2)}
     del other['bn1.weight']
-    with pytest.raises(ValueError, match=r'conv_stem.weight.*\(1,\).*bn1.weight.*layer4.weight'):
+    with pytest.raises(ValueError, match=r'conv_stem.weight.*\(1,\).*bn1.weight.*layer4.weight.*head.weight'):
         find_new(model, other)
 
 def test_no_shared_parameter():

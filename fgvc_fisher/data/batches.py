@@ -132,6 +132,8 @@ def check_batches(
     if no_batches or not (hasattr(batches, '__iter__') or hasattr(batches, '__getitem__')):
         raise ValueError(f"{name}: batches (B, ...) are needed, not {kind}; pass a DataLoader, such as "
                          "source_dl(pictures, model), or a list of batches")
+    if isinstance(batches, (tuple,list)) and [getattr(o, 'ndim', 0) for o in batches[1:]]==[1]:
+        raise ValueError(f"{name}: this is one batch, images and labels; pass a list of batches, [(images, labels)]")
     if passes>1 and isinstance(batches, Iterator):
         raise ValueError(f"{name}: a {kind} can be read only once, and this reads it {passes} times; pass a DataLoader "
                          "or a list of batches")

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
+from numbers import Integral
 from pathlib import Path
 from textwrap import shorten
 
@@ -105,9 +106,13 @@ class LabelPlan:
 
     def __post_init__(self):
         if self.kind not in KINDS: raise ValueError(f"kind {self.kind!r}: choose 'sampled', 'empirical' or 'exact'")
-        if self.n_samples<1: raise ValueError(f"n_samples={self.n_samples}: draw at least 1 label for each image")
+        if not isinstance(self.n_samples, Integral) or self.n_samples<1:
+            raise ValueError(f"n_samples={self.n_samples}: draw at least 1 label for each image, a whole number")
         if not 0<self.mass<=1:
             raise ValueError(f"mass={self.mass}: the probability to cover must be above 0 and at most 1")
+        for name,kind in dict(n_samples='sampled', mass='exact').items():
+            if getattr(self, name)!=1 and self.kind!=kind:
+                raise ValueError(f"{name}={getattr(self, name)} is for kind {kind!r}, and this is {self.kind!r}")
 
     def labels(self,
         logits:Tensor, # (B, C)
@@ -275,7 +280,7 @@ def estimate_fisher(
     about = _provenance(model, plan, image_offset, provenance)
     n_processes,rank = processes()
     _check_data(data, n_processes, checkpoint)
-    if checkpoint: checkpoint = _own_checkpoint(checkpoint, n_processes, rank)
+    if checkpoint: checkpoint = _check_file(_own_checkpoint(checkpoint, n_processes, rank))
     with model_restored(model):
         estimate = Estimate(model, plan, about)
         if checkpoint: estimate.resume(checkpoint)
@@ -306,6 +311,9 @@ def _add_batches(estimate, batches, image_offset, target_error, checkpoint, chec
                 written = time.monotonic()
         all_had_a_turn = k%n_processes==n_processes-1
         if target_error and all_had_a_turn and not skip and estimate.reached(target_error, n_processes): return
+    if skip:
+        raise ValueError(f"the checkpoint {checkpoint} has {estimate.n_images} images, {skip} more than there are now: "
+                         "it belongs to other data, so remove it or choose another file")
 
 # %% ../../nbs/fisher/estimate.ipynb #744d7f68
 def _check_model(model):
@@ -334,9 +342,16 @@ def _length(data):
     try: return len(data)
     except (TypeError, NotImplementedError, AttributeError): return None
 
+def _check_file(checkpoint):
+    "A checkpoint's file; raises `ValueError` if it cannot be one"
+    if checkpoint.is_dir(): raise ValueError(f"checkpoint: {checkpoint} is a folder; name a file in it")
+    if not checkpoint.parent.is_dir(): raise ValueError(f"checkpoint: there is no folder {checkpoint.parent}")
+    return checkpoint
+
 def _check_stop(n_images, target_error):
     "Raises `ValueError` for an invalid stopping rule"
-    if n_images is not None and n_images<1: raise ValueError(f"n_images={n_images}: at least 1 image is needed")
+    if n_images is not None and not (isinstance(n_images, Integral) and n_images>=1):
+        raise ValueError(f"n_images={n_images}: at least 1 image is needed, and a whole number")
     if target_error is not None and not 0<target_error<1:
         raise ValueError(f"target_error={target_error}: choose a relative error between 0 and 1, such as 0.05")
 

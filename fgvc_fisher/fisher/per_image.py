@@ -54,6 +54,19 @@ class _Alone(TorchFunctionMode):
     "The gradients of one image alone are right"
     def __torch_function__(self, func, types, args=(), kwargs=None): return _call(func, args, kwargs or {})
 
+# %% ../../nbs/fisher/per_image.ipynb #8d723635
+def _picks_rows(func, args, kwargs, n):
+    "Does a call take rows of its input by a mask or by their numbers, other than each image's in order?"
+    if func in (Tensor.masked_select, torch.masked_select): return True
+    if func in (Tensor.index_select, torch.index_select):
+        dim = kwargs['dim'] if 'dim' in kwargs else args[1]
+        return dim in (0, -args[0].ndim)
+    if func!=Tensor.__getitem__: return False
+    rows = args[1][0] if isinstance(args[1], tuple) and args[1] else args[1]
+    if not isinstance(rows, Tensor|list) or isinstance(rows, Tensor) and not rows.ndim: return False
+    is_mask = isinstance(rows, list) or rows.dtype in (torch.bool, torch.uint8)
+    return is_mask or rows.tolist()!=list(range(n))
+
 # %% ../../nbs/fisher/per_image.ipynb #8bbf029b
 class Tape(TorchFunctionMode):
     "Records the calls of a forward pass, and passes on the gradient that arrives at each of them."
@@ -73,6 +86,7 @@ class Tape(TorchFunctionMode):
         weights = [o for o in inputs if o.requires_grad and not _from_images(o)]
         expands = func is Tensor.expand and weights and len(out)==self.n
         is_token = expands and (out.ndim>inputs[0].ndim or len(inputs[0])==1)
+        if images and _from_images(inputs[0]) and _picks_rows(func, args, kwargs, self.n): return out
         if images or is_token: _mark(out)
         if weights and (images or is_token): self._record(Call(func, args, kwargs, weights), images, out)
         return out
@@ -556,6 +570,9 @@ def _check_logits(model, logits, n):
     if not logits.requires_grad:
         raise ValueError(f"the logits of {type(model).__name__} have no gradient: its forward pass must not use "
                          "torch.no_grad, torch.inference_mode or detach")
+    if (logits>=0).all() and ((logits.sum(1)-1).abs()<1e-3).all():
+        warnings.warn(f"each row that {type(model).__name__} returns sums to 1, as probabilities do: the Fisher needs "
+                      "logits, so take its softmax away")
     if not logits.isfinite().all():
         raise FloatingPointError("the logits are not finite: look for NaN in the weights or in the images")
 

@@ -6,10 +6,10 @@ Docs: https://fgvc-fisher.github.io/fgvc_fisher/penalty/quadratic.html.md"""
 
 # %% auto #0
 __all__ = ['CHOICES', 'BUNCH', 'named_like', 'mismatched_parameters', 'is_new', 'find_new', 'parameter_kinds', 'is_upper_block',
-           'check_coefficients', 'QuadraticPenalty']
+           'check_coefficients', 'check_new', 'QuadraticPenalty']
 
 # %% ../../nbs/penalty/quadratic.ipynb #05e33da9
-import math, re
+import math, re, warnings
 from collections.abc import Mapping
 from numbers import Real
 from textwrap import shorten
@@ -26,15 +26,18 @@ def named_like(
     source, # A Fisher or an anchor: parameter name -> tensor, a `state_dict`, or a module
     model:nn.Module, # The network to be fine-tuned
 )->Mapping: # Parameter name -> tensor, under the names of the unwrapped `model` where they fit
-    "A Fisher or an anchor without its buffers, under the names of a model. Raises `ValueError` for any other type."
+    """A Fisher or an anchor without its buffers and second names of tied parameters, under the names of a model.
+    Raises `ValueError` for any other type."""
     if isinstance(source, nn.Module): source = dict(unwrap(source).named_parameters())
     if not isinstance(source, Mapping):
         raise ValueError("a Fisher or an anchor must be a module or map parameter names to tensors, "
                          f"got {type(source).__name__}")
     model = unwrap(model)
-    buffers = {n for n,_ in model.named_buffers()}
-    source = match_names(source, [*dict(model.named_parameters()), *buffers])
-    return {n: source[n] for n in source if n not in buffers} if buffers & set(source) else source
+    own = dict(model.named_parameters())
+    twice = {n for n,_ in model.named_parameters(remove_duplicate=False)}-own.keys()
+    others = twice | {n for n,_ in model.named_buffers()}
+    source = match_names(source, [*own, *others])
+    return {n: source[n] for n in source if n not in others} if others & set(source) else source
 
 # %% ../../nbs/penalty/quadratic.ipynb #f60361a9
 def mismatched_parameters(
@@ -51,8 +54,10 @@ def mismatched_parameters(
         ours,theirs = own[name].shape,value.shape
         if ours!=theirs: return f'is {tuple(ours)}, in the source {tuple(theirs)}'
     differences = {n: difference(n) for n in own}
-    only_source = [(n, 'is not in the model') for n in source if n not in own]
-    return [(n, d) for n,d in differences.items() if d] + only_source
+    left = [n for n in source if n not in own]
+    of_one_layer = len({n.rpartition('.')[0] for n in left})==1
+    if of_one_layer and left==list(source)[-len(left):]: left = []         # the old head, which the model has not
+    return [(n, d) for n,d in differences.items() if d] + [(n, 'is not in the model') for n in left]
 
 # %% ../../nbs/penalty/quadratic.ipynb #f7d78eb0
 def is_new(
@@ -77,8 +82,9 @@ def find_new(
         raise ValueError(f"{type(model).__name__} shares no parameter with this Fisher or anchor: {differences}")
     new = own[shared[-1]+1:]
     if wrong := [f'{n} {difference}' for n,difference in mismatched.items() if n not in new]:
-        raise ValueError(f"this Fisher or anchor belongs to another model: {shorten(', '.join(wrong), 400)}; "
-                         f"{mismatch_advice(mismatched, 'if they are new on purpose, name them in `new`')}")
+        advice = mismatch_advice(mismatched, 'if they are new on purpose, name them in `new`, and remove those that '
+                                             'are not in the model from the Fisher and the anchor')
+        raise ValueError(f"this Fisher or anchor belongs to another model: {shorten(', '.join(wrong), 400)}; {advice}")
     return new
 
 # %% ../../nbs/penalty/quadratic.ipynb #bfae5cd5
@@ -143,10 +149,14 @@ def check_coefficients(
                          "pass fisher=estimate_fisher(source_model, source_dl)")
 
 # %% ../../nbs/penalty/quadratic.ipynb #132551b8
-def _check_new(model, new):
-    "`new` as a list of names; `ValueError` for a name that no parameter and no module has"
-    new = [new] if isinstance(new, str) else list(new)
+def check_new(
+    model:nn.Module, # The network to be fine-tuned
+    new, # Names of new parameters or of new modules; one name; or None
+)->list: # The names
+    "The names of what is new. Raises `ValueError` for a name that no parameter and no module has."
+    new = [new] if isinstance(new, str|nn.Module) else list(new or ())
     for name in new:
+        if not isinstance(name, str): raise ValueError(f"new: a {type(name).__name__} is no name; pass names")
         if not any(is_new(n, [name]) for n,_ in model.named_parameters()):
             raise ValueError(f"new: {name!r} is neither a parameter nor a module of {type(model).__name__}")
     return new
@@ -167,8 +177,9 @@ def _clone_shared(model, source, name, new, dtype, device):
     source = named_like(source, model)
     mismatched = {k: v for k,v in mismatched_parameters(model, source) if not is_new(k, new)}
     if wrong := [f'{k} {v}' for k,v in mismatched.items()]:
-        raise ValueError(f"{name} belongs to another model: {shorten(', '.join(wrong), 400)}; "
-                         f"{mismatch_advice(mismatched, 'name them in `new` if they are new on purpose')}")
+        advice = mismatch_advice(mismatched, 'name them in `new` if they are new on purpose, and remove those that are '
+                                             'not in the model')
+        raise ValueError(f"{name} belongs to another model: {shorten(', '.join(wrong), 400)}; {advice}")
     on_cpu = device is not None and torch.device(device).type=='cpu'
     def clone(p, value):
         kw = dict(dtype=dtype, device=device, requires_grad=False, pin_memory=on_cpu and p.is_cuda)
@@ -202,8 +213,8 @@ def _as_beta(strength, mean_fisher):
 
 # %% ../../nbs/penalty/quadratic.ipynb #5212996c
 def _check_stored(anchor, dtype):
-    if dtype is not None and not dtype.is_floating_point:
-        raise ValueError(f"dtype={dtype}: anchor and Fisher need a floating-point type")
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"dtype={dtype!r}: anchor and Fisher need a floating-point type, such as torch.bfloat16")
     if hasattr(anchor, 'n_images'):
         raise ValueError(f"anchor is a {type(anchor).__name__}, squared gradients instead of parameters: pass it "
                          "as fisher=, and the source model or its state_dict as anchor=")
@@ -227,9 +238,11 @@ class QuadraticPenalty:
     ):
         check_coefficients(fisher, alpha=alpha, beta=beta, l2sp=l2sp, strength=strength)
         _check_stored(anchor, dtype)
+        if not (alpha or beta or l2sp or strength):
+            warnings.warn("alpha, beta, l2sp and strength are all 0: this penalty moves nothing", stacklevel=2)
         model = unwrap(model)
         reshard(model)
-        new = _check_new(model, new)
+        new = check_new(model, new)
         self.alpha,self.l2sp = alpha,l2sp
         self.beta = beta or strength                               # `strength` is divided by F's mean below
         self.params = dict(model.named_parameters())
@@ -364,13 +377,17 @@ def _learning_rates(params, lr):
         if not lr:
             raise ValueError(f"this {type(optimizer).__name__} has none of the penalty's {len(params)} parameters: "
                              "make the penalty for the model that the optimizer trains, after sharding it")
+    if not isinstance(lr, Mapping|Real|Tensor):
+        raise ValueError(f"lr={shorten(str(lr), 100)}: a {type(lr).__name__} is no rate: pass a number, name -> number "
+                         "or the torch optimizer (of a fastai Learner that is learn.opt.opt)")
     rates = lr if isinstance(lr, Mapping) else dict.fromkeys(params, lr)
     if rates.keys()-params.keys():
         rates = match_names(rates, params)
         if unknown := [n for n in rates if n not in params]:
             raise ValueError(f"lr: {shorten(', '.join(unknown), 400)}: the penalty's model has no such parameter")
     for rate in set(rates.values()):
-        if not (isinstance(rate, Real|Tensor) and math.isfinite(rate) and rate>=0):
+        is_number = isinstance(rate, Real) or isinstance(rate, Tensor) and not rate.ndim
+        if not (is_number and math.isfinite(rate) and rate>=0):
             raise ValueError(f"lr={rate}: a learning rate must be a finite number, 0 or larger")
     return rates
 
