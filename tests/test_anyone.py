@@ -7,6 +7,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from fgvc_fisher.data import read_data, read_folder, read_image_folder
 from fgvc_fisher.data.forms import data_form
+from fgvc_fisher.data.tables import aircraft_root
 from fgvc_fisher.experiment import Run, do_run, load_run, predict, sweep
 from fgvc_fisher.experiment.run import read_run, read_target, run_source
 from fgvc_fisher.experiment.saved import read_header
@@ -269,6 +270,59 @@ def test_names_of_classes(names, tiny_weights, tmp_path):
     learn = load_run(tmp_path/'run')
     assert list(learn.dls.vocab)==sorted(names) and set(predict(learn, tmp_path/'data').label)<=set(names)
     assert list(load_run(tmp_path/'run', pictures=True).dls.vocab)==sorted(names)
+
+# Copies
+
+def test_pictures_in_no_split_and_empty_files_are_no_copies(flowers, tmp_path):
+    files = sorted(flowers.glob('*/*'))
+    shutil.copy(files[0], files[1])                              # two copies that are in no split
+    for o in (files[2], files[9], files[10]): o.write_bytes(b'')
+    splits = ['', '', *('train' if i%2 else 'val' for i in range(22))]
+    csv = listed(tmp_path/'list.csv', [f'{o},{o.parent.name},{s}' for o,s in zip(files, splits)], 'path,label,split')
+    assert dict(read_data(csv).split.value_counts())==dict(train=11, val=11)
+    run = Run(csv, arch='test_resnet', on_bad='skip')
+    with pytest.warns(UserWarning, match='skipping 3'): assert len(read_target(run))==21
+
+@pytest.mark.parametrize('seed', range(3))
+def test_copies_in_what_was_held_out(seed, flowers):
+    table = read_data(flowers, seed=seed)
+    held,kept = [table[(table.split==o) & (table.label=='iris')].path.iloc[0] for o in ('val','train')]
+    shutil.copy(held, kept)
+    said = f"({held}.*{kept}|{kept}.*{held}).*two splits.*held out.*remove"
+    with pytest.raises(ValueError, match=said): read_data(flowers, seed=seed)
+    assert len(read_data(flowers, seed=seed, valid=''))==24      # all are in one split
+
+def test_one_content_with_two_labels(flowers):
+    shutil.copy(flowers/'iris/0.png', flowers/'rose/copy.png')
+    with pytest.warns(UserWarning, match='1 times.*iris.*rose'): assert len(read_data(flowers, valid=''))==25
+
+TWICE = [('test', 'test', True), ('test', 'test', False), ('train', 'val', False), ('train', 'test', True),
+         ('val', 'test', False)]
+@pytest.mark.parametrize('source,target,relabel', TWICE)
+def test_a_tree_that_lists_a_picture_twice(source, target, relabel, drawn, tmp_path):
+    tree = shutil.copytree(drawn, tmp_path/'tree')
+    table = read_data(tree)
+    row = table[table.split==source].iloc[0]
+    other = next(o for o in table.label.cat.categories if o!=row.label)
+    root = aircraft_root(tree)
+    line = f'\n{row.image} {other if relabel else row.label}\n'
+    with (root/f'images_variant_{target}.txt').open('a') as f: f.write(line)
+    with pytest.raises(ValueError, match=f'{row.image}.*{source}.*{target}'): read_data(tree)
+
+def test_a_tree_without_one_of_its_lists(drawn, tmp_path):
+    "`trainval` is then read too, and repeats the other one"
+    for split in ('train','val'):
+        root = aircraft_root(shutil.copytree(drawn, tmp_path/split))
+        lists = [(root/f'images_variant_{o}.txt').read_text() for o in ('train','val')]
+        (root/'images_variant_trainval.txt').write_text('\n'.join(lists))
+        (root/f'images_variant_{split}.txt').unlink()
+        table = read_data(root, train='trainval', valid='test')
+        assert set(table.split)=={'train','val','trainval','test'}-{split}
+
+def test_unknown_names_of_columns(flowers, tmp_path):
+    csv = listed(tmp_path/'list.csv', [f'{o},{o.parent.name}' for o in flowers.glob('*/*')], 'path,label')
+    for data in (csv, flowers):
+        with pytest.raises(ValueError, match="'paths'.*path, label, split"): read_data(data, columns=dict(paths='x'))
 
 # Weights that cannot be downloaded
 

@@ -7,6 +7,8 @@ import time
 from queue import Empty
 import jupyter_client, pytest
 
+pytestmark = pytest.mark.xdist_group('messages')   # What its tests share is made once
+
 PANELS = '''
 import sys, time
 import numpy as np, torch
@@ -48,7 +50,6 @@ published = explore_published()
 live._CODE = """
 import json, sys, time
 
-pytestmark = pytest.mark.xdist_group('messages')   # What its tests share is made once
 def say(**said): print(json.dumps(said), flush=True)
 if not sys.stdin.readline(): sys.exit()
 for i in range(1, 9):

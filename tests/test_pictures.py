@@ -4,6 +4,7 @@ from io import BytesIO
 import numpy as np, pandas as pd, pytest
 from PIL import Image
 from fgvc_fisher.data import cache_images, folder_dls, picture_dl
+from fgvc_fisher.data.loaders import open_item
 from fgvc_fisher.data.pictures import open_picture, skip_bad, to_rgb
 from fgvc_fisher.data import read_aircraft, read_table
 from fgvc_fisher.data.tables import crop_to_boxes
@@ -414,3 +415,35 @@ def test_a_split_without_a_good_picture_is_an_error(tmp_path):
         (tmp_path/o).write_bytes(JPEG if o[0]=='t' else b'')
     with pytest.raises(OSError, match=r'\b1 pictures.*val/a/1.jpg cannot be decoded \([^)]*\)$'):
         folder_dls(tmp_path, size=16, on_bad='skip', num_workers=0)
+
+CUTS = [dict(credit='John Doe'), dict(credit=float('nan')), dict(credit=-1), dict(credit=2.5), dict(crop='corn'),
+        dict(crop=float('nan')), dict(crop=(1,2,3)), dict(crop=(0,0,'9',9)), dict(crop=True)]
+@pytest.mark.parametrize('cut', CUTS)
+def test_no_part_of_a_picture(cut, table):
+    "What is no number of pixels is named, before a folder for copies is made"
+    (name,value), = cut.items()
+    said = f'2.jpg.*{name}={re.escape(repr(value))}.*rename'
+    with pytest.raises(ValueError, match=said): open_picture(table.path[2], **cut)
+    whole = 0 if name=='credit' else (0,0,9,9)
+    broken = table.assign(**{name: [value if i==2 else whole for i in range(6)]}).astype({name: object})
+    with pytest.raises(ValueError, match=said): cache(broken, 40)
+    assert not table.path[0].parent.with_name('pics_40').exists()
+    with pytest.raises(ValueError, match=said): open_item(broken.iloc[2])
+
+def test_whole_numbers_of_any_kind(table):
+    file = table.path[0]
+    for credit in (20, 20., np.int64(20), np.float32(20)): assert open_picture(file, credit=credit).size==(120,60)
+    for crop in ((0,0,9,8), [0,0,9,8], np.array([0,0,9,8])): assert open_picture(file, crop).size==(9,8)
+
+def test_each_picture_has_a_copy_of_its_own(tmp_path):
+    "Even where names differ by a suffix, and whichever split comes first"
+    (tmp_path/'p').mkdir()
+    names = ['0.png','0.png.jpg','0.png.jpg.jpg','1.png','1.jpg','2.PNG.JPG','2.PNG']
+    for i,name in enumerate(names): photo(i).save(tmp_path/f'p/{name}', **dict(quality=98) if i else {})
+    table = pd.DataFrame({'path': [tmp_path/'p'/o for o in names]})
+    both = [cache(table, 40), pd.concat([cache(table[:1], 40), cache(table[1:], 40)])]
+    for small in both:
+        assert [o.name for o in small.path]==['0.png.jpg.jpg.jpg', *names[1:3], '1.png.jpg', *names[4:6], '2.PNG.jpg']
+        for before,after in zip(table.path, small.path):
+            source = np.array(Image.open(before).convert('RGB').resize((60,40), Image.BICUBIC)).astype(int)
+            assert abs(pixels(after)-source).mean() < 4

@@ -5,9 +5,10 @@ import numpy as np, pandas as pd, pytest
 from PIL import Image
 from fgvc_fisher.data import aircraft_dls, folder_dls, table_dls
 from fgvc_fisher.data import (
-    class_weights, hold_out, pick_split, read_aircraft, read_folder, read_image_folder, read_pictures, read_table,
-    take_fraction
+    class_weights, hold_out, pick_split, read_aircraft, read_data, read_folder, read_image_folder, read_pictures,
+    read_table, take_fraction
 )
+from fgvc_fisher.data.loaders import open_item
 from fgvc_fisher.learner import aircraft_learner
 from fgvc_fisher.data.tables import crop_to_boxes, picture_suffixes, read_lines, split_name
 
@@ -445,3 +446,65 @@ def test_class_index_that_is_none(value, listed):
 def test_class_index_that_is_empty(listed):
     with pytest.raises(ValueError, match='labels.csv.*row 1'):
         read_pictures(listed('path,class_index\na.jpg,1\na.jpg,\n', name='labels.csv').parent)
+
+@pytest.mark.parametrize('name,values', [('credit', ['John Doe','']), ('credit', ['12','7']),
+                                         ('crop', ['corn','maize'])])
+@pytest.mark.parametrize('as_label', [False, True])
+def test_columns_of_a_csv_have_no_meaning(name, values, as_label, flowers):
+    "Those called `credit` and `crop` neither: `read_aircraft`'s say what to cut off"
+    if as_label: values = [o or 'Jane' for o in values]
+    files = sorted(flowers.rglob('*.png'))
+    label = name if as_label else 'label'
+    rows = pd.DataFrame({'path': files, 'label': [o.parent.name for o in files]})
+    rows[name] = [values[i%2] for i in range(len(files))]
+    rows.to_csv(flowers/'list.csv', index=False)
+    for table in (flowers/'list.csv', pd.read_csv(flowers/'list.csv')):
+        found = read_table(table, label=label)
+        assert name not in found and len(found)==24 and found.label.nunique()>1
+        for cache,size in ((False, (40,30)), (True, (24,18))):
+            dls = table_dls(table, label=label, size=16, bs=4, num_workers=0, cache=cache)
+            assert {open_item(o).size for o in dls.valid.items}=={size} and len(dls.one_batch()[0])==4
+
+def test_a_tree_keeps_what_is_cut_off(drawn):
+    table = crop_to_boxes(read_aircraft(drawn, credit=3))
+    found = read_table(table.sample(frac=0.5, random_state=0))
+    assert set(found.credit)=={3} and isinstance(found.crop[0], tuple)
+
+@pytest.mark.parametrize('link,to', [('a/up', '..'), ('a/here', '.'), ('self', '.'), ('b/top', '../..'),
+                                     ('a/x/two', '../..')])
+def test_links_in_circles(link, to, tmp_path):
+    root = make(tmp_path/'qq', 'a/1.jpg', 'a/x/2.jpg', 'b/1.jpg')
+    (root/link).symlink_to(to, target_is_directory=True)
+    assert read(root)==[('train','a'), ('train','a'), ('train','b')] and len(read_folder(root))==3
+    (make(tmp_path/'more', '9.jpg')/'back').symlink_to(root, target_is_directory=True)
+    (root/'b/more').symlink_to(tmp_path/'more', target_is_directory=True)         # pictures elsewhere are read
+    assert len(read_image_folder(root))==4
+
+@pytest.mark.parametrize('train,valid', [(0,1), (False,True), ('0','1')])
+def test_splits_that_are_no_text(train, valid, flowers):
+    files = sorted(flowers.rglob('*.png'))
+    table = pd.DataFrame({'path': files, 'label': [o.parent.name for o in files]})
+    kw = dict(size=16, bs=4, num_workers=0, valid=valid, train=train)
+    table['split'] = [valid if i%2 else train for i in range(len(files))]
+    table.to_csv(flowers/'list.csv', index=False)
+    for o in (table, flowers/'list.csv'):
+        dls = table_dls(o, **kw)
+        assert (len(dls.train_ds), len(dls.valid_ds))==(12,12)
+    assert len(read_data(flowers/'list.csv', train=train, valid=valid))==24
+    with pytest.raises(ValueError, match='no split 3'): table_dls(table, **(kw | dict(valid=3)))
+
+@pytest.mark.parametrize('valid', [None, ''])
+def test_no_validation_split_for_loaders(valid, flowers):
+    with pytest.raises(ValueError, match=f'valid={valid!r}'): folder_dls(flowers, valid=valid, num_workers=0)
+
+def test_copies_are_no_data(flowers):
+    "Those of a lone folder `train` lie beside it, in the data"
+    shutil.rmtree(flowers/'val')
+    before = read_image_folder(flowers)
+    for _ in range(2): folder_dls(flowers, size=16, bs=4, num_workers=0, cache=True)
+    assert (flowers/'train_24/rose/0.png.jpg').is_file()
+    pd.testing.assert_frame_equal(read_image_folder(flowers), before)
+    assert len(read_folder(flowers))==12 and read_data(flowers).label.nunique()==3
+    assert set(read_image_folder(flowers/'train_24').label)=={'daisy','rose','tulip'}      # unless one asks for them
+    (flowers/'train/rose/manifest.jsonl').write_text('{"file": "0.png"}\n')                # somebody else's
+    assert len(read_image_folder(flowers))==12

@@ -8,7 +8,7 @@ Docs: https://fgvc-fisher.github.io/fgvc_fisher/data/forms.html.md"""
 __all__ = ['FORMS', 'data_form', 'read_data']
 
 # %% ../../nbs/data/forms.ipynb #f0a50004
-import hashlib, os
+import hashlib, os, warnings
 from collections import defaultdict
 from pathlib import Path
 import pandas as pd
@@ -52,21 +52,39 @@ def _check_repeated(table, path):
     first = int((files==files[second]).argmax())
     raise ValueError(f"{path}: rows {first} and {second} are the same picture, {files[second]}; each picture must be "
                      "in one row")
+def _check_lists(table, path):
+    "`ValueError` if a picture is twice in the lists of an FGVC-Aircraft tree"
+    for others in (['trainval'], ['train', 'val']):                  # these have the same pictures
+        rows = table[~table.split.isin(others)]
+        repeated = rows.image[rows.image.duplicated()]
+        if not len(repeated): continue
+        image = repeated.iloc[0]
+        places = [f'{o.label!r} in {o.split}' for o in rows[rows.image==image].itertuples()]
+        raise ValueError(f"{path} lists the picture {image} more than once: {', '.join(places)}; remove all but one of "
+                         "these lines")
 
 # %% ../../nbs/data/forms.ipynb #f0a5000e
 def _digest(file): return hashlib.sha256(Path(file).read_bytes()).digest()
-def _check_leaks(table, path):
-    "`ValueError` if files of two splits have the same content"
+def _check_leaks(table, path, held_out=False):
+    "`ValueError` if two files in two splits have the same content, a warning if two with two labels have"
     by_size = defaultdict(list)
-    for file,split in zip(table.path, table.split): by_size[os.path.getsize(file)].append((file, split))
-    for files in by_size.values():
-        if len({split for _,split in files})<2: continue
+    used = table[table.split.notna()]
+    for row in zip(used.path, used.split, used.label): by_size[os.path.getsize(row[0])].append(row)
+    by_size.pop(0, None)                                             # empty files are no pictures, so no copies
+    held = " (there is no validation split, so 'val' was held out of the training split)" if held_out else ''
+    with_two = []
+    for rows in by_size.values():
+        if len({row[1:] for row in rows})<2: continue
         seen = {}
-        for file,split in files:
-            other,its_split = seen.setdefault(_digest(file), (file, split))
+        for file,split,label in rows:
+            other,its_split,its_label = seen.setdefault(_digest(file), (file, split, label))
             if its_split!=split:
                 raise ValueError(f"{path}: {other} ({its_split}) and {file} ({split}) are the same picture in two "
-                                 "splits: remove one of them")
+                                 f"splits{held}: remove one of them")
+            if its_label!=label: with_two.append(f'{other} ({its_label}) and {file} ({label})')
+    if with_two:
+        warnings.warn(f"{path}: {len(with_two)} times the same picture has two labels, such as {with_two[0]}; no "
+                      "network can be right about both")
 
 # %% ../../nbs/data/forms.ipynb #f0a50010
 def _read_folder(path):
@@ -80,15 +98,19 @@ def _read(path, form, level, columns):
     "The table of a form, without the checks that need the splits"
     if form!='aircraft' and level!='variant':
         raise ValueError(f"level={level!r}: only an FGVC-Aircraft tree has levels, and {path} is read as {FORMS[form]}")
+    if unknown := sorted(columns.keys()-{'path','label','split'}):
+        raise ValueError(f"columns: unknown key {', '.join(map(repr, unknown))}; choose from path, label, split")
     own = {k: v for k,v in columns.items() if v!=k}
     if own and form!='table':
         raise ValueError(f"{', '.join(f'{k}={v!r}' for k,v in own.items())}: columns are for a CSV file, and {path} is "
                          f"read as {FORMS[form]}")
-    if form=='aircraft': return read_aircraft(path, level)
+    if form=='aircraft':
+        table = read_aircraft(path, level)
+        _check_lists(table, path)
+        return table
     table = read_table(path, **columns) if form=='table' else _read_folder(path)
     _check_classes(table, path)
     if form=='table': _check_repeated(table, path)
-    _check_leaks(table, path)
     return table
 
 # %% ../../nbs/data/forms.ipynb #f0a50011
@@ -102,7 +124,8 @@ def read_data(
     seed:int=0, # For what is held out
 )->pd.DataFrame: # A row for each picture: `image`, `label` (categorical), `split`, `path`; `attrs['about']`: a line
     """Read a data set of any form. Raises `FileNotFoundError` for missing files, and `ValueError` for an unknown form,
-    a single class, a picture in two rows or in two splits, and the errors of the function that reads the form."""
+    a single class, a picture in two rows or in two splits, copies of one in two splits, unknown keys
+    of `columns`, and the errors of the function that reads the form."""
     if form and form not in FORMS: raise ValueError(f"form={form!r}: choose from {', '.join(FORMS)}")
     found = data_form(path)
     if (form=='table')!=(found=='table') and form:
@@ -110,6 +133,7 @@ def read_data(
     form = form or found
     own = _read(Path(path), form, level, dict(path='path', label='label', split='split') | (columns or {}))
     table = with_validation(own, train, valid, seed) if valid else own
+    if form!='aircraft': _check_leaks(table, path, held_out=table is not own)
     table.attrs['about'] = _describe(path, form, table, held_out=table is not own, seed=seed)
     return table
 

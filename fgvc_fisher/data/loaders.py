@@ -49,7 +49,7 @@ def open_item(
     """Open a picture, whatever it is given as. Arrays and tensors have 8-bit values and shape (H, W, 3), (3, H, W) or
     (H, W). Raises `TypeError` or `ValueError` for what is no picture, and the errors of `open_picture`."""
     if hasattr(item, 'path'):
-        return open_picture(item.path, getattr(item, 'crop', None), int(getattr(item, 'credit', 0)))
+        return open_picture(item.path, getattr(item, 'crop', None), getattr(item, 'credit', 0))
     if isinstance(item, (str,PathLike)): return open_picture(Path(item))
     if isinstance(item, (bytes,bytearray,memoryview)):
         return open_picture(BytesIO(item), name=f'a picture of {len(item)} bytes')
@@ -140,6 +140,9 @@ def check_splits(
 # %% ../../nbs/data/loaders.ipynb #e9208617
 def _pick_tables(table, train, valid, fraction, seed, on_bad):
     "The training and the validation table, checked"
+    if valid is None or valid=='':
+        raise ValueError(f"valid={valid!r}: DataLoaders need a validation split: name one, or leave valid='val', "
+                         "which is held out where there is none")
     tables = [take_fraction(pick_split(table, train), fraction, seed), pick_split(table, valid)]
     tables = skip_bad(tables, on_bad)
     check_splits(*tables)

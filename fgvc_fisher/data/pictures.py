@@ -11,6 +11,7 @@ __all__ = ['to_rgb', 'open_picture', 'skip_bad', 'resize_picture', 'common_folde
 import json, os, warnings
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from io import BytesIO
+from numbers import Real
 from pathlib import Path
 from textwrap import shorten
 from threading import Lock
@@ -78,6 +79,21 @@ def _reason(e):
     if isinstance(e, UnidentifiedImageError): return 'it is empty or in no format that Pillow reads'
     return ' '.join(str(e).split()) or type(e).__name__
 
+# %% ../../nbs/data/pictures.ipynb #af171b26
+def _checked_cuts(path, crop, credit):
+    "`crop` and `credit` as whole numbers. Raises `ValueError` with the picture's path for anything else"
+    is_box = crop is None or isinstance(crop, (tuple,list,np.ndarray)) and len(crop)==4
+    box = [] if crop is None or not is_box else list(crop)
+    if is_box and all(isinstance(o, Real) and o%1==0 for o in (credit,*box)) and credit>=0:
+        return tuple(map(int, box)) or None, int(credit)
+    raise ValueError(f"{path}: crop={crop!r}, credit={credit!r}: crop must be (left, top, right, bottom) or None, and "
+                     "credit 0 or more, in whole pixels; rename a column that means something else")
+def _cuts(table):
+    "`crop` and `credit` of each picture of a table, checked"
+    crops = table.get('crop', [None]*len(table))
+    credits = table.get('credit', [0]*len(table))
+    return [_checked_cuts(*o) for o in zip(table.path, crops, credits)]
+
 # %% ../../nbs/data/pictures.ipynb #62d723f7
 def open_picture(
     path:str|Path|BytesIO, # A picture in any format that Pillow reads: its file, or the bytes of one
@@ -86,7 +102,8 @@ def open_picture(
     name:str='', # What to call it in errors if it is not a file of its own; default: its path
 )->PILImage: # Upright and in RGB, see `to_rgb`; fully decoded
     """Open a picture. Raises `OSError` with its path if it cannot be decoded, and `ValueError` if `crop` and `credit`
-    leave nothing of it."""
+    are not in whole pixels or leave nothing of it."""
+    crop,credit = _checked_cuts(name or path, crop, credit)
     try:
         with Image.open(path) as file: img,_ = to_rgb(file)
     except (FileNotFoundError, MemoryError): raise
@@ -217,16 +234,21 @@ def _make_copies(jobs, manifest, n_workers, quiet):
             pool.shutdown(cancel_futures=True)     # otherwise Ctrl-C would wait for all jobs
             raise
 
+# %% ../../nbs/data/pictures.ipynb #5077561b
+def _copy_name(name, common):
+    "The name of the copy of a picture in `common`: a JPEG's own, else one more `.jpg` than any picture there has"
+    if name.lower().endswith(('.jpg','.jpeg')): return name
+    copy = name+'.jpg'
+    while os.path.lexists(os.path.join(common, copy)): copy += '.jpg'
+    return copy
+
 # %% ../../nbs/data/pictures.ipynb #d53c41d3
-def _plan_copies(table, common, folder, short_side, entries):
+def _plan_copies(table, cuts, common, folder, short_side, entries):
     "The paths to use for the pictures of a table, and the missing copies, `name: (made_from, arguments of _shrink)`"
     paths,jobs = [],{}
-    crops = table.get('crop', [None]*len(table))
-    credits = table.get('credit', [0]*len(table))
-    for source,crop,credit in zip(table.path, crops, credits):
-        crop,credit = crop and tuple(map(int, crop)), int(credit)
+    for source,(crop,credit) in zip(table.path, cuts):
         name = os.path.relpath(os.path.abspath(source), common)
-        target = folder/(name if name.lower().endswith(('.jpg','.jpeg')) else name+'.jpg')
+        target = folder/_copy_name(name, common)
         made_from = _made_from(source, crop, credit)
         entry = entries.get(name)
         is_small = entry and entry[1] is None
@@ -246,6 +268,7 @@ def cache_table(
     "`cache_images` for one split, with copies where those of the other splits are. Raises `ValueError` and `OSError`."
     if not isinstance(short_side, int) or short_side<1:
         raise ValueError(f"short_side={short_side!r} must be a whole number of pixels above 0")
+    cuts = _cuts(table)                                              # before there is a folder
     folder = _copies_folder(common, table, short_side, dest)
     try: folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:
@@ -253,11 +276,11 @@ def cache_table(
         raise OSError(message) from e
     manifest = folder/'manifest.jsonl'
     with FileLock(folder/'.lock'):
-        paths,jobs = _plan_copies(table, common, folder, short_side, _read_manifest(manifest))
+        paths,jobs = _plan_copies(table, cuts, common, folder, short_side, _read_manifest(manifest))
         if jobs:
             _make_copies(jobs, manifest, n_workers or defaults.cpus, quiet)
             entries = _read_manifest(manifest)
-            paths,_ = _plan_copies(table, common, folder, short_side, entries)
+            paths,_ = _plan_copies(table, cuts, common, folder, short_side, entries)
             sizes = [size for _,size in entries.values() if size is not None]
             if not quiet:
                 print(f"{len(sizes):,} copies with a shorter side of {short_side} pixels take {sum(sizes)/1e6:,.1f} MB "
@@ -274,6 +297,7 @@ def cache_images(
     on_bad:str='error', # For a picture that cannot be decoded: 'error', or 'skip' (decodes all pictures once more)
 )->pd.DataFrame: # The table with `path` to the copies, without `crop`, `credit` and the boxes of the originals
     """Make smaller copies of pictures, or reuse those that are there. Raises `ValueError` for an invalid `short_side`,
-    and `OSError` if a picture cannot be decoded or a copy cannot be written; the copies made so far are kept."""
+    `crop` or `credit`, and `OSError` if a picture cannot be decoded or a copy cannot be written; the copies made so far
+    are kept."""
     table, = skip_bad([pictures if isinstance(pictures, pd.DataFrame) else read_aircraft(pictures)], on_bad)
     return cache_table(table, common_folder(table), short_side, dest, n_workers, quiet)

@@ -145,10 +145,11 @@ _SPLITS = {spelling: split for split,spellings in _SPELLINGS.items() for spellin
 
 # %% ../../nbs/data/tables.ipynb #cde4b8c7
 def split_name(
-    name:str, # In any case, also with 'set', 'data', 'images' or 'split' or a year behind it
+    name:str|int, # In any case, also with 'set', 'data', 'images' or 'split' or a year behind it; a number is none
 )->str|None: # 'train', 'val', 'test' or 'trainval'; None for any other name
     "The split that a usual name stands for."
-    stem = re.sub(r'[\s_-]*(dataset|set|data|images|split)?[\s_-]*((19|20)[0-9]{2})?$', '', name.strip().casefold())
+    name = str(name).strip().casefold()
+    stem = re.sub(r'[\s_-]*(dataset|set|data|images|split)?[\s_-]*((19|20)[0-9]{2})?$', '', name)
     return _SPLITS.get(stem)
 
 # %% ../../nbs/data/tables.ipynb #4a58115e
@@ -168,7 +169,7 @@ def pick_split(
 )->pd.DataFrame: # The rows of that split
     "The pictures of one split. Raises `ValueError` if the table does not have that split."
     present = list(table.split.dropna().unique())
-    if split not in present: split = split_name(split) or split
+    if split not in present: split = next((o for o in present if str(o)==str(split)), split_name(split) or split)
     names = ['train','val'] if split=='trainval' and 'trainval' not in present else [split]
     missing = [o for o in names if o not in present]
     if missing:
@@ -264,14 +265,33 @@ def is_hidden(
     "Is it hidden, or one that macOS or a network disk adds?"
     return name.startswith('.') or name in ('__MACOSX', '@eaDir')
 
+# %% ../../nbs/data/tables.ipynb #2946a36f
+def _is_copies(folder):
+    "Is it a folder of smaller copies, with the manifest that `cache_table` writes: a list `[name, ...]` in each line?"
+    manifest = folder/'manifest.jsonl'
+    if not manifest.is_file(): return False
+    with manifest.open('rb') as f: start = f.read(100).strip()
+    return not start or start.startswith(b'["')
+def _leads_up(folder):
+    "Is it a link to a folder that it is in?"
+    return Path(os.path.realpath(folder.parent)).is_relative_to(os.path.realpath(folder))
+
 # %% ../../nbs/data/tables.ipynb #a4ebae1b
 def pictures_in(
     folder:str|Path, # A folder
 )->list: # Paths, sorted by folder, then by name
-    "The pictures in a folder, at any depth. Hidden files and folders, and those that macOS adds, are left out."
+    """The pictures in a folder, at any depth. Hidden files and folders, those that macOS adds, smaller copies, and
+    links to a folder that was read already are left out."""
     suffixes,found = picture_suffixes(),[]
+    start = Path(os.path.realpath(folder))
+    entered = {start, *start.parents}                                # a link back to one of them would never end
     for root,folders,names in os.walk(folder, followlinks=True):
-        folders[:] = [o for o in folders if not is_hidden(o)]
+        real = {o: Path(os.path.realpath(os.path.join(root, o))) for o in sorted(folders) if not is_hidden(o)}
+        folders[:] = []
+        for name,target in real.items():
+            if target in entered or _is_copies(target): continue
+            entered.add(target)
+            folders.append(name)
         found += [(root, o) for o in names if not is_hidden(o) and Path(o).suffix.lower() in suffixes]
     return [Path(root)/name for root,name in sorted(found)]
 
@@ -284,6 +304,7 @@ def _is_written(folder, pictures):
 def _subfolders(folder):
     "Each folder in it that is not hidden, in order, with its pictures; those that a training has written are left out"
     folders = [o for o in sorted(Path(folder).iterdir()) if o.is_dir() and not is_hidden(o.name)]
+    folders = [o for o in folders if not _is_copies(o) and not _leads_up(o)]
     found = {o: pictures_in(o) for o in folders}
     return {o: files for o,files in found.items() if not _is_written(o, files)}
 
@@ -396,6 +417,12 @@ def _name_splits(splits, where):
     _check_spellings(names, where)
     return splits if all(k==v for k,v in names.items()) else splits.astype(object).map(lambda o: names.get(o, o))
 
+# %% ../../nbs/data/tables.ipynb #e3fdd4d9
+def _has_cuts(table):
+    "Is it a table of this page, such as `read_aircraft`'s, whose `crop` and `credit` say what to cut off?"
+    is_categorical = isinstance(table.dtypes.get('label'), pd.CategoricalDtype)    # a table from elsewhere has text
+    return is_categorical and {'image','split','path'} <= set(table.columns)
+
 # %% ../../nbs/data/tables.ipynb #c3942abe
 def read_table(
     table:str|Path|pd.DataFrame, # A CSV file or a DataFrame, whose labels stay what they are
@@ -404,8 +431,9 @@ def read_table(
     label:str|None='label', # Name of the column of labels; None: there are none, and all labels are 'unknown'
     split:str='split', # Name of the column of splits, see `split_name`; without such a column all pictures are 'train'
 )->pd.DataFrame: # `image` (the path as given), `label` (categorical), `split`, `path`, and the other columns
-    """Read a list of pictures with labels. Raises `FileNotFoundError` for missing files, and `ValueError` for missing
-    columns or values, an encoding that `decode_text` refuses, and two names of one split."""
+    """Read a list of pictures with labels. Columns `crop` and `credit` are kept only of a table of `read_aircraft`.
+    Raises `FileNotFoundError` for missing files, and `ValueError` for missing columns or values, an encoding that
+    `decode_text` refuses, and two names of one split."""
     is_file = not isinstance(table, pd.DataFrame)
     name = str(table) if is_file else 'the table'
     if is_file:
@@ -428,7 +456,8 @@ def read_table(
     paths = [Path(root or '.')/str(o) for o in table[path]]
     if split!='split' and split not in table: raise ValueError(f"{name} has no column {split} of splits")
     splits = _name_splits(table[split], name) if split in table else 'train'
-    table = table.assign(image=table[path].astype(str), label=labels, split=splits, path=paths)
+    others = table if _has_cuts(table) else table.drop(columns=['crop','credit'], errors='ignore')
+    table = others.assign(image=table[path].astype(str), label=labels, split=splits, path=paths)
     if missing := [str(o) for o in paths if not o.is_file()]:
         raise FileNotFoundError(f"{len(missing)} pictures in {name} are missing: {shorten(', '.join(missing), 400)}")
     return table.reset_index(drop=True)
