@@ -23,6 +23,7 @@ def command_parser(
 ): # An `argparse.ArgumentParser`
     "The parser of a command's options, in groups."
     parser = anno_parser(func, prog=func.script)
+    parser.allow_abbrev = False                                    # `--n 3` is no `--num-workers 3`
     others = parser._optionals._group_actions                      # argparse cannot move an option to a group
     for title,names in func.groups.items():
         group = parser.add_argument_group(title)
@@ -30,9 +31,15 @@ def command_parser(
         for o in group._group_actions: others.remove(o)
     return parser
 
+_PATHS = 'data','weights','source','run','pictures','grid','keep','images','shards','out'
+def _expanded(options):
+    "Options with the home folder for `~`, which a shell leaves as it is after `--out=`."
+    def expand(value): return [expand(o) for o in value] if isinstance(value, list) else os.path.expanduser(value)
+    return {k: expand(v) if k in _PATHS else v for k,v in options.items()}
+
 def _main(func):
     "Call a command with the options on the command line."
-    options = vars(command_parser(func).parse_args())
+    options = _expanded(vars(command_parser(func).parse_args()))
     del options['pdb'], options['xtra']                            # fastcore's own
     keep_memory()
     with _errors_as_sentences(func.script, *func.errors): func(**options)
@@ -85,6 +92,16 @@ Kind = Annotated[str, dict(choices=('sampled', 'exact', 'empirical'))]
 Engine = Annotated[str, dict(choices=('processes', 'ray'))]                # of `fgvc-fisher`
 SweepEngine = Annotated[str, dict(choices=('local', 'ray'))]
 
+# %% ../nbs/cli.ipynb #bc9fb10e
+def _check_out_folder(out):
+    "`NotADirectoryError` if a file is where the folder is to be."
+    for o in (Path(out), *Path(out).parents):
+        if o.is_file(): raise NotADirectoryError(f"--out {out}: {o} is a file; give a folder")
+def _check_out_file(out):
+    "`ValueError` or `FileNotFoundError` if no file can be written there."
+    if Path(out).is_dir(): raise ValueError(f"--out {out} is a folder: give the file to write")
+    if not Path(out).absolute().parent.is_dir(): raise FileNotFoundError(f"--out {out}: there is no folder for it")
+
 # %% ../nbs/cli.ipynb #f66d0370
 @command('fgvc-demo')
 def fgvc_demo(
@@ -94,12 +111,17 @@ def fgvc_demo(
     "The method on drawn aircraft, offline, in minutes: pretrain, estimate the Fisher, fine-tune in seven arms, report."
     from fgvc_fisher.experiment.demo import demo
     from fgvc_fisher.experiment.results import show_table
+    if seed<0: raise ValueError(f"--seed {seed}: must be 0 or greater")
+    _check_out_folder(out)
     found,sentences = demo(out, seed=seed)
     print('', show_table(found).to_string(), *sentences, f'The report: {Path(out)/"report.html"}', sep='\n\n')
 
 # %% ../nbs/cli.ipynb #d19271ac
-def _check_finetune(data, source, fisher_from, beta, strength):
-    "`ValueError` for what is missing, before a network is made."
+def _check_finetune(data, source, fisher_from, beta, strength, recipe='one-cycle', lr=0.02, out=''):
+    "`ValueError` for what is missing, ignored or cannot be written, before a network is made."
+    if out: _check_out_folder(out)
+    if recipe=='published' and lr!=0.02:
+        raise ValueError(f"--lr {lr:g}: the published recipe has rates of its own: leave out --lr")
     for name,path in dict(data=data, source=source).items():
         if not path or Path(path).exists(): continue
         raise FileNotFoundError(f"--{name} {path}: there is no such file or folder")
@@ -152,7 +174,7 @@ def fgvc_finetune(
     beta:float=0., # The paper's own coefficient of L2-SP-Fisher, instead of --strength
     fisher_from:FisherFrom='source', # Pictures to estimate the Fisher on
     epochs:int=4, # Passes over the training split
-    lr:float=0.02, # Maximum learning rate
+    lr:float=0.02, # Maximum learning rate; the published recipe has its own
     bs:int=32, # Pictures in a batch
     recipe:Recipe='one-cycle', # How to train; strong smooths the labels
     transforms:Transforms='plain', # How pictures are changed in training
@@ -164,7 +186,7 @@ def fgvc_finetune(
     Half of the source pictures are for the Fisher, half for the retention."""
     fields = dict(locals())                                        # the parameters
     if beta>0: fields['strength'] = strength = 0.
-    _check_finetune(data, source, fisher_from, beta, strength)
+    _check_finetune(data, source, fisher_from, beta, strength, recipe, lr, out)
     _fine_tune(**fields)
 
 # %% ../nbs/cli.ipynb #e8fc7308
@@ -186,7 +208,7 @@ def _fine_tune(out, size, weights, num_workers, **fields):
 @command('fgvc-predict')
 def fgvc_predict(
     run:str, # What `fgvc-finetune --out` wrote, or `runs/ID` of a sweep
-    pictures:Annotated[str, dict(nargs='+')], # A folder (at any depth), files, or a CSV file with a column `path`
+    pictures:Annotated[str, dict(nargs='+')], # Folders (at any depth) and files, or a CSV file with a column `path`
     out:str='predictions.csv', # The CSV file to write: path, label, probability, label_2, probability_2, ...
     head:Head='target', # Ask what it was fine-tuned for, or what its source was pretrained on
     n:int=5, # Answers for each picture
@@ -196,9 +218,13 @@ def fgvc_predict(
     pictures = [pictures] if isinstance(pictures, str) else pictures
     for o in (run, *pictures):
         if not Path(o).exists(): raise FileNotFoundError(f"{o}: there is no such file or folder")
-    if not Path(out).absolute().parent.is_dir(): raise FileNotFoundError(f"--out {out}: there is no folder for it")
+    _check_out_file(out)
+    from fgvc_fisher.data.tables import picture_suffixes
     from fgvc_fisher.distributed.files import write_text
     from fgvc_fisher.experiment.predict import load_run, predict
+    if Path(out).exists() and (Path(out).suffix.lower() in picture_suffixes() or
+                               any(Path(out).samefile(o) for o in pictures)):
+        raise ValueError(f"--out {out} would overwrite a picture or the list of pictures: give another file")
     found = predict(load_run(run, head), pictures[0] if len(pictures)==1 else pictures, n, bs)
     write_text(Path(out), found.to_csv(index=False))
     print(f'{len(found)} pictures, written to {out}')
@@ -220,6 +246,7 @@ def fgvc_sweep(
 ):
     "Do the runs of a grid that are not done yet, and show the table."
     if not Path(grid).is_file(): raise FileNotFoundError(f"--grid {grid}: there is no such file")
+    _check_out_folder(out)
     from fgvc_fisher.distributed.ranks import processes, shutdown_processes
     from fgvc_fisher.experiment.results import show_table, table
     from fgvc_fisher.experiment.run import data_of
@@ -252,13 +279,20 @@ def _about(pictures, size, license, weights):
     return dict(weights='', weights_file=Path(weights).name, license='') | about    # timm's entries do not apply
 
 # %% ../nbs/cli.ipynb #9c66798c
-def _check_fisher(images, shards, stream, kind, n_images, target_error, on_bad, out):
+_OF_SHARDS = dict(split='train', num_shards=0, jobs=1, engine='processes', address='', retries=2)
+def _check_fisher(images, shards, stream, kind, n_images, target_error, out, size, bs, **of_shards):
     "`ValueError` for invalid options, before anything is loaded."
     given = [o for o in (images, shards, stream) if o]
     if len(given)!=1: raise ValueError("give one of --images, --shards and --stream; see --help")
     if images and not Path(images).exists(): raise FileNotFoundError(f"--images {images}: there is no such folder")
-    folder,labels = Path(out).absolute().parent,Path(images)/'labels.csv'
-    if not folder.is_dir(): raise ValueError(f"--out {out}: there is no folder {folder}")
+    _check_out_file(out)
+    if size<0: raise ValueError(f"--size {size}: give a number of pixels, or 0 for the size of the pretraining")
+    if bs<1: raise ValueError(f"--bs {bs}: must be greater than 0")
+    if images and (unused := [o for o,default in _OF_SHARDS.items() if of_shards[o]!=default]):
+        names = ', '.join(f"--{o.replace('_', '-')}" for o in unused)
+        raise ValueError(f"{names}: for --shards or --stream, and --images has no use for it")
+    if shards and of_shards['split']!='train': raise ValueError(f"--split {of_shards['split']}: for --stream")
+    labels = Path(images)/'labels.csv'
     if images and kind=='empirical' and not labels.is_file():
         raise ValueError(f"--kind empirical needs labels: {labels}, with columns path and class_index")
     if not images and (n_images or target_error):
@@ -348,7 +382,8 @@ def estimate_command(
 ):
     "Estimate the diagonal Fisher information of a timm network, from a folder of pictures or from shards."
     options = dict(locals())                                       # the parameters
-    _check_fisher(images, shards, stream, kind, n_images, target_error, on_bad, out)
+    _check_fisher(images, shards, stream, kind, n_images, target_error, out, size, bs,
+                  **{o: options[o] for o in _OF_SHARDS})
     fisher = _estimate(**options)
     if fisher is None: return
     error = fisher.error().loc['total']

@@ -4,10 +4,12 @@ from dataclasses import fields
 import pandas as pd, pytest
 from safetensors.torch import load_file
 from fgvc_fisher.callback import STRENGTH
-from fgvc_fisher.cli import command_parser, fgvc_finetune
+from fgvc_fisher.cli import _expanded, command, command_parser, estimate_command, fgvc_demo, fgvc_finetune
+from fgvc_fisher.cli import fgvc_predict, fgvc_sweep
 from fgvc_fisher.data.forms import FORMS
 from fgvc_fisher.data.tables import LEVELS, pictures_in
 from fgvc_fisher.experiment.demo import demo
+from fgvc_fisher.experiment.predict import _table as predicted
 from fgvc_fisher.experiment.run import RECIPES, Run
 from fgvc_fisher.experiment.saved import read_header
 from fgvc_fisher.fisher import DiagFisher
@@ -50,7 +52,7 @@ def test_finetune(drawn, drawn_source, tiny_weights, tmp_path):
                  '--out', out)
     assert said.code==0, said.err
     assert re.search(r'last +\d\.\d{3}', said.out) and re.search(r'before +\d\.\d{3}', said.out)
-    files = {'model.safetensors', 'run.json', 'curve.csv', 'result.json', 'sources', 'lock'}
+    files = {'model.safetensors', 'run.json', 'data.json', 'curve.csv', 'result.json', 'sources', 'lock'}
     assert {o.name for o in out.iterdir()}==files
     classes = read_header(out/'model.safetensors').classes
     assert classes==(drawn/'data/families.txt').read_text().splitlines()
@@ -88,7 +90,8 @@ beta = [1, 10]
     assert again.code==0 and done()==first and 'L2-SP-Fisher, beta = 10' in again.out
     grid.write_text(grid.read_text().replace('test_resnet', 'resnet_18'))
     said = sweep('other')
-    assert said.code==1 and "'resnet_18'" in said.out and '6 of 6' in said.out and 'Traceback' not in said.err
+    assert said.code==1 and "'resnet_18'" in said.out and '6 of 6' in said.out and '--retry' in said.out
+    assert 'Traceback' not in said.err
 
 @pytest.mark.parametrize('args,named', [
     ([], '--grid'), (['--grid', 'nowhere.toml'], 'nowhere.toml'), (['--grid', 'bad.toml'], "bad.toml.*'betta'"),
@@ -184,3 +187,58 @@ def test_a_bad_picture_in_an_estimate(drawn_source, tiny_weights, tmp_path):
     said = shell('fgvc-fisher', *options, '--on-bad', 'skip')
     assert said.code==1 and 'none of 32 pictures' in said.err and 'Traceback' not in said.err
     assert "'ignore'" in shell('fgvc-fisher', *options, '--on-bad', 'ignore').err
+
+# What is refused before anything is loaded
+
+@pytest.fixture
+def files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for o in ('folder', 'run', 'pictures', 'more'): (tmp_path/o).mkdir()
+    for o in ('file', 'list.csv', 'pictures/a.png', 'more/b.png'): (tmp_path/o).write_text('path\n')
+    (tmp_path/'grid.toml').write_text('data = "folder"\n[[arm]]\narm = "a"')
+    return tmp_path
+
+@pytest.mark.parametrize('call,options,named', [
+    (estimate_command, dict(images='pictures', out='folder'), '--out folder is a folder'),
+    (estimate_command, dict(images='pictures', size=-3), '--size -3'),
+    (estimate_command, dict(images='pictures', bs=0), '--bs 0'),
+    (estimate_command, dict(images='pictures', jobs=2, num_shards=3), '--num-shards, --jobs'),
+    (estimate_command, dict(images='pictures', split='val'), '--split'),
+    (estimate_command, dict(shards='0.tar', split='val'), '--split val'),
+    (fgvc_finetune, dict(data='folder', strength=0., out='file'), '--out file: file is a file'),
+    (fgvc_finetune, dict(data='folder', strength=0., out='file/below'), '--out file/below: file is a file'),
+    (fgvc_finetune, dict(data='folder', strength=0., recipe='published', lr=0.1), '--lr 0.1'),
+    (fgvc_sweep, dict(grid='grid.toml', out='file'), '--out file: file is a file'),
+    (fgvc_demo, dict(out='file'), '--out file: file is a file'), (fgvc_demo, dict(seed=-1), '--seed -1'),
+    (fgvc_predict, dict(run='run', pictures=['pictures'], out='folder'), '--out folder is a folder'),
+    (fgvc_predict, dict(run='run', pictures=['list.csv'], out='list.csv'), '--out list.csv would overwrite'),
+    (fgvc_predict, dict(run='run', pictures=['pictures'], out='pictures/a.png'), 'a.png would overwrite')])
+def test_options_that_are_refused_at_once(call, options, named, files):
+    before = {o: o.read_text() for o in files.rglob('*') if o.is_file()}
+    if call is estimate_command: options = dict(arch='test_resnet') | options
+    with pytest.raises((ValueError,OSError), match=re.escape(named)): call(**options)
+    assert before=={o: o.read_text() for o in files.rglob('*') if o.is_file()}
+
+def test_no_abbreviations(capsys):
+    with pytest.raises(SystemExit): command_parser(fgvc_finetune).parse_args(['--data', 'a', '--num', '3'])
+    assert '--num' in capsys.readouterr().err
+
+def test_the_home_folder_in_a_path(monkeypatch):
+    monkeypatch.setenv('HOME', '/somebody')
+    asked = dict(out='~/x', label='~', pictures=['~/a','b'], grid='a/~')
+    assert _expanded(asked)==dict(out='/somebody/x', label='~', pictures=['/somebody/a','b'], grid='a/~')
+    heard = {}
+    def fake(out:str='out'): heard.update(out=out)
+    monkeypatch.setattr('sys.argv', ['fake', '--out=~/x'])
+    command('fake')(fake).main()
+    assert heard==dict(out='/somebody/x')
+
+def test_several_folders_and_files_to_predict(drawn_source, tmp_path):
+    pictures = pictures_in(drawn_source)
+    for i,o in enumerate(['a/1.jpg', 'b/deep/2.jpg', '3.jpg']):
+        (tmp_path/o).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(pictures[i], tmp_path/o)
+    found = predicted([tmp_path/'a', str(tmp_path/'b'), tmp_path/'3.jpg'])
+    assert [o.name for o in found.path]==['1.jpg', '2.jpg', '3.jpg'] and len(predicted(tmp_path/'b'))==1
+    (tmp_path/'none').mkdir()
+    with pytest.raises(FileNotFoundError, match='none has no pictures'): predicted([tmp_path/'a', tmp_path/'none'])

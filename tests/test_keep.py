@@ -67,7 +67,7 @@ def test_a_session_ends_with_its_disk(run, tiny_done, drive, tmp_path, epoch):
     do_kept(run, tmp_path/'out', drive, [trained])
     same(tiny_done, tmp_path/'out/runs'/run.id)
     assert trained.epochs==[*range(epoch+1, 3)] and drive.bin==0
-    kept_files = ['curve.csv','model.safetensors','result.json','run.json']
+    kept_files = ['curve.csv','data.json','model.safetensors','result.json','run.json']
     assert [o for o in drive.names() if o.startswith('runs')]==[f'runs/{run.id}/{o}' for o in kept_files]
     for path,content in contents(tmp_path/'out').items():
         if 'lock' not in path.name: assert (drive.folder/path).read_bytes()==content
@@ -307,7 +307,7 @@ def test_few_files(run, drive, tmp_path):
     for i in range(50): (tmp_path/f'out/aircraft/images/{i}.jpg').write_bytes(b'x')
     (tmp_path/'out/source.safetensors').write_bytes(b'weights')
     do_kept(replace(run, epochs=1), tmp_path/'out', drive)
-    assert len(drive.names())==4+2+1+1, drive.names()                 # a run, two of its source, weights, SHA256SUMS
+    assert len(drive.names())==5+2+1+1, drive.names()                 # a run, two of its source, weights, SHA256SUMS
     shutil.rmtree(tmp_path/'out')
     with kept(tmp_path/'out', drive.folder): assert (tmp_path/'out/source.safetensors').read_bytes()==b'weights'
 

@@ -8,7 +8,9 @@ from fastai.callback import fp16
 from fastai.callback.core import Callback
 from filelock import FileLock
 from safetensors.torch import load_file, save_file
+from fgvc_fisher.data.tables import pictures_in
 from fgvc_fisher.experiment import Run, do_run, fine_tune, grid, read_grid, sweep
+from fgvc_fisher.experiment.results import read_errors
 from fgvc_fisher.experiment.run import KeepEpochs, make_learner, run_source
 from fgvc_fisher.experiment.sweeps import _Progress
 from fgvc_fisher.learner import source_model
@@ -123,7 +125,7 @@ def test_every_file_comes_by_a_rename(run, sources, tmp_path, monkeypatch):
     monkeypatch.setattr(os, 'replace', replaces)
     do_run(run, tmp_path/'run', sources, quiet=True)
     left = {o for o in (tmp_path/'run').iterdir() if o.name!='lock'}
-    assert {o.name for o in left}=={'run.json','curve.csv','model.safetensors','result.json'}
+    assert {o.name for o in left}=={'run.json','data.json','curve.csv','model.safetensors','result.json'}
     assert {o: came.get(o) for o in left}=={o: stamp(o) for o in left} and tmp_path/'run/checkpoint.pt' in came
     (tmp_path/'ordinary').touch()                              # safetensors writes for the owner alone
     made = [*left, *sources.glob('*.safetensors')]
@@ -316,7 +318,8 @@ def test_what_a_dying_process_left_is_tidied_up(run, tiny_done, tmp_path):
     shutil.copytree(tiny_done, folder)
     for o in ('checkpoint.pt','epoch-0.safetensors'): (folder/o).write_bytes(b'left')
     sweep([run], tmp_path, quiet=True)
-    assert {o.name for o in folder.iterdir()}=={'lock','run.json','curve.csv','model.safetensors','result.json'}
+    left = {'lock','run.json','data.json','curve.csv','model.safetensors','result.json'}
+    assert {o.name for o in folder.iterdir()}==left
 
 def test_the_curve_is_whole_where_the_checkpoint_is(run, tiny_done, sources, tmp_path, monkeypatch):
     "Killed right after the last checkpoint"
@@ -338,6 +341,7 @@ def test_the_curve_is_whole_where_the_checkpoint_is(run, tiny_done, sources, tmp
     (dict(kind='nope'), "kind='nope'"), (dict(beta=-1), 'beta=-1'), (dict(weights=1), 'weights=1'),
     (dict(valid='', test=''), 'valid'), (dict(recipe='strong', transforms='published'), "recipe='strong'"),
     (dict(step='published', freeze_bn=True), "step='published'"), (dict(num_workers=1.5), 'num_workers=1.5'),
+    (dict(num_workers=-1), 'num_workers=-1'), (dict(seed=-1), 'seed=-1'),
     (dict(data=['a','b']), 'data=')])
 def test_nonsense_is_refused_at_once(wrong, named):
     with pytest.raises(ValueError, match=re.escape(named)): Run(**dict(data='tree') | wrong)
@@ -499,3 +503,95 @@ def test_a_folder_of_a_version_that_normalised_keeps_its_meaning(run, tmp_path):
     assert do_run(run, tmp_path, quiet=True)['epochs']==1
     with pytest.raises(ValueError, match='another run.*strength = 2.0 instead of 0.0'):
         do_run(replace(run, strength=0., beta=2.), tmp_path, quiet=True)
+
+class TestDataThatChange:
+    "A folder knows which data its run is of"
+    @pytest.fixture
+    def flowers(self, drawn_source, tmp_path):
+        for i,o in enumerate(pictures_in(drawn_source)[:15]):
+            (tmp_path/f'flowers/{"abc"[i%3]}').mkdir(parents=True, exist_ok=True)
+            shutil.copy(o, tmp_path/f'flowers/{"abc"[i%3]}/{i}{o.suffix}')
+        return tmp_path/'flowers'
+
+    @pytest.fixture
+    def small(self, flowers):
+        return Run(flowers, arch='test_resnet', weights=False, size=32, bs=4, epochs=2, num_workers=0)
+
+    def change(self, flowers, how):
+        if how=='new':
+            shutil.copytree(flowers/'a', flowers/'d')
+            for i,o in enumerate((flowers/'d').iterdir()): o.write_bytes(o.read_bytes()+bytes([i]))
+        if how=='renamed': (flowers/'a').rename(flowers/'z')
+        if how=='fewer': next((flowers/'b').iterdir()).unlink()
+
+    @pytest.mark.parametrize('how,said', [('new', "new class 'd'"), ('renamed', "without the class 'a'.*new class 'z'"),
+                                          ('fewer', 'pictures in')])
+    def test_a_run_is_not_resumed_with_other_data(self, small, flowers, tmp_path, how, said):
+        with pytest.raises(KeyboardInterrupt):
+            do_run(small, tmp_path/'run', cbs=[Stop('after_epoch', 0)], quiet=True)
+        self.change(flowers, how)
+        with pytest.raises(ValueError, match=f'{said}.*another folder'): do_run(small, tmp_path/'run', quiet=True)
+
+    def test_a_run_that_is_done(self, small, flowers, tmp_path, capsys):
+        row = do_run(small, tmp_path/'run', quiet=True)
+        capsys.readouterr()
+        assert do_run(small, tmp_path/'run')==row and f"{tmp_path/'run'}: done before" in capsys.readouterr().out
+        assert do_run(small, tmp_path/'run', quiet=True)==row and not capsys.readouterr().out
+        self.change(flowers, 'new')
+        with pytest.raises(ValueError, match="new class 'd'"): do_run(small, tmp_path/'run')
+        shutil.rmtree(flowers)
+        assert do_run(small, tmp_path/'run')==row
+
+    def test_a_folder_of_an_earlier_version(self, small, flowers, tmp_path):
+        row = do_run(small, tmp_path/'run', quiet=True)
+        (tmp_path/'run/data.json').unlink()
+        self.change(flowers, 'new')
+        assert do_run(small, tmp_path/'run', quiet=True)==row and not (tmp_path/'run/data.json').exists()
+
+    def test_a_failed_run_is_listed(self, small, tmp_path):
+        sweep([replace(small, data='nowhere')], tmp_path/'out', quiet=True)
+        assert 'nowhere' in read_errors(tmp_path/'out').error[0]
+
+    def test_a_refused_run_leaves_nothing_in_a_folder_that_was_there(self, small, tmp_path):
+        (tmp_path/'run').mkdir()
+        with pytest.raises(FileNotFoundError): do_run(replace(small, data='nowhere'), tmp_path/'run')
+        assert {o.name for o in (tmp_path/'run').iterdir()}<={'lock'}
+
+def test_other_source_pictures_have_another_fisher(run, tmp_path):
+    shutil.copytree(run.source, tmp_path/'source')
+    run = replace(run, source=str(tmp_path/'source'))
+    def made(): return {o.name for o in tmp_path.glob('shared/*') if o.suffix!='.lock'}
+    run_source(run, tmp_path/'shared', progress=False)
+    first = made()
+    run_source(run, tmp_path/'shared', progress=False)
+    assert made()==first and len(first)==2
+    file = pictures_in(tmp_path/'source')[0]
+    file.write_bytes(file.read_bytes()+b'0')
+    run_source(run, tmp_path/'shared', progress=False)
+    assert len(made())==4
+
+def test_a_fisher_of_the_target_belongs_to_its_training_split(run, tmp_path):
+    "With a validation split held out, or without one"
+    pictures = pictures_in(run.source)
+    table = pd.DataFrame(dict(path=pictures, label=['a','b']*(len(pictures)//2),
+                              split=['train']*(len(pictures)-4)+['test']*4))
+    table.to_csv(tmp_path/'pictures.csv', index=False)
+    run = replace(run, data=str(tmp_path/'pictures.csv'), fisher_from='target', source='', n_fisher=3)
+    runs = [run, replace(run, valid='')]
+    found = [run_source(o, tmp_path/'shared', progress=False).fisher for o in runs]
+    assert len(list(tmp_path.glob('shared/*.safetensors')))==2 and runs[0].fisher_pictures!=runs[1].fisher_pictures
+    assert all(o.n_images==3 for o in found)
+
+def test_a_line_without_validation_has_the_right_names(run, sources, tmp_path, capsys):
+    do_run(replace(run, train='trainval', valid='', epochs=1), tmp_path, sources)
+    said = capsys.readouterr().out
+    assert re.search(r'^epoch 0, train_loss [\d.e+-]+, time \d+:\d+$', said, re.M)
+    assert list(pd.read_csv(tmp_path/'curve.csv'))==['epoch','train_loss','seconds']
+
+def test_a_batch_of_one_is_named(run):
+    with pytest.raises(ValueError, match='^bs=1: BatchNorm'):
+        fine_tune(replace(run, beta=0., bs=1), source_model(run.arch, run.weights), quiet=True)
+
+def test_a_rate_that_the_recipe_ignores(tmp_path):
+    (tmp_path/'grid.toml').write_text('data = "a"\nlr = 0.1\n[[arm]]\narm = "a"\nrecipe = "published"')
+    with pytest.raises(ValueError, match="grid.toml: lr=0.1: recipe='published'"): read_grid(tmp_path/'grid.toml')

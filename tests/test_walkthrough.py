@@ -84,7 +84,7 @@ def test_two_sessions_with_a_drive(tmp_path, monkeypatch, capsys):
     assert len(mounted)==2 and 'MB are free' in said and f"{len(second['runs'])} of them done before" in said
     assert second['rows'].equals(first['rows']) and second['row']==first['row']
     names = [o.name for o in (tmp_path/'drive/fgvc_fisher').rglob('*') if o.is_file()]
-    assert len(names)==4*len(second['runs'])+4                            # weights, Fisher, accuracy before, SHA256SUMS
+    assert len(names)==5*len(second['runs'])+4                            # weights, Fisher, accuracy before, SHA256SUMS
 
 def test_float16_of_the_whole_network(drawn, monkeypatch):
     "Two steps under float16 and channels-last on the processor, all layers of Inception-v4: finite, and the scale held"

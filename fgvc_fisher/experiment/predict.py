@@ -82,26 +82,27 @@ def load_run(
     return learn
 
 # %% ../../nbs/experiment/predict.ipynb #94ed000e
+def _pictures_of(folder):
+    "The pictures in a folder. `FileNotFoundError` if there are none."
+    found = pictures_in(folder)
+    if not found: raise FileNotFoundError(f"{folder} has no pictures, at any depth")
+    return found
 def _table(pictures):
     "A table of the pictures to ask about"
     if isinstance(pictures, pd.DataFrame): return read_table(pictures, label=None)
-    if isinstance(pictures, (str,Path)) and Path(pictures).is_dir():
-        found = pictures_in(pictures)
-        if not found: raise FileNotFoundError(f"{pictures} has no pictures, at any depth")
-        return _table(found)
     if isinstance(pictures, (str,Path)):
         if Path(pictures).suffix.lower() not in picture_suffixes() and Path(pictures).is_file():
             return read_table(pictures, label=None)
         pictures = [pictures]
-    pictures = list(map(str, pictures))
-    if not pictures: raise ValueError("there are no pictures to predict")
-    return read_table(pd.DataFrame(dict(path=pictures)), label=None)
+    found = [file for o in pictures for file in (_pictures_of(o) if Path(o).is_dir() else [o])]
+    if not found: raise ValueError("there are no pictures to predict")
+    return read_table(pd.DataFrame(dict(path=list(map(str, found)))), label=None)
 
 # %% ../../nbs/experiment/predict.ipynb #94ed000f
 @torch.no_grad()
 def predict(
     learn:Learner, # From `load_run` or `aircraft_learner`
-    pictures, # A folder (at any depth), a file or a list of them, a CSV file or a table with a column `path`
+    pictures, # A folder (at any depth), a file, a list of these, a CSV file or a table with a column `path`
     n:int=5, # Answers for each picture; at most as many as there are classes
     bs:int=32, # Pictures in a batch
     progress:bool=True, # Show a bar?

@@ -9,9 +9,9 @@ __all__ = ['RECIPES', 'Recipe', 'Run', 'read_run', 'read_target', 'data_of', 'ru
            'run_arm', 'SourceBundle', 'run_source', 'machine_name', 'do_claimed_run', 'do_run']
 
 # %% ../../nbs/experiment/run.ipynb #8b996043
-import hashlib, io, json, math, platform, random, re, sys, time
+import hashlib, io, json, math, os, platform, random, re, sys, time
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from itertools import islice
@@ -41,7 +41,7 @@ from ..distributed.wrappers import copy_module
 from ..data.loaders import check_splits, table_dls
 from ..data.pictures import skip_bad
 from ..data.forms import FORMS, data_form, read_data
-from ..data.tables import is_labelled, pick_split, read_folder, take_fraction
+from ..data.tables import is_labelled, pick_split, read_folder, split_name, take_fraction
 from ..data.transforms import named_transforms
 from fgvc_fisher.learner import (
     TerminateTogether, aircraft_learner, channels_last, check_logits, distributed_training, head_names, load_state,
@@ -54,7 +54,8 @@ from ..retention import accuracy_on, compare_with_source, source_parts
 from .paper import AsPublished, fit_published, published_learner
 from .saved import save_model, temperature_on
 from fgvc_fisher.experiment.store import (
-    claim_folder, read_checkpoint, read_fields, read_result, save_checkpoint, save_weights, tidy_folder, write_result
+    claim_data, claim_folder, data_facts, read_checkpoint, read_fields, read_result, save_checkpoint, save_weights,
+    tidy_folder, write_result
 )
 
 # %% ../../nbs/experiment/run.ipynb #acdf462c
@@ -102,6 +103,9 @@ def _check_fields(run):
         v = getattr(run, name)
         if v not in known: raise ValueError(f"{name}={v!r}: choose from {', '.join(known)}")
     if not 0<run.fraction<=1: raise ValueError(f"fraction={run.fraction}: must be above 0 and at most 1")
+    if run.seed<0: raise ValueError(f"seed={run.seed}: must be 0 or greater")
+    if run.num_workers is not None and run.num_workers<0:
+        raise ValueError(f"num_workers={run.num_workers}: give a number of processes, or leave it out for one a core")
     if run.n_fisher<0: raise ValueError(f"n_fisher={run.n_fisher}: give a number of pictures, or 0 for all of them")
 
 # %% ../../nbs/experiment/run.ipynb #ef89dbbf
@@ -189,6 +193,7 @@ def fisher_pictures(self:Run)->tuple:
     if of: of += tuple(f'{o}={getattr(self, o)}' for o in ('form', 'path', 'label', 'split', 'fraction')
                        if getattr(self, o)!=Run.__dataclass_fields__[o].default)
     may_hold_out = bool(of) and Path(self.data).exists() and data_form(self.data)!='aircraft'
+    if may_hold_out and split_name(self.valid)!='val': of += ('nothing held out',)
     by_seed = self.n_fisher or of and self.fraction<1 or may_hold_out
     return of+(self.n_fisher, self.seed) if by_seed else of
 
@@ -213,13 +218,9 @@ def _read_own(run):
     columns = dict(path=run.path, label=run.label, split=run.split)
     return read_data(run.data, run.form, run.level, columns, run.train, run.valid, run.seed)
 
-# %% ../../nbs/experiment/run.ipynb #b1c8fe92
-def read_target(
-    run:Run, # What to do
-)->pd.DataFrame: # From `read_data`: all splits, with the run's fraction of the training split
-    """Read the pictures to fine-tune and test on. Raises `FileNotFoundError` or `ValueError` for missing data or a
-    missing split, a class without a training picture, pictures in two splits, and unknown transforms."""
-    own = _read_own(run)
+# %% ../../nbs/experiment/run.ipynb #762f800c
+def _usable(run, own):
+    "The run's pictures among those of `_read_own`."
     table, = skip_bad([own], run.on_bad)
     train = pick_split(table, run.train)
     for split in {run.valid, run.test}-{''}: check_splits(train, pick_split(table, split))
@@ -231,6 +232,14 @@ def read_target(
         about += f'; {len(taken):,} of {len(train):,} training pictures are used (fraction {run.fraction:g})'
     table.attrs['about'] = about
     return table
+
+# %% ../../nbs/experiment/run.ipynb #b1c8fe92
+def read_target(
+    run:Run, # What to do
+)->pd.DataFrame: # From `read_data`: all splits, with the run's fraction of the training split
+    """Read the pictures to fine-tune and test on. Raises `FileNotFoundError` or `ValueError` for missing data or a
+    missing split, a class without a training picture, pictures in two splits, and unknown transforms."""
+    return _usable(run, _read_own(run))
 
 def data_of(
     run:Run, # What to do
@@ -370,8 +379,18 @@ def resume(self:KeepEpochs)->int: # The epoch to begin with; 0 without a checkpo
 def _print_epoch(learn, values):
     "A line for an epoch, in a file or a pipe"
     if processes()[1] or values==learn.recorder.metric_names: return          # fastai's heading
-    shown = zip(learn.recorder.metric_names, values)
+    names = learn.recorder.metric_names
+    shown = zip([*names[:len(values)-1], names[-1]], values)     # without validation only the first and the time
     print(', '.join(f'{name} {o:.4g}' if isinstance(o, float) else f'{name} {o}' for name,o in shown), flush=True)
+
+# %% ../../nbs/experiment/run.ipynb #2d9f80ee
+@contextmanager
+def _bs_named(run):
+    "Name the field that is to blame where BatchNorm has a single value for each channel."
+    try: yield
+    except ValueError as e:
+        if 'more than 1 value per channel' not in str(e): raise
+        raise ValueError(f"bs={run.bs}: BatchNorm cannot train on one picture at a time here; use a larger bs") from e
 
 # %% ../../nbs/experiment/run.ipynb #cf66f985
 def fine_tune(
@@ -388,7 +407,7 @@ def fine_tune(
     keep,fit = KeepEpochs(run.seed, folder),RECIPES[run.recipe].fit
     learn.add_cb(keep)
     with ExitStack() as contexts:
-        contexts.enter_context(distributed_training(learn))
+        for o in (_bs_named(run), distributed_training(learn)): contexts.enter_context(o)
         if quiet:
             for o in (learn.no_bar(), learn.no_logging(), redirect_stdout(io.StringIO())): contexts.enter_context(o)
         elif not (IN_NOTEBOOK or sys.stdout.isatty()):
@@ -453,9 +472,15 @@ def _made_once(file, make, read):
 def _key(*values): return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:8]
 
 # %% ../../nbs/experiment/run.ipynb #eb64611b
-def _fisher_file(run, key):
-    "The name of the file of the run's Fisher."
+def _pictures_key(table, root):
+    "Another one if a picture is added, removed, renamed, replaced by one of another size, or labelled otherwise."
+    names = [os.path.relpath(o, root) for o in table.path]
+    return _key(*sorted(zip(names, table.label.astype(str), map(str, table.split), map(os.path.getsize, table.path))))
+
+def _fisher_file(run, key, table):
+    "The name of the file of the run's Fisher, which is estimated on the pictures in `table`."
     of = run.fisher_pictures
+    if run.fisher_from=='target': of += (_pictures_key(table, run.data),)
     pictures = f'-{_key(*of)}' if of else ''
     return f"{key}-{run.kind}{pictures}.safetensors"
 
@@ -531,14 +556,14 @@ def run_source(
     model = channels_last(model.to(default_device()), run.size)
     shared = Path(shared)
     for_fisher,for_retention = source_parts(table) if run.source else (None,None)
-    key = _key(run.arch, weights_sha256(model), run.source, run.size)
+    of_pictures = (_pictures_key(table, run.source),) if run.source else ()
+    key = _key(run.arch, weights_sha256(model), run.source, run.size, *of_pictures)
     batches = partial(source_dl, model=model, size=run.size, bs=run.bs, num_workers=run.num_workers)
     fisher = None
     if run.needs_fisher:
-        def estimate(file):
-            pictures = batches(_fisher_table(run, for_fisher, target), on_bad=run.on_bad)
-            return _estimate(run, model, pictures, file, progress)
-        fisher = _made_once(shared/_fisher_file(run, key), estimate, DiagFisher.load)
+        chosen = _fisher_table(run, for_fisher, target)
+        def estimate(file): return _estimate(run, model, batches(chosen, on_bad=run.on_bad), file, progress)
+        fisher = _made_once(shared/_fisher_file(run, key, chosen), estimate, DiagFisher.load)
     if not run.source: return SourceBundle(model, fisher)
     for_retention, = skip_bad([for_retention], run.on_bad)
     pictures,tuned_pictures = batches(for_retention),batches(for_retention, transforms=run.transforms)
@@ -580,6 +605,13 @@ def machine_name()->str: # GPU or number of CPU threads, and the versions of Pyt
     each = f'{n} processes, each with ' if n>1 else ''
     return f'{each}{name}; Python {platform.python_version()}, torch {torch.__version__}'
 
+# %% ../../nbs/experiment/run.ipynb #be2f9411
+def _check_done(run, folder, quiet):
+    "`ValueError` if a run that is done was done with other data than there are now. It may be that they are gone."
+    if (folder/'data.json').exists():
+        with suppress(FileNotFoundError): claim_data(data_facts(_read_own(run)), folder)
+    if not quiet: print(f"{folder}: done before; nothing was trained")
+
 # %% ../../nbs/experiment/run.ipynb #4475980b
 def do_claimed_run(
     run:Run, # What to do
@@ -588,12 +620,16 @@ def do_claimed_run(
     cbs:Iterable=(), # Further callbacks
     quiet:bool=False, # Show no bars and no tables?
 )->dict: # The row of results
-    "`do_run` without the lock, for a caller that has it already."
+    """`do_run` without the lock, for a caller that has it already. Also raises `ValueError` if the folder has work with
+    other data."""
     done = on_rank0((folder/'result.json').exists)
-    target = None if done else read_target(run)
-    if not (done or quiet or processes()[1]): print(target.attrs['about'])
     on_rank0(lambda: claim_folder(run, folder))
-    if not done:
+    if done: on_rank0(lambda: _check_done(run, folder, quiet))
+    else:
+        own = _read_own(run)
+        on_rank0(lambda: claim_data(data_facts(own), folder))
+        target = _usable(run, own)
+        if not (quiet or processes()[1]): print(target.attrs['about'])
         source = run_source(run, shared, not quiet, target)
         tune = partial(fine_tune, folder=folder, cbs=cbs, quiet=quiet, target=target)
         row,_,learn = run_arm(run, source.model, source.pictures, source.fisher, tune, source.tuned_pictures,
@@ -606,30 +642,30 @@ def do_claimed_run(
     return on_rank0(lambda: read_result(folder))
 
 # %% ../../nbs/experiment/run.ipynb #70adc005
-def _remove_unbegun(folder):
-    "Remove the folder of a run that was refused before it began."
-    left = list(folder.iterdir())
-    if not {o.name for o in left} <= {'lock', 'run.json'}: return
-    for o in left: o.unlink()
-    folder.rmdir()
+def _remove_unbegun(folder, before):
+    "Remove what a run that was refused before it began has written. `before`: names in its folder; None: it is new."
+    left = {o.name for o in folder.iterdir()}-set(before or ())
+    if not left <= {'lock', 'run.json', 'data.json'}: return
+    for o in left-(set() if before is None else {'lock'}): (folder/o).unlink()
+    if before is None: folder.rmdir()
 
 # %% ../../nbs/experiment/run.ipynb #a50ece3a
 def do_run(
     run:Run, # What to do
-    folder:str|Path, # Its own: gets run.json, curve.csv, model.safetensors (last epoch) and, last of all, result.json
+    folder:str|Path, # Its own: gets `run.json`, ..., `model.safetensors` (last epoch) and, last of all, `result.json`
     shared:str|Path|None=None, # For what runs share; default: `folder`
     cbs:Iterable=(), # Further callbacks
     quiet:bool=False, # Show no bars and no tables?
 )->dict: # The row of results, as in `result.json`
     """Do a run, resume it, or read its result if it is done. Seeds all random number generators of the process.
-    Raises `ValueError` if the data do not fit, the folder belongs to another run, or another process is doing this
-    one."""
+    Raises `ValueError` if the data do not fit or have changed, the folder belongs to another run, or another process is
+    doing this one."""
     folder = Path(folder)
-    is_new = not folder.exists()
+    before = {o.name for o in folder.iterdir()} if folder.exists() else None
     folder.mkdir(parents=True, exist_ok=True)
     doing = f"{folder}: another process is doing this run; wait for it, or use another folder"
     try:
         with shared_lock(folder/'lock', doing): return do_claimed_run(run, folder, shared or folder, cbs, quiet)
     except (ValueError, OSError):
-        if is_new and not processes()[1]: _remove_unbegun(folder)
+        if not processes()[1]: _remove_unbegun(folder, before)
         raise

@@ -83,6 +83,12 @@ def _resolve(folder, v):
     if isinstance(v, list): return [_resolve(folder, o) for o in v]
     return str(folder/Path(v).expanduser()) if isinstance(v, str) and v else v
 
+# %% ../../nbs/experiment/sweeps.ipynb #1f6fa653
+def _check_rate(arm):
+    "`ValueError` for a learning rate that the recipe would ignore."
+    if arm.get('recipe')=='published' and arm.get('lr', Run.lr)!=Run.lr:
+        raise ValueError(f"lr={arm['lr']}: recipe='published' has rates of its own: give lr to other arms alone")
+
 # %% ../../nbs/experiment/sweeps.ipynb #c4453649
 def read_grid(
     file:str|Path, # TOML: `seeds` and common fields, then tables `[[arm]]` with their name in `arm`
@@ -97,6 +103,7 @@ def read_grid(
         seeds = table.pop('seeds', [42])
         if not isinstance(arms, list) or not arms: raise ValueError("it has no [[arm]]")
         if not isinstance(seeds, list): raise ValueError(f"seeds = {seeds!r}: give a list, such as [42, 43]")
+        for arm in arms: _check_rate(table | arm)
         for part in (table, *arms):
             part |= {o: _resolve(file.parent, part[o]) for o in ('data','source','weights') if o in part}
         return grid(arms, seeds, **table)
@@ -274,7 +281,8 @@ def _summary(runs, out):
     failed = [o for o in folders if o not in done]
     if failed:
         file = failed[0]/'error.txt'
-        _print_once(f"{len(failed)} of {len(runs)} runs failed, see {file}; retry=True tries them again")
+        _print_once(f"{len(failed)} of {len(runs)} runs failed, see {file}; retry=True (in a shell --retry) tries them "
+                    "again")
     rows = pd.DataFrame([read_result(o) for o in done])
     rows.attrs['failed'] = len(failed)
     return rows
