@@ -13,8 +13,8 @@ PATH = [str(Path(__file__).parent), *filter(None, sys.path)]
 ENVIRONMENT = dict(PYTHONPATH=os.pathsep.join(PATH), OMP_NUM_THREADS='1', RAY_worker_niceness='0',
                    RAY_USAGE_STATS_ENABLED='0', RAY_health_check_period_ms='500')
 
-def patient(get_node, seconds=120):
-    "Ray gives a machine 30 seconds to begin, which beside other work is too little"
+def patient(get_node, seconds=45):
+    "Ray gives a machine 30 seconds to begin, which beside other work may be too little"
     def wait(*args):
         end = time.monotonic()+seconds
         while True:
@@ -33,16 +33,24 @@ def beginning():
         patch.setattr(services, 'get_node', patient(services.get_node))
         yield
 
+def begun(begin, tries=3):
+    "What `begin` returns. Beside other work a machine may end itself, if its agent has no port within 15 seconds"
+    for left in reversed(range(tries)):
+        try:
+            with beginning(): return begin()
+        except Exception:
+            if not left: raise
+
 class OneCluster:
     "A head with one processor, and further machines with one processor each"
     def __init__(self):
         from ray.cluster_utils import Cluster
         head = dict(num_cpus=1, include_dashboard=False)
-        with beginning(): self.cluster = Cluster(initialize_head=True, head_node_args=head)
+        self.cluster = begun(lambda: Cluster(initialize_head=True, head_node_args=head))
     @property
     def address(self): return self.cluster.address
     def add_machine(self):
-        with beginning(): return self.cluster.add_node(num_cpus=1)
+        return begun(lambda: self.cluster.add_node(num_cpus=1))
     def remove_machine(self, machine):
         "Without warning"
         self.cluster.remove_node(machine, allow_graceful=False)
