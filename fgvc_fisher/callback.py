@@ -154,6 +154,9 @@ class L2SPFisherCallback(RecorderColumns):
         if step not in ('prox','grad'): raise ValueError(f"step={step!r}: choose 'prox' or 'grad'")
         coefs = dict(alpha=alpha, l2sp=l2sp) | _fisher_term(fisher, beta, strength)
         check_coefficients(fisher, **coefs)
+        if beta is None and strength is None and not any(coefs.values()):
+            warnings.warn("L2SPFisherCallback: there is neither a Fisher nor a coefficient, so it moves nothing",
+                          stacklevel=2)
         self.fisher,self.anchor,self.new,self.penalty = fisher,anchor,new,None
         self.step,self.freeze_bn = step,freeze_bn
         self.kw = coefs | dict(alpha_on=alpha_on, beta_on=beta_on, dtype=dtype, device=device)

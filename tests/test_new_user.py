@@ -1,5 +1,5 @@
 "What a first user meets: other layouts of a network, other forms of an argument, and arguments that do nothing"
-import copy
+import copy, warnings
 import numpy as np, pytest, timm, torch
 from torch import nn
 from fgvc_fisher.callback import L2SPFisherCallback
@@ -117,7 +117,12 @@ def test_a_new_head_with_as_many_classes_is_new_whether_or_not_there_is_an_ancho
 
 def test_a_penalty_that_does_nothing_says_so(source, fisher):
     model = copy.deepcopy(source)
-    with pytest.warns(UserWarning, match='moves nothing'): QuadraticPenalty(model, source, fisher)
+    for make in (lambda: QuadraticPenalty(model, source, fisher), lambda: L2SPFisherCallback(anchor=source),
+                 L2SPFisherCallback):
+        with pytest.warns(UserWarning, match='moves nothing'): make()
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        L2SPFisherCallback(anchor=source, strength=0., freeze_bn=True)                      # said on purpose
 
 @pytest.mark.parametrize('kw,said', [
     (dict(new='head'), "'head' is neither"), (dict(new=[nn.Linear(2,2)]), 'Linear is no name'),

@@ -238,7 +238,7 @@ class QuadraticPenalty:
     ):
         check_coefficients(fisher, alpha=alpha, beta=beta, l2sp=l2sp, strength=strength)
         _check_stored(anchor, dtype)
-        if not (alpha or beta or l2sp or strength):
+        if fisher is not None and not (alpha or beta or l2sp or strength):
             warnings.warn("alpha, beta, l2sp and strength are all 0: this penalty moves nothing", stacklevel=2)
         model = unwrap(model)
         reshard(model)
