@@ -51,8 +51,9 @@ lint: $(READY)    ## Line length, names, bare excepts: modules, notebooks, tests
 site: $(READY)    ## The pages of the documentation as far as Quarto is not needed, and all links that lead to them or to this repository
 	OMP_NUM_THREADS=1 $(BIN)/python tools/links.py
 
-sync: $(READY)    ## After a change of a notebook: export, clean, no bars in outputs, README.md, the sidebar and other pages made from notebooks
-	$(BIN)/nbdev-export && $(BIN)/nbdev-clean && $(BIN)/python tools/outputs.py && $(BIN)/python tools/readme.py && $(BIN)/python tools/pages.py
+sync: $(READY)    ## After a change of a notebook: export, clean, README.md, the sidebar and other pages made from notebooks
+	$(BIN)/nbdev-export && $(BIN)/nbdev-clean
+	$(BIN)/python tools/outputs.py && $(BIN)/python tools/readme.py && $(BIN)/python tools/pages.py
 
 in-sync: $(READY)    ## Fail if `make sync` has anything to do
 	@state() { git status --porcelain; git diff; }; before="$$(state)"; $(MAKE) sync; \

@@ -162,6 +162,10 @@ class L2SPFisherCallback(RecorderColumns):
         self.kw = coefs | dict(alpha_on=alpha_on, beta_on=beta_on, dtype=dtype, device=device)
 
 # %% ../nbs/callback.ipynb #37e3299e
+def _are_last(model, names):
+    "Do these parameters all belong to the last layer?"
+    last = [n for n,_ in model.named_parameters()][-1].rpartition('.')[0]
+    return bool(last) and all(n.rpartition('.')[0]==last for n in names)
 def _new_head(cb, model, held, new):
     "The last layer, if its values are not those of the source; `ValueError` if others are not either"
     params = {n: p for n,p in model.named_parameters() if n not in held and not is_new(n, new)}
@@ -169,9 +173,7 @@ def _new_head(cb, model, held, new):
     if 'parameters_sha256' in getattr(cb.fisher, 'provenance', {}):
         other,reason = cb.fisher.other_values(params),'do not have the values that the Fisher was estimated at'
     else: other,reason = list(params) if is_same_learner else [],'were replaced in this Learner'
-    last = [n for n,_ in model.named_parameters()][-1].rpartition('.')[0]
-    is_head = last and cb.new is None and all(n.rpartition('.')[0]==last for n in other)
-    if not other or is_head: return other
+    if not other or cb.new is None and _are_last(model, other): return other
     raise ValueError(f"{shorten(', '.join(other), 200)} {reason}, so these parameters cannot serve as the anchor: "
                      "pass anchor=source, the pretrained model or its state_dict; if this model is meant to be the "
                      "anchor, as with several tasks in sequence, pass anchor=learn.model")
@@ -192,9 +194,8 @@ def _other_head(model, anchor, new):
         own = local_tensor(p.detach())
         return torch.tensor(float(not torch.equal(own, matching_shard(anchor[n].detach(), p).to(own))), device='cpu')
     found = reduce_over_shards({n: differs(n, p) for n,p in params.items()}, params, 'max')
-    last = [n for n,_ in model.named_parameters()][-1].rpartition('.')[0]
     other = [n for n,o in found.items() if o.item()]
-    return other if last and all(n.rpartition('.')[0]==last for n in other) else []
+    return other if _are_last(model, other) else []
 
 # %% ../nbs/callback.ipynb #ca8691db
 def _make_penalty(cb, model):

@@ -249,13 +249,16 @@ def _empty_copy(model):
     return copy_module(model, memo | {id(b): empty(b) for b in model.buffers()}).eval()
 
 # %% ../nbs/learner.ipynb #0137d506
+def _empty_pictures(model, channels=3):
+    "Two pictures of a network's size without numbers, for its `_empty_copy`"
+    size = picture_stats(model)['size']
+    return torch.empty(2, channels, size, size, device='meta')
 def _check_channels(model):
     "`ValueError` if a network takes pictures with another number of channels than three"
     first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
     if first is None or first.in_channels==3: return
-    size = picture_stats(model)['size']
     def takes(n):
-        try: empty(torch.empty(2, n, size, size, device='meta'))
+        try: empty(_empty_pictures(model, n))
         except (RuntimeError, AssertionError): return False
         return True
     empty = _empty_copy(model)
@@ -331,8 +334,7 @@ def _last_layer(network):
     empty,ran = _empty_copy(network),[]
     layers = {n: m for n,m in empty.named_modules() if n and isinstance(m, (nn.Linear,nn.Conv2d))}
     for name,layer in layers.items(): layer.register_forward_hook(lambda *_, name=name: ran.append(name))
-    size = picture_stats(network)['size']
-    try: empty(torch.empty(2, 3, size, size, device='meta'))
+    try: empty(_empty_pictures(network))
     except Exception: ran = []                           # whatever a network raises where there are no numbers
     return (ran or list(layers))[-1:]
 
@@ -425,8 +427,7 @@ def check_logits(
     model:nn.Module, # Not changed
 ):
     "Raises `ValueError` if a network in training returns more than logits, as far as a copy without numbers can tell."
-    size = picture_stats(model)['size']
-    try: out = _empty_copy(model).train()(torch.empty(2, 3, size, size, device='meta'))
+    try: out = _empty_copy(model).train()(_empty_pictures(model))
     except Exception: return                             # whatever a network raises where there are no numbers
     if isinstance(out, Tensor) and out.ndim==2: return
     found = f'of the shape {tuple(out.shape)}' if isinstance(out, Tensor) else type(out).__name__

@@ -212,7 +212,10 @@ def _as_beta(strength, mean_fisher):
     raise ValueError(f"strength={strength}: the Fisher of all parameters under it is zero, and so is its mean")
 
 # %% ../../nbs/penalty/quadratic.ipynb #5212996c
-def _check_stored(anchor, dtype):
+def _check_stored(anchor, fisher, dtype, coefs):
+    "`ValueError` for what cannot be stored, and a warning for a Fisher that no coefficient uses, nor anything else"
+    if fisher is not None and not any(coefs):
+        warnings.warn("alpha, beta, l2sp and strength are all 0: this penalty moves nothing", stacklevel=3)
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ValueError(f"dtype={dtype!r}: anchor and Fisher need a floating-point type, such as torch.bfloat16")
     if hasattr(anchor, 'n_images'):
@@ -237,9 +240,7 @@ class QuadraticPenalty:
         device=None, # Where they are stored; None: with the parameters; 'cpu' saves GPU memory, costs a transfer a step
     ):
         check_coefficients(fisher, alpha=alpha, beta=beta, l2sp=l2sp, strength=strength)
-        _check_stored(anchor, dtype)
-        if fisher is not None and not (alpha or beta or l2sp or strength):
-            warnings.warn("alpha, beta, l2sp and strength are all 0: this penalty moves nothing", stacklevel=2)
+        _check_stored(anchor, fisher, dtype, (alpha, beta, l2sp, strength))
         model = unwrap(model)
         reshard(model)
         new = check_new(model, new)
