@@ -34,7 +34,7 @@ from filelock import FileLock
 from safetensors.torch import load_file, save_file
 from evidence import add_rows, merge_all, rows_of
 from family import LwF
-from fgvc_fisher.experiment import grid, read_runs, show_table, sweep, table
+from fgvc_fisher.experiment import Run, grid, read_runs, show_table, sweep, table
 from fgvc_fisher.experiment.budget import estimate_time
 from fgvc_fisher.experiment.run import do_run, make_learner
 from fgvc_fisher.learner import source_model
@@ -48,7 +48,7 @@ RANDOM = 'random_kernel.safetensors'                                 # the same 
 EPOCHS,RATE = 10,0.04 # On val within the noise of the best, 30 epochs at 0.02, in a third of the time
 SIZE,LARGER = 160,224
 STRENGTHS,PULLS = [0.1, 0.25, 0.5, 1.], [0.1, 0.3, 1.]
-PAPER = dict(recipe='published', transforms='published', epochs=80)
+PAPER = dict(recipe='published', transforms='published', epochs=80, lr=Run.lr) # the recipe has its own rates
 LWF = {f'LwF, weight = {o:g}': o for o in (0.1, 0.3, 1., 3., 10.)} # arm -> weight of the source's answers in the loss
 CLIPPED = 'EWC, clipped','clipped plain','clipped L2-SP-Fisher' # Arms with gradients clipped at norm 1
 KEPT,KEPT_NORM = 'L2-SP-Fisher with one layer kept','blocks.1.1.bn2'  # A layer with its running statistics in training

@@ -117,11 +117,9 @@ def fgvc_demo(
     print('', show_table(found).to_string(), *sentences, f'The report: {Path(out)/"report.html"}', sep='\n\n')
 
 # %% ../nbs/cli.ipynb #d19271ac
-def _check_finetune(data, source, fisher_from, beta, strength, recipe='one-cycle', lr=0.02, out=''):
+def _check_finetune(data, source, fisher_from, beta, strength, out=''):
     "`ValueError` for what is missing, ignored or cannot be written, before a network is made."
     if out: _check_out_folder(out)
-    if recipe=='published' and lr!=0.02:
-        raise ValueError(f"--lr {lr:g}: the published recipe has rates of its own: leave out --lr")
     for name,path in dict(data=data, source=source).items():
         if not path or Path(path).exists(): continue
         raise FileNotFoundError(f"--{name} {path}: there is no such file or folder")
@@ -186,7 +184,7 @@ def fgvc_finetune(
     Half of the source pictures are for the Fisher, half for the retention."""
     fields = dict(locals())                                        # the parameters
     if beta>0: fields['strength'] = strength = 0.
-    _check_finetune(data, source, fisher_from, beta, strength, recipe, lr, out)
+    _check_finetune(data, source, fisher_from, beta, strength, out)
     _fine_tune(**fields)
 
 # %% ../nbs/cli.ipynb #e8fc7308

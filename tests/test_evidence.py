@@ -83,7 +83,7 @@ def aircraft(monkeypatch, tmp_path):
 
 def tiny_arms(aircraft):
     "The stages that the accelerator's grid needs, each with an epoch"
-    short = dict(recipe='published', transforms='published', epochs=1)
+    short = aircraft.PAPER | dict(epochs=1)
     return dict(main=[dict(arm='plain'), dict(arm='L2-SP-Fisher', strength=[0.5])], merged=[dict(arm='plain')],
                 distilled=aircraft.STAGES['distilled'][-1:],
                 inception=[short | o for o in aircraft.paper(aircraft.SUBSTITUTED)], starts=aircraft.STAGES['starts'])

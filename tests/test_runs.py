@@ -548,6 +548,16 @@ class TestDataThatChange:
         self.change(flowers, 'new')
         assert do_run(small, tmp_path/'run', quiet=True)==row and not (tmp_path/'run/data.json').exists()
 
+    def test_a_sweep_does_nothing(self, small, flowers, tmp_path):
+        runs = [small, replace(small, arm='b')]
+        found = sweep(runs[:1], tmp_path/'out', quiet=True)
+        assert sweep(runs[:1], tmp_path/'out', quiet=True).equals(found)
+        self.change(flowers, 'new')
+        with pytest.raises(ValueError, match="new class 'd'"): sweep(runs, tmp_path/'out', quiet=True)
+        assert len(list(tmp_path.glob('out/runs/*')))==1
+        shutil.rmtree(flowers)
+        assert sweep(runs[:1], tmp_path/'out', quiet=True).equals(found)
+
     def test_a_failed_run_is_listed(self, small, tmp_path):
         sweep([replace(small, data='nowhere')], tmp_path/'out', quiet=True)
         assert 'nowhere' in read_errors(tmp_path/'out').error[0]
@@ -595,3 +605,4 @@ def test_a_batch_of_one_is_named(run):
 def test_a_rate_that_the_recipe_ignores(tmp_path):
     (tmp_path/'grid.toml').write_text('data = "a"\nlr = 0.1\n[[arm]]\narm = "a"\nrecipe = "published"')
     with pytest.raises(ValueError, match="grid.toml: lr=0.1: recipe='published'"): read_grid(tmp_path/'grid.toml')
+    with pytest.raises(ValueError, match="^lr=0.1: recipe='published'"): Run('a', recipe='published', lr=0.1)

@@ -6,7 +6,7 @@ Docs: https://fgvc-fisher.github.io/fgvc_fisher/experiment/run.html.md"""
 
 # %% auto #0
 __all__ = ['RECIPES', 'Recipe', 'Run', 'read_run', 'read_target', 'data_of', 'run_dls', 'make_learner', 'KeepEpochs', 'fine_tune',
-           'run_arm', 'SourceBundle', 'run_source', 'machine_name', 'do_claimed_run', 'do_run']
+           'run_arm', 'SourceBundle', 'run_source', 'machine_name', 'check_data', 'do_claimed_run', 'do_run']
 
 # %% ../../nbs/experiment/run.ipynb #8b996043
 import hashlib, io, json, math, os, platform, random, re, sys, time
@@ -54,8 +54,8 @@ from ..retention import accuracy_on, compare_with_source, source_parts
 from .paper import AsPublished, fit_published, published_learner
 from .saved import save_model, temperature_on
 from fgvc_fisher.experiment.store import (
-    claim_data, claim_folder, data_facts, read_checkpoint, read_fields, read_result, save_checkpoint, save_weights,
-    tidy_folder, write_result
+    claim_data, claim_folder, data_facts, has_begun, read_checkpoint, read_fields, read_result, save_checkpoint,
+    save_weights, tidy_folder, write_result
 )
 
 # %% ../../nbs/experiment/run.ipynb #acdf462c
@@ -112,6 +112,8 @@ def _check_fields(run):
 def _check_together(run):
     "`ValueError` for fields that do not go together."
     if not (run.valid or run.test): raise ValueError("valid and test are both empty: name a split to measure on")
+    if run.recipe=='published' and run.lr!=Run.lr:
+        raise ValueError(f"lr={run.lr:g}: recipe='published' has rates of its own: leave out lr for it")
     if run.recipe=='strong' and run.transforms=='published':
         raise ValueError("recipe='strong' smooths labels, which transforms='published' has mixed already: use 'plain'")
     if run.beta and run.strength:
@@ -606,11 +608,19 @@ def machine_name()->str: # GPU or number of CPU threads, and the versions of Pyt
     return f'{each}{name}; Python {platform.python_version()}, torch {torch.__version__}'
 
 # %% ../../nbs/experiment/run.ipynb #be2f9411
-def _check_done(run, folder, quiet):
-    "`ValueError` if a run that is done was done with other data than there are now. It may be that they are gone."
-    if (folder/'data.json').exists():
-        with suppress(FileNotFoundError): claim_data(data_facts(_read_own(run)), folder)
-    if not quiet: print(f"{folder}: done before; nothing was trained")
+def check_data(
+    runs:Iterable, # `Run`s
+    folders:Iterable, # Their folders
+):
+    """`ValueError` if what a folder has was done with other data than there are now. It may be that they are gone.
+    Runs that share their data read them once."""
+    found = {}
+    for run,folder in zip(runs, folders):
+        if not has_begun(folder) or not (folder/'data.json').exists(): continue
+        own = tuple(getattr(run, o) for o in ('data','form','level','path','label','split','train','valid','seed'))
+        with suppress(FileNotFoundError):
+            if own not in found: found[own] = data_facts(_read_own(run))
+            claim_data(found[own], folder)
 
 # %% ../../nbs/experiment/run.ipynb #4475980b
 def do_claimed_run(
@@ -624,7 +634,9 @@ def do_claimed_run(
     other data."""
     done = on_rank0((folder/'result.json').exists)
     on_rank0(lambda: claim_folder(run, folder))
-    if done: on_rank0(lambda: _check_done(run, folder, quiet))
+    if done:
+        on_rank0(lambda: check_data([run], [folder]))
+        if not (quiet or processes()[1]): print(f"{folder}: done before; nothing was trained")
     else:
         own = _read_own(run)
         on_rank0(lambda: claim_data(data_facts(own), folder))

@@ -26,7 +26,7 @@ from ..distributed.workers import keep_memory, worker_processes
 from .keep import kept
 from .ray import check_ray, run_on_ray
 from .results import read_curve
-from .run import Run, do_claimed_run
+from .run import Run, check_data, do_claimed_run
 from .store import read_result, tidy_folder
 from fastai.callback.core import Callback
 if sys.version_info >= (3,11): import tomllib
@@ -83,12 +83,6 @@ def _resolve(folder, v):
     if isinstance(v, list): return [_resolve(folder, o) for o in v]
     return str(folder/Path(v).expanduser()) if isinstance(v, str) and v else v
 
-# %% ../../nbs/experiment/sweeps.ipynb #1f6fa653
-def _check_rate(arm):
-    "`ValueError` for a learning rate that the recipe would ignore."
-    if arm.get('recipe')=='published' and arm.get('lr', Run.lr)!=Run.lr:
-        raise ValueError(f"lr={arm['lr']}: recipe='published' has rates of its own: give lr to other arms alone")
-
 # %% ../../nbs/experiment/sweeps.ipynb #c4453649
 def read_grid(
     file:str|Path, # TOML: `seeds` and common fields, then tables `[[arm]]` with their name in `arm`
@@ -103,7 +97,6 @@ def read_grid(
         seeds = table.pop('seeds', [42])
         if not isinstance(arms, list) or not arms: raise ValueError("it has no [[arm]]")
         if not isinstance(seeds, list): raise ValueError(f"seeds = {seeds!r}: give a list, such as [42, 43]")
-        for arm in arms: _check_rate(table | arm)
         for part in (table, *arms):
             part |= {o: _resolve(file.parent, part[o]) for o in ('data','source','weights') if o in part}
         return grid(arms, seeds, **table)
@@ -303,7 +296,8 @@ def sweep(
     retries:int=3, # With Ray: how often a run whose worker died is resumed
 )->pd.DataFrame: # A row for each run with a result, in the order of `runs`; `attrs['failed']`: how many failed
     """Do the runs that are not finished yet. A run that fails is recorded in its `error.txt`, and the sweep continues.
-    Raises `ValueError` for invalid arguments, `OSError` if the disk is full or a copy did not arrive in `keep`."""
+    Raises `ValueError` for invalid arguments and for data that are not those of the runs that have begun, `OSError` if
+    the disk is full or a copy did not arrive in `keep`."""
     runs = list(runs)
     cluster = dict(address=address, cpus=cpus, gpus=gpus, retries=retries)
     if not runs: raise ValueError("runs is empty: there is nothing to do")
@@ -313,10 +307,12 @@ def sweep(
     if keep and engine=='ray':
         raise ValueError(f"keep={str(keep)!r}: with engine='ray', give as `out` a disk that all machines share")
     out = Path(out)
+    folders = [out/'runs'/o.id for o in runs]
     def begin():
-        for o in runs:
-            if retry: (out/'runs'/o.id/'error.txt').unlink(missing_ok=True)
-        return [o for o in runs if not _finished(out/'runs'/o.id)]
+        check_data(runs, folders)
+        for o in folders:
+            if retry: (o/'error.txt').unlink(missing_ok=True)
+        return [run for run,o in zip(runs, folders) if not _finished(o)]
     with kept(out, keep, runs, jobs):
         left = on_rank0(begin)
         _print_once(f"{len(runs)} runs, {len(runs)-len(left)} of them done before")
