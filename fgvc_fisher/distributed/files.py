@@ -14,8 +14,9 @@ from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
+from uuid import uuid4
 from filelock import FileLock, Timeout
-from .ranks import on_rank0, processes
+from .ranks import on_rank0
 
 # %% ../../nbs/distributed/files.ipynb #31ec7abc
 def replace_file(
@@ -23,14 +24,13 @@ def replace_file(
     write:Callable, # Called with the path of a temporary file in the same folder, which it has to write
 ):
     "Write a file atomically. If `write` fails, the old file stays, and no temporary file is left."
-    _,rank = processes()                                 # all ranks may write at once why a run failed
-    temporary = path.with_name(f'{path.name}.{rank}.part' if rank else f'{path.name}.part')
+    temporary = path.with_name(f'{path.name}.{uuid4().hex[:12]}.part')   # several processes may write the same file
     try:
         temporary.touch()
         mode = temporary.stat().st_mode
         write(temporary)
         if temporary.stat().st_mode!=mode: temporary.chmod(mode)
-        with open(temporary, 'rb') as f: os.fsync(f.fileno())
+        with open(temporary, 'rb+') as f: os.fsync(f.fileno())           # Windows flushes no file opened for reading
         os.replace(temporary, path)
     finally: temporary.unlink(missing_ok=True)
 

@@ -423,9 +423,13 @@ def _mismatch(was, now):
     return next((f"shard {i} is {x}, not {y}" for i,(x,y) in enumerate(zip(old, new)) if x!=y), '')
 
 # %% ../../nbs/fisher/shards.ipynb #598cf388
+def _files_of(shard):
+    "All that a shard consists of, in words: its files, with the sizes of those on this disk."
+    def sized(url): return f'{url} ({Path(url).stat().st_size:,} bytes)' if Path(url).is_file() else url
+    return ', '.join(map(sized, shard.urls)) if isinstance(shard, TarShard) else str(shard)
 def _check_folder(work):
     "Record in a new folder which estimate it is for. Raises `ValueError` if it is for another one"
-    about = dict(size=work.size, weights_sha256=weights_sha256(work.model), shards=[str(o) for o in work.shards])
+    about = dict(size=work.size, weights_sha256=weights_sha256(work.model), shards=[_files_of(o) for o in work.shards])
     now = work.settings | about
     if work.folder.is_file(): raise ValueError(f"out: {work.folder} is a file; name a folder")
     work.folder.mkdir(parents=True, exist_ok=True)

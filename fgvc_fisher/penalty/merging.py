@@ -38,12 +38,15 @@ def _blend(source, tuned, fraction):
     return merged
 
 # %% ../../nbs/penalty/merging.ipynb #ddf87b80
+def _precise(fisher, p):
+    "A Fisher beside its parameter, in a type that has small numbers."
+    return fisher.to(p.device, torch.promote_types(p.dtype, torch.float32))
 @torch.no_grad()
 def _shrink(merged, fisher_source, fisher_target, beta, alpha, shared):
     "Move every parameter towards zero, the less the larger its Fishers"
     for n,p in merged.named_parameters():
-        curvature = fisher_target[n].to(p) + (beta*fisher_source[n].to(p) if n in shared else 0.)
-        p.mul_(curvature/(curvature+alpha))
+        curvature = _precise(fisher_target[n], p) + (beta*_precise(fisher_source[n], p) if n in shared else 0.)
+        p.mul_(1/(1+alpha/curvature))
 
 # %% ../../nbs/penalty/merging.ipynb #6e83588f
 def merge(
@@ -63,8 +66,8 @@ def merge(
     _check_of(fisher_target, tuned, 'target')
     fisher_source,fisher_target = named_like(fisher_source, tuned),named_like(fisher_target, tuned)
     def fraction(name, p):
-        ours,theirs = fisher_target[name].to(p),beta*fisher_source[name].to(p)
-        return torch.where(theirs>0, theirs/(ours+theirs), 0.)
+        ours,theirs = _precise(fisher_target[name], p),beta*_precise(fisher_source[name], p)
+        return torch.where(theirs>0, 1/(1+ours/theirs), 0.).to(p)
     merged = _blend(source, tuned, fraction)
     if alpha: _shrink(merged, fisher_source, fisher_target, beta, alpha, _shared(source, tuned))
     return merged

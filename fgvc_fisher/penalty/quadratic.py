@@ -182,7 +182,9 @@ def _clone_shared(model, source, name, new, dtype, device):
         raise ValueError(f"{name} belongs to another model: {shorten(', '.join(wrong), 400)}; {advice}")
     on_cpu = device is not None and torch.device(device).type=='cpu'
     def clone(p, value):
-        kw = dict(dtype=dtype, device=device, requires_grad=False, pin_memory=on_cpu and p.is_cuda)
+        stored = dtype or p.dtype
+        if name=='fisher' and stored is torch.float16: stored = torch.float32      # a Fisher has smaller values
+        kw = dict(dtype=stored, device=device, requires_grad=False, pin_memory=on_cpu and p.is_cuda)
         return torch.empty_like(local_tensor(p), **kw).copy_(matching_shard(value.detach(), p))
     return {n: clone(p.detach(), source[n]) for n,p in model.named_parameters() if not is_new(n, new)}
 
@@ -236,7 +238,7 @@ class QuadraticPenalty:
         alpha_on='all', # Parameters under alpha: a key of `CHOICES`, or a function `(name, parameter) -> bool`
         beta_on='all', # Shared parameters under beta and l2sp: likewise
         strength:float=0., # The Fisher term's coefficient without F's scale: beta = strength / mean(F)
-        dtype:torch.dtype|None=None, # Of the stored values; None: the parameters'. bfloat16 rounds them by up to 0.4 %
+        dtype:torch.dtype|None=None, # Of what is stored; None: the parameters'. bfloat16 rounds by 0.4 %; F is never float16
         device=None, # Where they are stored; None: with the parameters; 'cpu' saves GPU memory, costs a transfer a step
     ):
         check_coefficients(fisher, alpha=alpha, beta=beta, l2sp=l2sp, strength=strength)
@@ -268,10 +270,14 @@ def _is_anchored(penalty, name):
     return name in penalty.anchored and bool(penalty.beta or penalty.l2sp)
 
 # %% ../../nbs/penalty/quadratic.ipynb #29ce2d41
+def _precise(p):
+    "The type to compute in: squares and small numbers do not fit into 16 bits."
+    return torch.promote_types(p.dtype, torch.float32)
 def _costs(penalty):
     "Parameter name -> its part of the penalty, a scalar tensor, for every trainable parameter"
     def local_cost(name):
         p = local_tensor(penalty.params[name])
+        p = p.to(_precise(p))
         cost = penalty.alpha*p.square().sum() if name in penalty.decayed else p.new_zeros(())
         if not _is_anchored(penalty, name): return cost
         fisher = penalty.beta*penalty.fisher[name].to(p) if penalty.beta else 0.
@@ -323,9 +329,9 @@ def _bunches(penalty, rates):
     for key,(names,_) in bunches.items(): yield key[:3],names
 
 # %% ../../nbs/penalty/quadratic.ipynb #9af00d21
-def _like_params(stored, params):
-    "The anchors or Fishers of some parameters, on the device and in the type of each parameter"
-    return [stored[n].to(local_tensor(p), non_blocking=True) for n,p in params.items()]
+def _like_params(stored, params, dtype):
+    "The anchors or Fishers of some parameters, on the device of each parameter"
+    return [stored[n].to(local_tensor(p).device, dtype, non_blocking=True) for n,p in params.items()]
 
 # %% ../../nbs/penalty/quadratic.ipynb #6d0c41ab
 def _grad(p):
@@ -344,14 +350,16 @@ def add_grad_(self:QuadraticPenalty,
     "Add the gradient of the penalty to `.grad` of every trainable parameter."
     for (scale,alpha,anchored),names in _bunches(self, dict.fromkeys(self.params, scale)):
         params = {n: self.params[n] for n in names}
-        ps = [local_tensor(p) for p in params.values()]
-        grads = [_grad(p) for p in params.values()]
+        own = [_grad(p) for p in params.values()]
+        precise = _precise(own[0])
+        grads,ps = [[local_tensor(o).to(precise) for o in os] for os in (own, params.values())]
         if alpha: torch._foreach_add_(grads, ps, alpha=2*scale*alpha)
-        if not anchored: continue
-        away = torch._foreach_sub(ps, _like_params(self.anchor, params))
-        if self.l2sp: torch._foreach_add_(grads, away, alpha=2*scale*self.l2sp)
-        if self.beta:
-            torch._foreach_addcmul_(grads, away, _like_params(self.fisher, params), value=2*scale*self.beta)
+        if anchored:
+            away = torch._foreach_sub(ps, _like_params(self.anchor, params, precise))
+            if self.l2sp: torch._foreach_add_(grads, away, alpha=2*scale*self.l2sp)
+            fisher = _like_params(self.fisher, params, precise) if self.beta else []
+            if fisher: torch._foreach_addcmul_(grads, away, fisher, value=2*scale*self.beta)
+        if precise!=own[0].dtype: torch._foreach_copy_(own, grads)
 
 # %% ../../nbs/penalty/quadratic.ipynb #b9b3b600
 def _prox_weights(penalty, params, step):
@@ -359,15 +367,14 @@ def _prox_weights(penalty, params, step):
     beta,l2sp = penalty.beta,penalty.l2sp
     fisher_is_negligible = beta*max(penalty.max_fisher.values(), default=0.) <= 1e-20*l2sp
     if fisher_is_negligible: return step*l2sp/(1+step*l2sp)
-    dtype = next(iter(params.values())).dtype
-    precise = torch.promote_types(dtype, torch.float32)          # k can be too large or too small for 16 bits
-    fisher = [f.to(precise) for f in _like_params(penalty.fisher, params)]
+    p = next(iter(params.values()))
+    fisher = _like_params(penalty.fisher, params, _precise(p))
     if l2sp: fisher = torch._foreach_add(fisher, l2sp/beta)
     half = max(1/(step*beta), torch.finfo(fisher[0].dtype).tiny)
     weights = torch._foreach_add(fisher, half)
     torch._foreach_reciprocal_(weights)
     torch._foreach_mul_(weights, fisher)
-    return [w.to(dtype) for w in weights]
+    return [w.to(p.dtype) for w in weights]
 
 # %% ../../nbs/penalty/quadratic.ipynb #e104ca7e
 def _learning_rates(params, lr):
@@ -408,7 +415,7 @@ def prox_(self:QuadraticPenalty,
         if alpha: torch._foreach_mul_(ps, 1/shrink)
         if anchored:
             weights = _prox_weights(self, params, 2*rate/shrink)
-            torch._foreach_lerp_(ps, _like_params(self.anchor, params), weights)
+            torch._foreach_lerp_(ps, _like_params(self.anchor, params, ps[0].dtype), weights)
 
 # %% ../../nbs/penalty/quadratic.ipynb #fdf45946
 @patch
