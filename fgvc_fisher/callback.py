@@ -9,6 +9,7 @@ __all__ = ['STRENGTH', 'ColumnNames', 'RecorderColumns', 'held_parameters', 'is_
 
 # %% ../nbs/callback.ipynb #c20da9ad
 import warnings, weakref
+from functools import cache
 from itertools import count
 from textwrap import shorten
 import torch
@@ -17,8 +18,8 @@ from fastcore.basics import patch
 from fastcore.foundation import L
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
-from fastai.distributed import rank_distrib
 from fastai.learner import Recorder, SkipToEpoch
+from .distributed.ranks import processes
 from .distributed.sharded import is_sharded, local_tensor, matching_shard, reduce_over_shards, reshard
 from .distributed.wrappers import unwrap
 from fgvc_fisher.penalty.quadratic import (
@@ -242,7 +243,7 @@ def begin(self:L2SPFisherCallback):
     self.home = weakref.ref(self.learn)
     if _shares_memory(self.anchor, self.learn.model): self.anchor = self.penalty.anchor    # it moves with the model
     self.warned = False
-    if not rank_distrib(): print('L2SPFisherCallback:', self.penalty.summary())
+    if not processes()[1]: print('L2SPFisherCallback:', self.penalty.summary())
 
 # %% ../nbs/callback.ipynb #87e55e23
 @patch(as_prop=True)
@@ -281,6 +282,7 @@ def after_step(self:L2SPFisherCallback):
 @patch
 def columns(self:L2SPFisherCallback)->dict: # Column name -> function
     "The penalty, its ratio to the training loss and the distance to theta0, at the end of an epoch."
+    @cache
     def penalty(): return self.penalty.value().item()
     def penalty_to_loss():
         loss = float(self.recorder.smooth_loss.value)                                      # NaN if there was no batch

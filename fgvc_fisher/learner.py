@@ -501,8 +501,9 @@ def distributed_training(
     metrics = list(learn.metrics)
     bars = [cb for cb in learn.cbs if isinstance(cb, ProgressCallback) and rank]
     learn.metrics = [_over_all_processes(metric) for metric in metrics]
-    with learn.added_cbs(_TimmDistributedTrainer()), learn.removed_cbs(bars): yield learn
-    learn.metrics = metrics
+    try:
+        with learn.added_cbs(_TimmDistributedTrainer()), learn.removed_cbs(bars): yield learn
+    finally: learn.metrics = metrics
 
 # %% ../nbs/learner.ipynb #ff34a73b
 class TerminateTogether(TerminateOnNaNCallback):

@@ -135,6 +135,18 @@ def test_a_part_that_is_too_long(server, tmp_path):
     get(tmp_path, server)
     assert is_whole(tmp_path) and is_clean(tmp_path)
 
+def test_a_server_with_another_file_takes_nothing_away(server, tmp_path):
+    "What has arrived of the archive is there for the next call"
+    part = tmp_path/f'{NAME}.tar.gz.part'
+    part.write_bytes(before := ARCHIVE[:50_000])
+    part.with_name(part.name+'.tag').write_text('"a"')
+    server.ranges,server.data = False,b'a page that says no'
+    with pytest.raises(ValueError, match='19 bytes instead of'): get(tmp_path, server, size=len(ARCHIVE))
+    assert part.read_bytes()==before
+    server.ranges,server.data = True,ARCHIVE
+    get(tmp_path, server, size=len(ARCHIVE))
+    assert server.asked[-1]==49_999
+
 def test_wrong_length(server, tmp_path):
     with pytest.raises(ValueError, match=f'{len(ARCHIVE):,}.*12,345'): get(tmp_path, server, size=12_345)
     assert not (tmp_path/NAME).exists()

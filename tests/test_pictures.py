@@ -1,5 +1,5 @@
 "Smaller copies: the right pixels, whole or not at all, and made anew when something has changed"
-import json, os, re, shutil, signal, struct, sys, time, warnings, zlib
+import errno, json, os, re, shutil, signal, struct, sys, time, warnings, zlib
 from io import BytesIO
 import numpy as np, pandas as pd, pytest
 from PIL import Image
@@ -408,6 +408,16 @@ def test_pictures_of_several_tables_are_said_once(table):
         skip_bad([table[2:4]])
     for on_bad in ('ignore', '', None, True):
         with pytest.raises(ValueError, match=re.escape(repr(on_bad))): cache(table, 40, on_bad=on_bad)
+
+@pytest.mark.parametrize('code', [errno.EIO, errno.EACCES, errno.EMFILE])
+def test_a_disk_that_fails_is_no_bad_picture(table, monkeypatch, code):
+    real = Image.open
+    def fails(path):
+        if str(path)==str(table.path[1]): raise OSError(code, 'why')
+        return real(path)
+    monkeypatch.setattr(Image, 'open', fails)
+    with pytest.raises(OSError, match=f'{re.escape(str(table.path[1]))} cannot be read .why') as e: skip_bad([table])
+    assert e.value.errno==code
 
 def test_a_split_without_a_good_picture_is_an_error(tmp_path):
     for o in ('train/a/1.jpg','train/a/2.jpg','val/a/1.jpg'):

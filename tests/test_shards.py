@@ -378,6 +378,13 @@ def test_another_estimate(net, tars, tmp_path):
     assert (out/'sum-000.safetensors').read_bytes()==before
     with pytest.raises(ValueError, match='estimate.json is a file'): run(net, shards, out/'estimate.json')
 
+def test_other_files_in_a_merged_shard(net, tars, tmp_path):
+    a,b,c = [str(shutil.copy(tars/f'drawn-{i:06}.tar', tmp_path/f'{i}.tar')) for i in range(3)]
+    run(net, tar_shards([a,b], 1), tmp_path/'out')
+    with pytest.raises(ValueError, match='1.tar.*not.*2.tar'): run(net, tar_shards([a,c], 1), tmp_path/'out')
+    with open(b, 'ab') as f: f.write(bytes(10240))
+    with pytest.raises(ValueError, match='1.tar'): run(net, tar_shards([a,b], 1), tmp_path/'out')
+
 def test_batch_size_may_change(net, tars, tmp_path):
     run(net, drawn(tars, 2), tmp_path/'a', bs=1)
     assert run(net, drawn(tars, 2), tmp_path/'a', bs=2).n_images==4

@@ -31,8 +31,9 @@ TERMS = ('FGVC-Aircraft (Maji et al. 2013): the pictures are for non-commercial 
 # %% ../../nbs/data/archive.ipynb #0065b973
 def _part(file): return file.with_name(file.name+'.part')
 def _tag(part): return part.with_name(part.name+'.tag')
-def _open_rest(url, part, timeout):
-    "Open `url` at the last byte of `part`. Returns the response and how many bytes of `part` come before it."
+def _open_rest(url, part, size, timeout):
+    """Open `url` at the last byte of `part`. Returns the response, how many bytes of `part` come before it, and the
+    length of the file, None if the server does not tell. `ValueError` if it is not `size`, and `part` stays."""
     n_have = max(part.stat().st_size-1, 0) if part.exists() else 0
     tag_file = _tag(part)
     tag = tag_file.read_text() if tag_file.exists() else ''
@@ -40,26 +41,28 @@ def _open_rest(url, part, timeout):
     if n_have and tag: headers |= {'Range': f'bytes={n_have}-', 'If-Range': tag}
     response = urlopen(Request(url, headers=headers), timeout=timeout)
     is_rest = response.status==206
+    if not is_rest: n_have = 0
+    n_rest = response.headers.get('Content-Length')
+    length = None if n_rest is None else int(n_rest)+n_have
+    if size and length not in (None, size):
+        response.close()
+        raise ValueError(f"{url} has {length:,} bytes instead of {size:,}, so it is not the expected archive")
     if not is_rest: part.unlink(missing_ok=True)     # before the new tag is written: `part` may belong to another file
     etag = response.headers.get('ETag', '')
     is_strong = etag and not etag.startswith('W/')
     tag_file.write_text(etag if is_strong else response.headers.get('Last-Modified') or '')
-    return response, n_have if is_rest else 0
+    return response,n_have,length
 
 # %% ../../nbs/data/archive.ipynb #4a223001
 def _fetch_rest(url, part, size, timeout, quiet):
     "Try once to download the rest of `url` to `part`. Returns whether `part` is now complete."
-    try: response,n_have = _open_rest(url, part, timeout)
+    try: response,n_have,length = _open_rest(url, part, size, timeout)
     except HTTPError as e:
         if e.code==416:                              # `part` is longer than the file
             part.unlink()
             return False
         if e.code>=500: raise ConnectionError(f'the server answered {e.code}') from e
         raise FileNotFoundError(f"{url}: the server answered {e.code} {e.reason}. Pass a mirror as `url`") from e
-    n_rest = response.headers.get('Content-Length')
-    length = None if n_rest is None else int(n_rest)+n_have
-    if size and length not in (None, size):
-        raise ValueError(f"{url} has {length:,} bytes instead of {size:,}, so it is not the expected archive")
     bar = progress_bar(total=length, initial=n_have, unit='B', unit_scale=True, desc=part.stem, shown=not quiet)
     with response, open(part, 'r+b' if n_have else 'wb', buffering=0) as f, bar:
         f.seek(n_have)

@@ -41,9 +41,9 @@ def progress_bar(
     **kwargs # Passed to tqdm
 )->tqdm: # Iterates over `items`
     "A bar in the first of several processes, if it writes to a terminal or a notebook."
-    hidden = not shown or processes()[1]>0
-    only_in_a_terminal = None
-    return tqdm(items, disable=True if hidden else False if IN_NOTEBOOK else only_in_a_terminal, **kwargs)
+    if not shown or processes()[1]>0: hidden = True
+    else: hidden = False if IN_NOTEBOOK else None                        # None: in anything but a terminal
+    return tqdm(items, disable=hidden, **kwargs)
 
 # %% ../../nbs/distributed/ranks.ipynb #6829cfda
 def on_rank0(
@@ -61,5 +61,7 @@ def on_rank0(
     kind = type(error) if type(error).__module__=='builtins' else RuntimeError     # others may not know its class
     result,kind,message = broadcast_object_list([result, error and kind, str(error)])
     if error: raise error
-    if kind: raise kind(message)
-    return result
+    if not kind: return result
+    try: raised = kind(message)
+    except TypeError: raised = RuntimeError(message)                     # it is made of more than a message
+    raise raised

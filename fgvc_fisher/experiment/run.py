@@ -54,8 +54,8 @@ from ..retention import accuracy_on, compare_with_source, source_parts
 from .paper import AsPublished, fit_published, published_learner
 from .saved import save_model, temperature_on
 from fgvc_fisher.experiment.store import (
-    claim_data, claim_folder, data_facts, has_begun, read_checkpoint, read_fields, read_result, save_checkpoint,
-    save_weights, tidy_folder, write_result
+    claim_data, claim_folder, data_facts, has_begun, read_checkpoint, read_fields, read_result, remove_parts,
+    save_checkpoint, save_weights, tidy_folder, write_result
 )
 
 # %% ../../nbs/experiment/run.ipynb #acdf462c
@@ -634,6 +634,7 @@ def do_claimed_run(
     other data."""
     done = on_rank0((folder/'result.json').exists)
     on_rank0(lambda: claim_folder(run, folder))
+    on_rank0(lambda: remove_parts(folder))
     if done:
         on_rank0(lambda: check_data([run], [folder]))
         if not (quiet or processes()[1]): print(f"{folder}: done before; nothing was trained")
@@ -658,8 +659,11 @@ def _remove_unbegun(folder, before):
     "Remove what a run that was refused before it began has written. `before`: names in its folder; None: it is new."
     left = {o.name for o in folder.iterdir()}-set(before or ())
     if not left <= {'lock', 'run.json', 'data.json'}: return
-    for o in left-(set() if before is None else {'lock'}): (folder/o).unlink()
-    if before is None: folder.rmdir()
+    for o in left-{'lock'}: (folder/o).unlink()
+    if before is None:
+        with suppress(PermissionError):                                  # Windows removes no lock that is held
+            (folder/'lock').unlink()
+            folder.rmdir()
 
 # %% ../../nbs/experiment/run.ipynb #a50ece3a
 def do_run(
@@ -676,8 +680,8 @@ def do_run(
     before = {o.name for o in folder.iterdir()} if folder.exists() else None
     folder.mkdir(parents=True, exist_ok=True)
     doing = f"{folder}: another process is doing this run; wait for it, or use another folder"
-    try:
-        with shared_lock(folder/'lock', doing): return do_claimed_run(run, folder, shared or folder, cbs, quiet)
-    except (ValueError, OSError):
-        if not processes()[1]: _remove_unbegun(folder, before)
-        raise
+    with shared_lock(folder/'lock', doing):
+        try: return do_claimed_run(run, folder, shared or folder, cbs, quiet)
+        except (ValueError, OSError):
+            if not processes()[1]: _remove_unbegun(folder, before)
+            raise

@@ -6,7 +6,7 @@ Docs: https://fgvc-fisher.github.io/fgvc_fisher/experiment/store.html.md"""
 
 # %% auto #0
 __all__ = ['read_fields', 'has_begun', 'claim_folder', 'data_facts', 'claim_data', 'save_weights', 'save_checkpoint',
-           'read_checkpoint', 'write_result', 'read_result', 'tidy_folder']
+           'read_checkpoint', 'write_result', 'read_result', 'remove_parts', 'tidy_folder']
 
 # %% ../../nbs/experiment/store.ipynb #8b996043
 import hashlib, json, math
@@ -29,6 +29,7 @@ def read_fields(
     "The fields of the run that a folder belongs to. Raises the errors of `read_json`."
     found = read_json(folder/'run.json')
     if found.pop('normalize', False): found |= dict(strength=found['beta'], beta=0.)   # its name in earlier versions
+    if found.get('recipe')=='published': found.pop('lr', None)         # which earlier versions ignored there
     return found
 
 def has_begun(
@@ -132,9 +133,16 @@ def read_result(
     return {k: math.nan if v is None and k!='num_workers' else v for k,v in row.items()}
 
 # %% ../../nbs/experiment/store.ipynb #9d86ba0f
+def remove_parts(
+    folder:Path, # Of a run, which this process has locked
+):
+    "Remove what processes that were killed have written of a file."
+    for file in folder.glob('*.part'): file.unlink(missing_ok=True)
+
 def tidy_folder(
     folder:Path, # Of a run that is done
 ):
     "Remove what only an unfinished run needs."
-    unneeded = [folder/'checkpoint.pt', folder/'error.txt', *folder.glob('epoch-*'), *folder.glob('*.part')]
+    unneeded = [folder/'checkpoint.pt', folder/'error.txt', *folder.glob('epoch-*')]
     for file in unneeded: file.unlink(missing_ok=True)
+    remove_parts(folder)

@@ -56,8 +56,9 @@ def _batches(batches, labels=None, pixels=400_000):
     y = torch.cat([read_batch(o)[1] for o in batches]) if labels is None else labels
     if len(x)!=len(y):
         raise ValueError(f"pictures and tuned_pictures must be the same pictures, but they are {len(y)} and {len(x)}")
-    n = max(1, pixels//x[0,0].numel())
-    return list(zip(x.contiguous(memory_format=torch.channels_last).split(n), y.split(n)))
+    n = max(2, pixels//x[0,0].numel())
+    parts = max(1, len(x)//n)                              # of equal size: BatchNorm cannot be trained on one picture
+    return list(zip(x.contiguous(memory_format=torch.channels_last).tensor_split(parts), y.tensor_split(parts)))
 
 # %% ../../nbs/explore/compromise.ipynb #d74017bd
 @torch.no_grad()

@@ -23,8 +23,7 @@ from filelock import FileLock, Timeout
 from ..distributed.workers import python_path
 from ..experiment.results import read_curve
 from ..retention import Retention
-from ..distributed.files import read_json
-from ..experiment.run import KeepEpochs, Run, run_source, do_claimed_run
+from ..experiment.run import KeepEpochs, Run, do_claimed_run, read_run, run_source
 from ..experiment.store import read_result
 
 # %% ../../nbs/explore/live.ipynb #ce0683fa
@@ -335,10 +334,7 @@ def result(self:Training,
 @patch
 def _readable(self:Training, file):
     "The run of a `run.json`. Raises `ValueError` if one of its files cannot be read"
-    fields = read_json(file)
-    try: run = Run(**fields)
-    except (TypeError, ValueError) as e:
-        raise ValueError(f"{file}: this is no run of this version ({e}); delete the folder, or move it away") from None
+    run = read_run(file.parent)
     self.epochs(file.parent.name)                                     # raises for a broken file
     self.result(file.parent.name)
     return run

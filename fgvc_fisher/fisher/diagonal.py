@@ -36,8 +36,10 @@ def differing_parameters(
 # %% ../../nbs/fisher/diagonal.ipynb #c4f0af76
 def _merged_header(a, b):
     "The provenance of a sum of two Fishers; an entry that differs has both values, each once"
-    def both(x, y): return x if x==y else ' + '.join(dict.fromkeys([*str(x).split(' + '), *str(y).split(' + ')]))
-    header = {k: both(v, b.provenance.get(k)) for k,v in a.provenance.items()}
+    def both(k):
+        values = [str(o.provenance[k]) for o in (a,b) if k in o.provenance]
+        return ' + '.join(dict.fromkeys(part for v in values for part in v.split(' + ')))
+    header = {k: both(k) for k in a.provenance | b.provenance}
     if 'mass_left' in header:
         mass = sum(float(o.provenance['mass_left'])*o.n_images for o in (a,b))
         header['mass_left'] = repr(mass/(a.n_images+b.n_images))
@@ -67,6 +69,7 @@ class DiagFisher(Mapping):
     def __add__(self, other):
         """The estimate over the images of both.
         Raises `ValueError` if they differ in kind, network or weights."""
+        if not isinstance(other, DiagFisher): return NotImplemented
         if self.kind!=other.kind: raise ValueError(f"cannot add Fishers of kind {self.kind!r} and {other.kind!r}")
         if names := differing_parameters(self.sums, other.sums):
             raise ValueError(f"cannot add the Fishers of two different networks; these parameters differ: {names}")
@@ -74,7 +77,9 @@ class DiagFisher(Mapping):
         if len(hashes)>1:
             raise ValueError(f"cannot add Fishers of different weights: weights_sha256 {' and '.join(sorted(hashes))}")
         sums = {k: v+other.sums[k] for k,v in self.sums.items()}
-        moments = None if self.moments is None or other.moments is None else self.moments+other.moments
+        names = list(other)
+        order = [*map(names.index, self), -1]                                # of its moments, the last is of all
+        moments = None if self.moments is None or other.moments is None else self.moments+other.moments[order]
         n_images = self.n_images+other.n_images
         return DiagFisher(sums, n_images, self.kind, _merged_header(self, other), moments, self.rules)
 
@@ -273,7 +278,7 @@ def summary(self:DiagFisher): # A DataFrame: columns `parameter`, `shape`, `mean
     import pandas as pd
     n,totals = self.n_images,parameter_totals(self.sums)
     total = sum(totals)
-    rows = [(k, tuple(v.shape), v.mean().item()/n, v.max().item()/n, t/total)
+    rows = [(k, tuple(v.shape), v.mean().item()/n, v.max().item()/n, t/total if total else math.nan)
             for (k,v),t in zip(self.sums.items(), totals)]
     table = pd.DataFrame(rows, columns=['parameter','shape','mean','max','share'])
     return table if self.moments is None else table.assign(error=self.error().relative.to_numpy()[:-1])

@@ -108,6 +108,7 @@ class LabelPlan:
         if self.kind not in KINDS: raise ValueError(f"kind {self.kind!r}: choose 'sampled', 'empirical' or 'exact'")
         if not isinstance(self.n_samples, Integral) or self.n_samples<1:
             raise ValueError(f"n_samples={self.n_samples}: draw at least 1 label for each image, a whole number")
+        if not isinstance(self.seed, Integral): raise ValueError(f"seed={self.seed!r}: give a whole number")
         if not 0<self.mass<=1:
             raise ValueError(f"mass={self.mass}: the probability to cover must be above 0 and at most 1")
         for name,kind in dict(n_samples='sampled', mass='exact').items():
@@ -168,7 +169,7 @@ class Estimate:
         "The estimate over the images so far."
         header = dict(self.provenance)
         if self.plan.kind=='exact' and self.n_images: header['mass_left'] = repr(self.uncovered_mass/self.n_images)
-        sums,moments = self.total.sums,self.moments.clone()
+        sums,moments = {k: v.clone() for k,v in self.total.sums.items()},self.moments.clone()
         return DiagFisher(sums, self.n_images, self.plan.kind, header, moments, self.total.coverage)
 
 # %% ../../nbs/fisher/estimate.ipynb #77db31c7
@@ -237,13 +238,13 @@ def _batches(data, model, labels, n_images, n_processes, rank):
     `labels` are needed. For another process's batch x and y are None"""
     first = 0
     for k,batch in enumerate(data):
-        if n_images is not None and first>=n_images: return
         own = k%n_processes==rank
         x,y = read_batch(batch, model if own else None, labels and own)
         n = len(x) if n_images is None else min(len(x), n_images-first)
         if own: yield first,x[:n],None if y is None else y[:n]
         else: yield first,None,None
         first += n
+        if n_images is not None and first>=n_images: return
 
 # %% ../../nbs/fisher/estimate.ipynb #836218d5
 def _own_checkpoint(path, n, rank): return Path(f'{path}.{rank}-of-{n}' if n>1 else path)

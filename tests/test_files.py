@@ -1,0 +1,115 @@
+"Files that several processes share, and errors that all ranks raise"
+import copy, errno, os, sys, threading
+from contextlib import contextmanager
+from pathlib import Path
+import pytest, torch
+from fgvc_fisher.distributed import files, ranks
+from fgvc_fisher.distributed.files import write_text
+from fgvc_fisher.experiment.run import Run, do_run, read_run
+from fgvc_fisher.fisher import DiagFisher, estimate_fisher
+from fgvc_fisher.fisher.estimate import Estimate, LabelPlan, model_restored
+from fgvc_fisher.penalty import merge
+sys.path.append(str(Path(__file__).parent.parent/'tools'))
+import faults
+
+def test_two_writers_of_one_file(tmp_path):
+    "Each finds a whole file at any time, and no temporary one is left"
+    file,wrong = tmp_path/'a.txt',[]
+    def write(text):
+        for _ in range(100):
+            write_text(file, text*10_000)
+            if file.read_text() not in ('a'*10_000, 'b'*10_000): wrong.append(text)
+    threads = [threading.Thread(target=write, args=(o,)) for o in 'ab']
+    for o in threads: o.start()
+    for o in threads: o.join()
+    assert not wrong and os.listdir(tmp_path)==['a.txt']
+
+def test_a_system_that_flushes_no_file_opened_for_reading(tmp_path, monkeypatch):
+    "As Windows"
+    fcntl,real = pytest.importorskip('fcntl'),os.fsync
+    def fsync(fd):
+        if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE==os.O_RDONLY: raise OSError(errno.EBADF, 'read only')
+        real(fd)
+    monkeypatch.setattr(files.os, 'fsync', fsync)
+    write_text(tmp_path/'a.txt', 'a')
+    assert (tmp_path/'a.txt').read_text()=='a'
+
+@pytest.mark.parametrize('rank', [0, 1])
+@pytest.mark.parametrize('error,kind', [(ValueError('why'), ValueError),
+                                        (UnicodeDecodeError('utf-8', b'a', 0, 1, 'why'), RuntimeError)])
+def test_an_error_of_rank_0(monkeypatch, rank, error, kind):
+    "The others raise it, too, if its type can be made of a message"
+    def fail(): raise error
+    told = [None, type(error), str(error)]
+    monkeypatch.setattr(ranks, 'processes', lambda: (2, rank))
+    monkeypatch.setattr('accelerate.utils.broadcast_object_list', lambda o: told)
+    with pytest.raises(kind if rank else type(error), match='why'): ranks.on_rank0(fail)
+
+def test_a_run_that_is_refused_touches_no_other(tmp_path, monkeypatch):
+    "Another process claims the new folder before this one can: its files stay"
+    file = tmp_path/'run/run.json'
+    @contextmanager
+    def taken(lock, message):
+        file.write_text('theirs')
+        raise ValueError(message)
+        yield
+    monkeypatch.setattr('fgvc_fisher.experiment.run.shared_lock', taken)
+    with pytest.raises(ValueError, match='another process'): do_run(Run('nowhere'), file.parent, quiet=True)
+    assert file.read_text()=='theirs'
+
+def test_a_run_of_an_earlier_version(tmp_path):
+    (tmp_path/'run.json').write_text('{"data": "a", "recipe": "published", "lr": 0.04}')
+    assert read_run(tmp_path)==Run('a', recipe='published')
+
+@pytest.mark.parametrize('fault', faults.FAULTS.values(), ids=lambda o: o.what)
+def test_the_faults_can_be_inserted(fault):
+    assert (faults.ROOT/'fgvc_fisher'/fault.file).read_text(encoding='utf-8').count(fault.old)==1
+
+# Fishers that are added, looked at in between, and merged
+
+@pytest.fixture
+def net():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12,5), torch.nn.Tanh(), torch.nn.Linear(5,3))
+
+def test_an_estimate_that_is_looked_at_in_between(net):
+    with model_restored(net):
+        estimate = Estimate(net, LabelPlan('exact'), {})
+        estimate.add(torch.randn(4,3,2,2))
+        early = estimate.fisher()
+        before = {k: v.clone() for k,v in early.items()}
+        estimate.add(torch.randn(4,3,2,2))
+    assert all(torch.equal(early[k], v) for k,v in before.items()) and early.n_images==4
+
+def test_no_more_batches_are_taken_than_are_needed(net):
+    batches = iter([torch.randn(2,3,2,2) for _ in range(4)])
+    estimate_fisher(net, batches, n_images=4, progress=False)
+    assert len(list(batches))==2
+
+@pytest.mark.parametrize('seed', [None, 3.0, 'a'])
+def test_a_seed_that_is_none(net, seed):
+    with pytest.raises(ValueError, match='seed='): estimate_fisher(net, [torch.randn(2,3,2,2)], seed=seed)
+
+def test_a_sum_of_fishers():
+    sums = dict(a=torch.ones(2), b=2*torch.ones(3))
+    turned = dict(b=sums['b'], a=sums['a'])
+    one = DiagFisher(sums, 2, 'exact', dict(images='cats', seed='0'), torch.tensor([1.,2.,3.]))
+    two = DiagFisher(turned, 2, 'exact', dict(seed='0', license='free'), torch.tensor([20.,10.,30.]))
+    both = one+two
+    assert both.moments.tolist()==[11.,22.,33.] and both.provenance==dict(images='cats', seed='0', license='free')
+    assert (both+two).provenance==both.provenance
+    with pytest.raises(TypeError): one+sums
+
+def test_a_fisher_of_zeros():
+    table = DiagFisher(dict(a=torch.zeros(2)), 2, 'exact').summary()
+    assert table['mean'].tolist()==[0.] and table.share.isna().all()
+
+@pytest.mark.parametrize('dtype,beta', [(torch.float32, 1e300), (torch.float32, 1e39), (torch.float16, 1e6)])
+@pytest.mark.parametrize('alpha', [0., 1e-9])
+def test_merging_with_a_large_weight_and_small_fishers(net, dtype, beta, alpha):
+    source,tuned = net.to(dtype),copy.deepcopy(net).to(dtype)
+    with torch.no_grad():
+        for p in tuned.parameters(): p.add_(1)
+    fisher = {n: torch.full(p.shape, 1e-9) for n,p in net.named_parameters()}
+    found = merge(source, tuned, fisher, fisher, beta=beta, alpha=alpha).state_dict()
+    for n,p in source.named_parameters(): assert torch.allclose(found[n], p, atol=1e-3)
