@@ -128,7 +128,7 @@ def _check_finetune(data, source, fisher_from, beta, strength, out=''):
         raise ValueError(
             f"{given} needs a Fisher, estimated on pictures like those of the pretraining: give --source FOLDER "
             "(labels are not needed). Without any, --fisher-from target estimates it on your own "
-            "pictures, and --strength 0 --l2sp 0.1 needs none; the page of the evidence compares them")
+            "pictures, and --strength 0 --l2sp 0.1 needs none; in the evidence a smaller --lr kept as much as either")
 
 # %% ../nbs/cli.ipynb #e8fc7306
 def _print_result(row, out):

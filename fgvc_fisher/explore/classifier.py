@@ -69,7 +69,7 @@ def _bars(self:_ClassifierView, ax, names, values, colors, title):
     ax.axis('on')
     height = 0.55/len(values)
     y = np.arange(len(names))
-    looks = zip(values, colors, ('before fine-tuning','after, its head and statistics back'), (None,'///'))
+    looks = zip(values, colors, ('before fine-tuning','after, with its head and statistics'), (None,'///'))
     for i,(v,color,label,hatch) in enumerate(looks):
         bars = ax.barh(y+(i+0.5)*height, v, height, color=color, label=label, hatch=hatch, edgecolor='white')
         ax.bar_label(bars, [f'{o:.0%}' for o in v], padding=2, fontsize=7)
@@ -78,7 +78,7 @@ def _bars(self:_ClassifierView, ax, names, values, colors, title):
     ax.set(xlim=(0,1.1), ylim=(-0.4,len(names)-0.3), xlabel='probability', xticks=[0,0.5,1], yticks=[])
     ax.xaxis.set_major_formatter(PERCENT)
     ax.invert_yaxis()
-    if len(values)>1: ax.legend(fontsize=7, frameon=False, loc='lower right')
+    if len(values)>1: ax.legend(fontsize=7, frameon=False, loc='upper center', bbox_to_anchor=(0.5,-0.22), ncols=2)
 
 # %% ../../nbs/explore/classifier.ipynb #cd0ef42e
 @patch

@@ -183,7 +183,8 @@ class Panel:
         "The widget of the whole panel: a row, which wraps on a narrow page"
         size = dict(width='100%', min_width='0', overflow='hidden')
         row = widgets.Layout(display='flex', flex_flow='row wrap', align_items='flex-start', **size)
-        title = widgets.HTML(f'<h3 style="margin:.2em 0">{html.escape(self.title)}</h3>')
+        readouts = '<style>.fgvc-panel .widget-readout {pointer-events: none}</style>'     # to be read, not typed into
+        title = widgets.HTML(f'{readouts}<h3 style="margin:.2em 0">{html.escape(self.title)}</h3>')
         controls = widgets.Box(list(self.controls.values()), layout=row)
         pictures = widgets.Box([o.widget for o in self.pictures], layout=row)
         layout = widgets.Layout(max_width='62rem', **size)
@@ -318,7 +319,7 @@ from ..experiment.results import style
 FISHER_STYLE = style('L2-SP-Fisher')
 PLAIN_STYLE = style('plain')
 L2_STYLE = style('L2')
-PERCENT = PercentFormatter(1, decimals=0)
+PERCENT = PercentFormatter(1, decimals=None)          # as many as the axis needs
 def axis_limits(
     *values:np.ndarray, # (N,) each; NaN is ignored
 )->tuple: # Lower and upper limit

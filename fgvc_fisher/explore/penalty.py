@@ -84,13 +84,14 @@ def _draw_layers(self:_PenaltyView, names):
     self.alpha = right.barh(y, ones, left=1., **look)
     left.axvline(1, color='k', lw=0.8, ls=':')
     left.set(yticks=y, yticklabels=names, title='Distance by layer')
-    left.set_xlabel('distance from the source, up to 2\n(1: as fine-tuned without penalty)')
+    left.set_xlabel('distance from the source\n(1: without penalty; bars end at 2)')
     right.set(xlabel="share of the penalty\n", title='Penalty by layer')
     left.invert_yaxis()
     left.tick_params(axis='y', labelsize=8)
     for ax in (left, right): ax.xaxis.set_major_locator(MaxNLocator(3))
     right.xaxis.set_major_formatter(PERCENT)
-    right.legend(frameon=False, fontsize=8, loc='lower right')
+    legend = dict(loc='outside lower right', ncols=2, frameon=False, fontsize=8)
+    self.layers.fig.legend(*right.get_legend_handles_labels(), **legend)
     grid = np.nan_to_num(self.compromise.grid['layers'].reshape(-1, len(names), 3))
     total = grid[...,1:].sum(axis=(1,2))
     left.set_xlim(0, min(2., 1.05*grid[...,0].max()))
@@ -108,9 +109,9 @@ def _say(self:_PenaltyView, alpha, strength, found, about):
     of = 'on the source' if 'retention_target_bn' in c.measures else 'agreement with the source model'
     n,m = [sum(len(y) for _,y in o) for o in (c.target, c.pictures['source'])]
     return (f"alpha = {alpha:g}, strength = {strength:g} (beta = {strength*c.beta_of_1:.3g}): {about}{accuracy} "
-            f"accuracy on the target (fine-tuned without penalty: {tuned_accuracy}), and {about}{target_bn} {of}, "
-            f"or {source_bn} with the source's BatchNorm statistics (fine-tuned without penalty: "
-            f"{tuned_retention}; before fine-tuning: {c.before:.0%}). Measured on {n} and {m} pictures.")
+            f"accuracy on the target (fine-tuned without penalty: {tuned_accuracy}), and {about}{target_bn} {of} "
+            f"(fine-tuned without penalty: {tuned_retention}; before fine-tuning: {c.before:.0%}), "
+            f"or {source_bn} with the source's BatchNorm statistics. Measured on {n} and {m} pictures.")
 @patch
 def draw(self:_PenaltyView, alpha, strength):
     "Draw interpolated values; the sentence says *about*"

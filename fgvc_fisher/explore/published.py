@@ -102,7 +102,7 @@ def explore_published()->Panel: # Controls `runs`, `smooth`, `epoch`
     "Compare the published runs at any epoch, with any smoothing."
     view = _PublishedView()
     runs = [(_named(o), o) for o in view.summary.index]
-    controls = dict(runs=choice('runs', runs, widgets.SelectMultiple, value=(_CONTROL,_CLAIM), rows=5),
+    controls = dict(runs=choice('runs', runs, widgets.SelectMultiple, value=(_CONTROL,_CLAIM), rows=9),
                     smooth=slider('mean of epochs', list(range(1,16)), 1),
                     epoch=choice('accuracy', _EPOCH, value='last'))
     return Panel('published', 'Is the claim ahead of its own control?', controls, [view.curves, view.bars], view.draw)

@@ -104,7 +104,7 @@ def _axes(self:_TrainingView, epochs, kept):
         ax = picture.axes
         ax.clear()
         ax.set_title(title, fontsize=10)
-        ax.set(xlabel='epoch', ylabel=label, xlim=(0,epochs+0.3))
+        ax.set(xlabel='epoch', ylabel=label, xlim=(0,1.05*epochs))
         ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         if picture is not self.loss:
             ax.set_ylim(0, 1)

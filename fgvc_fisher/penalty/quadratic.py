@@ -238,7 +238,7 @@ class QuadraticPenalty:
         alpha_on='all', # Parameters under alpha: a key of `CHOICES`, or a function `(name, parameter) -> bool`
         beta_on='all', # Shared parameters under beta and l2sp: likewise
         strength:float=0., # The Fisher term's coefficient without F's scale: beta = strength / mean(F)
-        dtype:torch.dtype|None=None, # Of what is stored; None: the parameters'. A Fisher has float32 in place of float16
+        dtype:torch.dtype|None=None, # Of what is stored; None: the parameters'. A Fisher has float32 instead of float16
         device=None, # Where they are stored; None: with the parameters; 'cpu' saves GPU memory, costs a transfer a step
     ):
         check_coefficients(fisher, alpha=alpha, beta=beta, l2sp=l2sp, strength=strength)
