@@ -63,7 +63,7 @@ def with_source_head(
 # %% ../nbs/retention.ipynb #783fba3c
 def _logits(model, x):
     "The logits (B, C) of images in evaluation mode. Raises `ValueError` if they are not those of a classifier"
-    logits = model.eval()(x)
+    logits = model.eval()(x.clone())                                      # a network may change its input in place
     if isinstance(logits, Tensor) and logits.ndim==2 and len(logits)==len(x) and logits.shape[1]>1: return logits
     found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
     raise ValueError(f"{type(unwrap(model)).__name__} has to return logits (B, C) of two or more classes, one row for "

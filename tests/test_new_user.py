@@ -1,12 +1,13 @@
 "What a first user meets: other layouts of a network, other forms of an argument, and arguments that do nothing"
 import copy, warnings
+from functools import partial
 import numpy as np, pytest, timm, torch
-from torch import nn
+from torch import nn, Tensor
 from fgvc_fisher.callback import L2SPFisherCallback
 from fgvc_fisher.fisher import estimate_fisher
 from fgvc_fisher.learner import head_names, remake_head
 from fgvc_fisher.penalty import QuadraticPenalty
-from fgvc_fisher.retention import Retention, retention, with_source_head
+from fgvc_fisher.retention import Retention, compare_with_source, retention, with_source_head
 
 @pytest.fixture(scope='module')
 def source():
@@ -77,6 +78,89 @@ def test_a_row_of_each_image_in_order_keeps_the_rules():
     two,one = [estimate_fisher(model, x.split(n), 'exact', progress=False) for n in (2,1)]
     for name in one: assert torch.allclose(two[name], one[name], rtol=1e-9), name
     assert (two.coverage().rule=='linear').all()
+
+class Again(nn.Module):
+    "A layer that is used again, on some images alone or on all of them in another order"
+    def __init__(self, how):
+        super().__init__()
+        self.how,self.a,self.head = how,nn.Linear(4,4),nn.Linear(4,3)
+    def forward(self, x):
+        z = self.a(x).tanh()
+        if self.how=='hard':
+            hard = x[:,0]>0
+            if not hard.any(): return self.head(z)
+            z = z.clone()
+            z[hard] = self.a(z[hard]).tanh()
+            return self.head(z)
+        if self.how=='halves':
+            first,second = self.a(torch.cat([z[::2],z[1::2]])).tanh().split([(len(x)+1)//2, len(x)//2])
+            out = torch.empty_like(z)
+            out[::2],out[1::2] = first,second
+            return self.head(out)
+        order = x[:,0].detach().argsort()
+        if self.how=='take': return self.head(self.a(torch.take_along_dim(z, order[:,None], 0)).tanh()[order.argsort()])
+        order = order[:,None].expand_as(z)
+        return self.head(self.a(z.gather(0, order)).tanh().gather(0, order.argsort(0)))
+
+class Expanded(nn.Module):
+    "A parameter in as many copies as a batch may have images"
+    def __init__(self, shape):
+        super().__init__()
+        self.shape,self.a,self.head = shape,nn.Parameter(torch.randn(shape[-1] if len(shape)>1 else 1)),nn.Linear(4,3)
+    def forward(self, x):
+        z = (x[:,None]+self.a.expand(self.shape)).tanh().mean(1) if len(self.shape)>1 else x*self.a.expand(self.shape)
+        return self.head(z)
+
+class Typed(nn.Module):
+    "A parameter brought to the images' type, which it has"
+    def __init__(self, to):
+        super().__init__()
+        self.to_x,self.a,self.head = to,nn.Parameter(torch.randn(4)),nn.Linear(4,3)
+    def forward(self, x): return self.head((x*self.to_x(self.a, x)).tanh())
+
+class InPlace(nn.Module):
+    "It normalises its own input, in place"
+    def __init__(self):
+        super().__init__()
+        self.a,self.head = nn.Linear(4,4),nn.Linear(4,3)
+    def forward(self, x): return self.head(self.a(x.sub_(0.5).mul_(3.)).tanh())
+
+ODD = {**{f'again, {o}': partial(Again, o) for o in ('hard','halves','gather','take')}, 'in place': InPlace,
+       **{f'expanded to {o}': partial(Expanded, o) for o in ((4,4), (4,))},
+       'type_as': partial(Typed, Tensor.type_as), 'to': partial(Typed, Tensor.to),
+       'atleast_1d': partial(Typed, lambda w, x: torch.atleast_1d(w, x)[0])}
+@pytest.mark.filterwarnings('ignore:.*the whole network')
+@pytest.mark.parametrize('kind', ['exact','empirical'])
+@pytest.mark.parametrize('make', ODD.values(), ids=ODD)
+def test_odd_networks_by_autograd(make, kind):
+    "The first and the last image stay where they are, and the images of the first batch are not hard"
+    torch.manual_seed(0)
+    model = make().double().eval()
+    x,y = torch.randn(12,4).double(),torch.randint(3, (12,))
+    x[:,0] = torch.linspace(-1, 0.5, 12).double()
+    x[4:8,0] = x[4:8,0].flip(0)
+    asked = x.clone()
+    wanted = {n: torch.zeros_like(p) for n,p in model.named_parameters()}
+    for i in range(12):
+        log_p = model(x[i:i+1].clone()).log_softmax(-1)[0]
+        for c in range(3) if kind=='exact' else [y[i]]:
+            weight = log_p[c].exp().item() if kind=='exact' else 1.
+            found = torch.autograd.grad(log_p[c], list(model.parameters()), retain_graph=True)
+            for n,g in zip(wanted, found): wanted[n] += weight*g**2/12
+    for n in (1, 4, 5, 12):
+        batches = list(zip(x.split(n), y.split(n)))
+        fisher = estimate_fisher(model, batches, kind, progress=False)
+        for name in wanted: assert torch.allclose(fisher[name], wanted[name], rtol=1e-9, atol=1e-15), (n, name)
+    assert torch.equal(x, asked)
+    model(x.clone()).sum().backward()                                 # nothing is left on it
+    same = compare_with_source(copy.deepcopy(model), model, [(x, y)], labelled=False)
+    assert same['divergence_target_bn']==0 and torch.equal(x, asked)
+
+@pytest.mark.parametrize('model,said', [
+    (nn.LazyLinear(3), 'weight of LazyLinear has no shape'),
+    (nn.Linear(4,3).to(torch.complex64), 'weight of Linear is torch.complex64')])
+def test_parameters_without_a_fisher(model, said):
+    with pytest.raises(ValueError, match=said): estimate_fisher(model, [torch.randn(2,4)], progress=False)
 
 def test_probabilities_are_no_logits(source):
     x = [torch.randn(2,3,32,32)]

@@ -21,6 +21,7 @@ from textwrap import shorten
 import torch
 from fastcore.basics import patch
 from torch import nn, Tensor
+from torch.nn.parameter import UninitializedParameter
 import fgvc_fisher
 
 # %% ../../nbs/fisher/estimate.ipynb #c25146ae
@@ -321,6 +322,12 @@ def _check_model(model):
     "Raises `ValueError` for a network without parameters, without a head, or sharded"
     name = type(model).__name__
     if next(model.parameters(), None) is None: raise ValueError(f"{name} has no parameters")
+    for n,p in model.named_parameters():
+        if isinstance(p, UninitializedParameter):
+            raise ValueError(f"{n} of {name} has no shape yet: pass a batch through the network first")
+        if not p.is_floating_point():
+            raise ValueError(f"{n} of {name} is {p.dtype}: only parameters of real floating-point numbers have a Fisher "
+                             "here; make it a buffer if it is not trained")
     if getattr(model, 'num_classes', None)==0:
         raise ValueError(f"{name} was made with num_classes=0, so it has no head and returns features instead of "
                          "logits: load it with its pretrained head")

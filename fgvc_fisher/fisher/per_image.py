@@ -11,7 +11,7 @@ __all__ = ['RULES', 'WHOLE', 'UNUSED', 'Call', 'Tape', 'record_calls', 'PerImage
 
 # %% ../../nbs/fisher/per_image.ipynb #0fe46a51
 import warnings
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from textwrap import shorten
@@ -28,8 +28,11 @@ from torch.utils._pytree import tree_leaves, tree_map
 # %% ../../nbs/fisher/per_image.ipynb #294bfcc8
 def _tensors(*args): return [o for o in tree_leaves(args) if isinstance(o, Tensor)]
 def _from_images(t): return getattr(t, '_from_images', False)
+def _is_mixed(t): return getattr(t, '_mixed', False)
 def _mark(t):
     for tensor in _tensors(t): tensor._from_images = True
+def _mark_mixed(t):
+    for tensor in _tensors(t): tensor._from_images,tensor._mixed = False,True
 
 # %% ../../nbs/fisher/per_image.ipynb #e533b3c7
 class Call:
@@ -55,14 +58,17 @@ class _Alone(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None): return _call(func, args, kwargs or {})
 
 # %% ../../nbs/fisher/per_image.ipynb #8d723635
+_BY_NUMBERS = {f: where for name,where in dict(index_select=1, gather=1, take_along_dim=2).items()
+               for f in (getattr(torch, name), getattr(Tensor, name))}           # function -> which argument is `dim`
 def _picks_rows(func, args, kwargs, n):
     "Does a call take rows of its input by a mask or by their numbers, other than each image's in order?"
     if func in (Tensor.masked_select, torch.masked_select): return True
-    if func in (Tensor.index_select, torch.index_select):
-        dim = kwargs['dim'] if 'dim' in kwargs else args[1]
+    if func in _BY_NUMBERS:
+        dim = kwargs.get('dim', args[_BY_NUMBERS[func]] if len(args)>_BY_NUMBERS[func] else None)
         return dim in (0, -args[0].ndim)
     if func!=Tensor.__getitem__: return False
     rows = args[1][0] if isinstance(args[1], tuple) and args[1] else args[1]
+    if isinstance(rows, slice): return len(args[0])==n and rows.indices(n)!=(0,n,1)
     if not isinstance(rows, Tensor|list) or isinstance(rows, Tensor) and not rows.ndim: return False
     is_mask = isinstance(rows, list) or rows.dtype in (torch.bool, torch.uint8)
     return is_mask or rows.tolist()!=list(range(n))
@@ -76,6 +82,7 @@ class Tape(TorchFunctionMode):
         super().__init__()
         self.n = n
         self.calls,self.edges = [],[]
+        self.mixed = set() # Parameters that met rows which are no longer the images in their order
         self.take = None                                        # set before the backward pass
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -83,12 +90,17 @@ class Tape(TorchFunctionMode):
         out = _call(func, args, kwargs)
         inputs = _tensors(args, kwargs)
         images = [o for o in inputs if _from_images(o)]
-        weights = [o for o in inputs if o.requires_grad and not _from_images(o)]
+        weights = [o for o in inputs if o.requires_grad and not _from_images(o) and not _is_mixed(o)]
         expands = func is Tensor.expand and weights and len(out)==self.n
         is_token = expands and (out.ndim>inputs[0].ndim or len(inputs[0])==1)
-        if images and _from_images(inputs[0]) and _picks_rows(func, args, kwargs, self.n): return out
-        if images or is_token: _mark(out)
-        if weights and (images or is_token): self._record(Call(func, args, kwargs, weights), images, out)
+        made = [o for o in _tensors(out) if not any(o is w for w in weights)]    # `w.to(x)` may be `w` itself
+        picks = images and _from_images(inputs[0]) and _picks_rows(func, args, kwargs, self.n)
+        if picks or any(map(_is_mixed, inputs)):
+            _mark_mixed([o for o in made if not any(o is i for i in images)])    # what is written to stays in order
+            self.mixed.update(p for w in weights for p in _leaves(w))
+        elif made and (images or is_token):
+            _mark(made)
+            if weights: self._record(Call(func, args, kwargs, weights), images, out)
         return out
 
     def _record(self, call, images, out):
@@ -106,12 +118,12 @@ def record_calls(
     x:Tensor, # Images (B, ...)
 )->Iterator: # Yields the `Tape` and what the network returned
     "Run a forward pass and record its calls."
-    tape,x = Tape(len(x)),x.detach()
+    tape,x = Tape(len(x)),x.detach().clone()                     # a network may change its input in place
     _mark(x)
     try:
         with tape: out = model(x)
         yield tape,out
-    finally: tape.calls,tape.edges,tape.take = [],[],None
+    finally: tape.calls,tape.edges,tape.take,tape.mixed = [],[],None,set()
 
 # %% ../../nbs/fisher/per_image.ipynb #811b3f5a
 def _cat(tensors): return torch.cat(tensors) if len(tensors)>1 else tensors[0] # a single one is not copied
@@ -386,7 +398,7 @@ class SquaredGradients:
         self.sums = {n: torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32), requires_grad=False)
                      for n,p in self.params.items()}
         self.coverage = {} # Parameter name -> the functions of its rules, or WHOLE or UNUSED
-        self.verified = None # Parameter name -> in how many calls of the verified forward pass it was used
+        self.verified = None # Parameter name -> the functions that it was used by in the verified forward pass
         self.verified_n = 0 # Images in that forward pass
 
     @property
@@ -396,8 +408,12 @@ class SquaredGradients:
 
     def _names_in(self, call): return {self.names[p] for w in call.weights for p in _leaves(w) if p in self.names}
     def _uses(self, tape):
-        found = Counter(p for call in tape.calls for w in call.weights for p in _leaves(w))
-        return {self.names[p]: n for p,n in found.items() if p in self.names}
+        found = defaultdict(list)
+        for call in tape.calls:
+            for p in (p for w in call.weights for p in _leaves(w) if p in self.names):
+                found[self.names[p]].append(call.func.__name__)
+        return dict(found)
+    def _mixed_in(self, tape): return {self.names[p] for p in tape.mixed if p in self.names}
 
     def _per_parameter(self, call, grad, n):
         "Pairs of a parameter's name and its `PerImage`, for one call"
@@ -411,7 +427,7 @@ class SquaredGradients:
 # %% ../../nbs/fisher/per_image.ipynb #5e86723e
 def _by_autograd(squares, x, labels, weights, names):
     "The gradients of one image by plain autograd; None where the logits do not depend on a parameter"
-    with _Alone(): loss = _log_likelihood(squares.model(x), labels, weights)
+    with _Alone(): loss = _log_likelihood(squares.model(x.clone()), labels, weights)
     # LeViT keeps a part of its graph from call to call, so the graph is retained
     params = [squares.params[n] for n in names]
     return dict(zip(names, torch.autograd.grad(loss, params, retain_graph=True, allow_unused=True)))
@@ -424,13 +440,13 @@ def _reached(squares, tape, logits, names):
     return {n for n,g in zip(names, found) if g is not None}
 
 # %% ../../nbs/fisher/per_image.ipynb #f35b68e3
-def _first_by_rules(squares, tape, logits, labels):
-    "Parameter name -> gradient of the first image and the functions it came from; without those whose rules fail"
+def _one_by_rules(squares, tape, logits, labels, i):
+    "Parameter name -> gradient of image `i` and the functions it came from; without those whose rules fail"
     gradients,funcs,failed = {},{},set()
     def take(call, grad):
         try:
             for name,each in squares._per_parameter(call, grad, tape.n):
-                gradients[name] = gradients.get(name, 0) + each.make(slice(0,1))[0]
+                gradients[name] = gradients.get(name, 0) + each.make(slice(i,i+1))[0]
                 funcs.setdefault(name, set()).add(call.func.__name__)
         except Exception:                        # whatever a function raises where a rule does not fit its call
             failed.update(squares._names_in(call))
@@ -438,12 +454,28 @@ def _first_by_rules(squares, tape, logits, labels):
     return {n: (g, ', '.join(sorted(funcs[n]))) for n,g in gradients.items() if n not in failed}
 
 # %% ../../nbs/fisher/per_image.ipynb #4b867fe9
-def _accuracy(*dtypes):
+def _tolerance(*dtypes):
     "How far two ways to compute a gradient may differ: relative to itself, and to the longest gradient"
     eps = max(torch.finfo(o).eps for o in dtypes)
     return (1e-6,1e-12) if eps<1e-15 else (max(1e-2, 16*eps),1e-6)
 
 # %% ../../nbs/fisher/per_image.ipynb #fd17606b
+def _verify_one(squares, x, tape, logits, i):
+    "Parameter name -> the functions by whose rules the gradient of image `i` is right, or WHOLE or UNUSED"
+    image,labels = slice(i, i+1),logits.argmin(-1)      # the least probable class: its gradient never vanishes
+    by_rules = _one_by_rules(squares, tape, logits, labels, i)
+    reference = _by_autograd(squares, x[image], labels[image], torch.ones_like(logits[image,0]), list(squares.params))
+    longest = max((g.norm() for g in reference.values() if g is not None), default=torch.zeros(()))
+    tolerance,rounding = _tolerance(longest.dtype, logits.dtype)    # autocast shows in the logits
+    reached = _reached(squares, tape, logits, [n for n,g in reference.items() if g is None])
+    def how(name, g):
+        if g is None: return WHOLE if name in reached else UNUSED
+        if name not in by_rules: return WHOLE
+        found,funcs = by_rules[name]
+        return funcs if (found-g).norm() <= tolerance*g.norm() + rounding*longest else WHOLE
+    return {n: how(n, g) for n,g in reference.items()}
+
+#| export
 @patch
 def verify(self:SquaredGradients,
     x:Tensor, # Images (B, ...)
@@ -451,19 +483,12 @@ def verify(self:SquaredGradients,
     logits:Tensor, # Its result (B, C)
 ):
     "Fill `coverage`: which rule is used for each parameter. Warns of parameters without a rule, and of unused ones."
-    labels = logits.argmin(-1)                          # the least probable class: its gradient never vanishes
-    by_rules = _first_by_rules(self, tape, logits, labels)
-    reference = _by_autograd(self, x[:1], labels[:1], torch.ones_like(logits[:1,0]), list(self.params))
-    longest = max((g.norm() for g in reference.values() if g is not None), default=torch.zeros(()))
-    before = self.coverage
-    tolerance,rounding = _accuracy(longest.dtype, logits.dtype)     # autocast shows in the logits
-    reached = _reached(self, tape, logits, [n for n,g in reference.items() if g is None])
-    def how(name, g):
-        if g is None: return WHOLE if name in reached or before.get(name)==WHOLE else UNUSED
-        if name not in by_rules: return WHOLE
-        found,funcs = by_rules[name]
-        return funcs if (found-g).norm() <= tolerance*g.norm() + rounding*longest else WHOLE
-    self.coverage = {n: how(n, g) for n,g in reference.items()}
+    before,ways = self.coverage,[_verify_one(self, x, tape, logits, i) for i in sorted({0, len(x)//2})]
+    def how(name, *found):
+        if name in self._mixed_in(tape) or WHOLE in found: return WHOLE
+        if set(found)=={UNUSED} and before.get(name)==WHOLE: return WHOLE
+        return next((o for o in found if o!=UNUSED), UNUSED)
+    self.coverage = {name: how(name, *(o[name] for o in ways)) for name in self.params}
     self.verified,self.verified_n = self._uses(tape),tape.n
     for what,why in ((WHOLE, 'which is slower'), (UNUSED, 'zero Fisher information')):
         names = [n for n,found in self.coverage.items() if found==what and before.get(n)!=what]
@@ -477,6 +502,7 @@ def has_changed(self:SquaredGradients,
 )->bool:
     "Does a forward pass use the parameters in another way than the verified one?"
     differs = self.verified!=self._uses(tape) or self.verified_n==1<tape.n
+    differs = differs or not self._mixed_in(tape) <= set(self.slow)
     return differs or bool(_reached(self, tape, logits, self.unused))
 
 # %% ../../nbs/fisher/per_image.ipynb #129ada4f
@@ -529,7 +555,7 @@ def add_round(self:SquaredGradients,
         for name,each in self._per_parameter(call, grad, tape.n):
             if name in slow: continue
             if self.params[name].numel()<=SMALL: small[name] = small[name]+each.all() if name in small else each.all()
-            elif self.verified[name]==1: add(name, each)
+            elif len(self.verified[name])==1: add(name, each)
             else: several.setdefault(name, []).append(each)
     _backward(tape, logits, labels, weights, take, last)
     with torch.no_grad():
