@@ -70,6 +70,9 @@ def _errors_as_sentences(script, *kinds):
             warnings.showwarning = say
             warnings.filterwarnings('ignore', '.*torch.jit.script', FutureWarning)     # from fastai
             yield
+    except KeyboardInterrupt:
+        print(f'{script}: interrupted; the same command continues', file=sys.stderr)
+        sys.exit(130)                                              # as a shell has it
     except (ValueError, OSError, *kinds) as e:
         if type(e).__name__=='OutOfMemoryError': raise
         text = str(e)
@@ -97,10 +100,12 @@ def _check_out_folder(out):
     "`NotADirectoryError` if a file is where the folder is to be."
     for o in (Path(out), *Path(out).parents):
         if o.is_file(): raise NotADirectoryError(f"--out {out}: {o} is a file; give a folder")
-def _check_out_file(out):
-    "`ValueError` or `FileNotFoundError` if no file can be written there."
+def _check_out_file(out, suffix):
+    "`ValueError` or `FileNotFoundError` if no file can be written there, or one of another kind would be overwritten."
     if Path(out).is_dir(): raise ValueError(f"--out {out} is a folder: give the file to write")
     if not Path(out).absolute().parent.is_dir(): raise FileNotFoundError(f"--out {out}: there is no folder for it")
+    if Path(out).exists() and Path(out).suffix.lower()!=suffix:
+        raise ValueError(f"--out {out} exists, and is no {suffix} file: give another name")
 
 # %% ../nbs/cli.ipynb #f66d0370
 @command('fgvc-demo')
@@ -216,13 +221,12 @@ def fgvc_predict(
     pictures = [pictures] if isinstance(pictures, str) else pictures
     for o in (run, *pictures):
         if not Path(o).exists(): raise FileNotFoundError(f"{o}: there is no such file or folder")
-    _check_out_file(out)
-    from fgvc_fisher.data.tables import picture_suffixes
+    _check_out_file(out, '.csv')
+    read = [o for o in (*pictures, Path(run)/'curve.csv') if Path(o).exists()]
+    if Path(out).exists() and any(Path(out).samefile(o) for o in read):
+        raise ValueError(f"--out {out} would overwrite the list of pictures, or a file of the run: give another file")
     from fgvc_fisher.distributed.files import write_text
     from fgvc_fisher.experiment.predict import load_run, predict
-    if Path(out).exists() and (Path(out).suffix.lower() in picture_suffixes() or
-                               any(Path(out).samefile(o) for o in pictures)):
-        raise ValueError(f"--out {out} would overwrite a picture or the list of pictures: give another file")
     found = predict(load_run(run, head), pictures[0] if len(pictures)==1 else pictures, n, bs)
     write_text(Path(out), found.to_csv(index=False))
     print(f'{len(found)} pictures, written to {out}')
@@ -278,12 +282,14 @@ def _about(pictures, size, license, weights):
 
 # %% ../nbs/cli.ipynb #9c66798c
 _OF_SHARDS = dict(split='train', num_shards=0, jobs=1, engine='processes', address='', retries=2)
-def _check_fisher(images, shards, stream, kind, n_images, target_error, out, size, bs, **of_shards):
+def _check_fisher(images, shards, stream, kind, n_images, target_error, out, weights, size, bs, **of_shards):
     "`ValueError` for invalid options, before anything is loaded."
     given = [o for o in (images, shards, stream) if o]
     if len(given)!=1: raise ValueError("give one of --images, --shards and --stream; see --help")
     if images and not Path(images).exists(): raise FileNotFoundError(f"--images {images}: there is no such folder")
-    _check_out_file(out)
+    _check_out_file(out, '.safetensors')
+    if weights and Path(out).exists() and Path(weights).exists() and Path(out).samefile(weights):
+        raise ValueError(f"--out {out} would overwrite the weights: give another file")
     if size<0: raise ValueError(f"--size {size}: give a number of pixels, or 0 for the size of the pretraining")
     if bs<1: raise ValueError(f"--bs {bs}: must be greater than 0")
     if images and (unused := [o for o,default in _OF_SHARDS.items() if of_shards[o]!=default]):
@@ -309,11 +315,13 @@ def _shards(shards, stream, split, num_shards):
 # %% ../nbs/cli.ipynb #a0625183
 def _of_folder(model, images, out, half, size, bs, on_bad, **settings):
     "Estimate, and write in the first of several processes; the others return None."
-    from fgvc_fisher.data.tables import read_folder
+    from fgvc_fisher.data.tables import pictures_digest, read_folder
     from fgvc_fisher.distributed.ranks import processes, shutdown_processes
     from fgvc_fisher.fisher.estimate import estimate_fisher, remove_checkpoint
     from fgvc_fisher.learner import source_dl
-    batches = source_dl(read_folder(images), model, size, bs, on_bad=on_bad)
+    table = read_folder(images)
+    settings['provenance']['pictures'] = pictures_digest(table, images)      # a checkpoint is of these alone
+    batches = source_dl(table, model, size, bs, on_bad=on_bad)
     n,rank = processes()
     checkpoint = f'{out}.checkpoint'
     fisher = estimate_fisher(model, batches, checkpoint=checkpoint, keep_checkpoint=True, **settings)
@@ -380,7 +388,7 @@ def estimate_command(
 ):
     "Estimate the diagonal Fisher information of a timm network, from a folder of pictures or from shards."
     options = dict(locals())                                       # the parameters
-    _check_fisher(images, shards, stream, kind, n_images, target_error, out, size, bs,
+    _check_fisher(images, shards, stream, kind, n_images, target_error, out, weights, size, bs,
                   **{o: options[o] for o in _OF_SHARDS})
     fisher = _estimate(**options)
     if fisher is None: return

@@ -194,7 +194,8 @@ def test_a_bad_picture_in_an_estimate(drawn_source, tiny_weights, tmp_path):
 def files(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for o in ('folder', 'run', 'pictures', 'more'): (tmp_path/o).mkdir()
-    for o in ('file', 'list.csv', 'pictures/a.png', 'more/b.png'): (tmp_path/o).write_text('path\n')
+    for o in ('file', 'list.csv', 'pictures/a.png', 'more/b.png', 'run/curve.csv', 'run/model.safetensors'):
+        (tmp_path/o).write_text('path\n')
     (tmp_path/'grid.toml').write_text('data = "folder"\n[[arm]]\narm = "a"')
     return tmp_path
 
@@ -213,7 +214,12 @@ def files(tmp_path, monkeypatch):
     (fgvc_demo, dict(out='file'), '--out file: file is a file'), (fgvc_demo, dict(seed=-1), '--seed -1'),
     (fgvc_predict, dict(run='run', pictures=['pictures'], out='folder'), '--out folder is a folder'),
     (fgvc_predict, dict(run='run', pictures=['list.csv'], out='list.csv'), '--out list.csv would overwrite'),
-    (fgvc_predict, dict(run='run', pictures=['pictures'], out='pictures/a.png'), 'a.png would overwrite')])
+    (fgvc_predict, dict(run='run', pictures=['pictures'], out='pictures/a.png'), 'a.png exists, and is no .csv'),
+    (fgvc_predict, dict(run='run', pictures=['pictures'], out='run/curve.csv'), 'curve.csv would overwrite'),
+    (fgvc_predict, dict(run='run', pictures=['pictures'], out='run/model.safetensors'), 'model.safetensors exists'),
+    (estimate_command, dict(images='pictures', out='pictures/a.png'), 'a.png exists'),
+    (estimate_command, dict(images='pictures', weights='run/model.safetensors', out='run/model.safetensors'),
+     'model.safetensors would overwrite the weights')])
 def test_options_that_are_refused_at_once(call, options, named, files):
     before = {o: o.read_text() for o in files.rglob('*') if o.is_file()}
     if call is estimate_command: options = dict(arch='test_resnet') | options

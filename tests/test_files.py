@@ -1,10 +1,10 @@
 "Files that several processes share, and errors that all ranks raise"
-import copy, errno, os, sys, threading
+import copy, errno, os, shutil, sys, threading
 from contextlib import contextmanager
 from pathlib import Path
 import pytest, torch
 from fgvc_fisher.distributed import files, ranks
-from fgvc_fisher.distributed.files import write_text
+from fgvc_fisher.distributed.files import replace_file, write_text
 from fgvc_fisher.experiment.run import Run, do_run, read_run
 from fgvc_fisher.fisher import DiagFisher, estimate_fisher
 from fgvc_fisher.fisher.estimate import Estimate, LabelPlan, model_restored
@@ -33,6 +33,18 @@ def test_a_system_that_flushes_no_file_opened_for_reading(tmp_path, monkeypatch)
     monkeypatch.setattr(files.os, 'fsync', fsync)
     write_text(tmp_path/'a.txt', 'a')
     assert (tmp_path/'a.txt').read_text()=='a'
+
+@pytest.mark.parametrize('error', [RuntimeError('unexpected pos'), OSError(errno.ENOSPC, 'no space')])
+def test_a_full_disk(tmp_path, monkeypatch, error):
+    "Whatever a library raises then"
+    def write(part):
+        part.write_bytes(b'half')
+        raise error
+    full = shutil.disk_usage(tmp_path)._replace(free=0)
+    monkeypatch.setattr(files.shutil, 'disk_usage', lambda o: full)
+    with pytest.raises(OSError, match=f"{tmp_path/'a'} cannot be written, the disk is full") as e:
+        replace_file(tmp_path/'a', write)
+    assert e.value.errno==errno.ENOSPC and not os.listdir(tmp_path)
 
 @pytest.mark.parametrize('rank', [0, 1])
 @pytest.mark.parametrize('error,kind', [(ValueError('why'), ValueError),

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from fgvc_fisher.data.tables import pictures_in
 from fgvc_fisher.experiment import Run, do_run, fine_tune, grid, read_grid, sweep
 from fgvc_fisher.experiment.results import read_errors
-from fgvc_fisher.experiment.run import KeepEpochs, make_learner, run_source
+from fgvc_fisher.experiment.run import KeepEpochs, make_learner, read_run, run_source
 from fgvc_fisher.experiment.sweeps import _Progress
 from fgvc_fisher.learner import source_model
 from forks import Forked
@@ -531,6 +531,34 @@ class TestDataThatChange:
             do_run(small, tmp_path/'run', cbs=[Stop('after_epoch', 0)], quiet=True)
         self.change(flowers, how)
         with pytest.raises(ValueError, match=f'{said}.*another folder'): do_run(small, tmp_path/'run', quiet=True)
+
+    @pytest.mark.parametrize('done', [False, True])
+    @pytest.mark.parametrize('what,said', [('weights', 'other pretrained weights'), ('source', 'other source pictures'),
+                                           ('pictures', 'pictures of other sizes')])
+    def test_what_it_rests_on(self, small, flowers, drawn_source, tmp_path, done, what, said):
+        "Weights and pictures that are replaced under the same names are noticed"
+        weights,source = tmp_path/'w.safetensors',tmp_path/'source'
+        model = timm.create_model('test_resnet', num_classes=6)
+        save_file(model.state_dict(), weights)
+        shutil.copytree(drawn_source, source)
+        run = replace(small, weights=str(weights), source=str(source))
+        with suppress(KeyboardInterrupt):
+            do_run(run, tmp_path/'run', cbs=[] if done else [Stop('after_epoch', 0)], quiet=True)
+        if what=='weights': save_file({k: v+1 for k,v in model.state_dict().items()}, weights)
+        file = {'source': pictures_in(source)[0], 'pictures': pictures_in(flowers)[0]}.get(what)
+        if file: file.write_bytes(file.read_bytes()+b'0')
+        with pytest.raises(ValueError, match=f'{said}.*another folder'): do_run(run, tmp_path/'run', quiet=True)
+
+    def test_the_same_data_elsewhere_and_written_otherwise(self, small, flowers, tmp_path, monkeypatch):
+        "And the options that do not matter may change"
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(KeyboardInterrupt):
+            do_run(replace(small, data='flowers'), 'run', cbs=[Stop('after_epoch', 0)], quiet=True)
+        flowers.rename(tmp_path/'moved')
+        moved = replace(small, data=f'{tmp_path}/moved/', num_workers=1, on_bad='skip')
+        last = do_run(moved, 'run', quiet=True)['last']
+        assert read_run('run').data==f'{tmp_path}/moved/'
+        assert last==do_run(replace(small, data='moved'), 'alone', quiet=True)['last']
 
     def test_a_run_that_is_done(self, small, flowers, tmp_path, capsys):
         row = do_run(small, tmp_path/'run', quiet=True)

@@ -7,10 +7,11 @@ Docs: https://fgvc-fisher.github.io/fgvc_fisher/data/tables.html.md"""
 # %% auto #0
 __all__ = ['UNKNOWN', 'LEVELS', 'aircraft_root', 'decode_text', 'read_lines', 'read_aircraft', 'crop_to_boxes', 'split_name',
            'pick_split', 'take_fraction', 'hold_out', 'with_validation', 'class_weights', 'picture_suffixes',
-           'is_hidden', 'pictures_in', 'read_image_folder', 'read_table', 'read_pictures', 'is_labelled', 'read_folder']
+           'is_hidden', 'pictures_in', 'read_image_folder', 'read_table', 'read_pictures', 'is_labelled', 'read_folder',
+           'pictures_digest']
 
 # %% ../../nbs/data/tables.ipynb #93f06b2b
-import bz2, codecs, gzip, lzma, os, re, warnings
+import bz2, codecs, gzip, hashlib, json, lzma, os, re, warnings
 from io import StringIO
 from pathlib import Path
 from textwrap import shorten
@@ -281,7 +282,7 @@ def pictures_in(
     folder:str|Path, # A folder
 )->list: # Paths, sorted by folder, then by name
     """The pictures in a folder, at any depth. Hidden files and folders, those that macOS adds, smaller copies, and
-    links to a folder that was read already are left out."""
+    links to a folder that was read already are left out. Raises `FileNotFoundError` for a link to nothing."""
     suffixes,found = picture_suffixes(),[]
     start = Path(os.path.realpath(folder))
     entered = {start, *start.parents}                                # a link back to one of them would never end
@@ -293,6 +294,8 @@ def pictures_in(
             entered.add(target)
             folders.append(name)
         found += [(root, o) for o in names if not is_hidden(o) and Path(o).suffix.lower() in suffixes]
+    if broken := [o for o in (os.path.join(*o) for o in found) if not os.path.exists(o)]:
+        raise FileNotFoundError(f"{shorten(', '.join(sorted(broken)), 400)}: a link to nothing; remove it, or mend it")
     return [Path(root)/name for root,name in sorted(found)]
 
 # %% ../../nbs/data/tables.ipynb #b8dd7f9b
@@ -418,6 +421,12 @@ def _name_splits(splits, where):
     return splits if all(k==v for k,v in names.items()) else splits.astype(object).map(lambda o: names.get(o, o))
 
 # %% ../../nbs/data/tables.ipynb #e3fdd4d9
+def _split_columns(table):
+    "Columns that are called after splits, or have nothing but names of splits."
+    def is_one(column):
+        named = str(column).casefold() in ('split','splits','set','subset','is_valid')
+        return named or len(values := table[column].dropna().unique()) and all(map(split_name, values))
+    return [o for o in table.columns if is_one(o)]
 def _has_cuts(table):
     "Is it a table of this page, such as `read_aircraft`'s, whose `crop` and `credit` say what to cut off?"
     is_categorical = isinstance(table.dtypes.get('label'), pd.CategoricalDtype)    # a table from elsewhere has text
@@ -449,12 +458,17 @@ def read_table(
     is_empty = table[needed].isna().any(axis=1)
     if is_empty.any():
         first = int(np.argmax(is_empty))
-        raise ValueError(f"{name}: {is_empty.sum()} rows have no path or no label, the first is row {first}")
+        raise ValueError(f"{name}: {is_empty.sum()} rows have no path or no label, the first is row {first+1} "
+                         "below the heading")
     labels = pd.Categorical([UNKNOWN]*len(table)) if label is None else table[label]
     if not isinstance(labels.dtype, pd.CategoricalDtype):
         labels = pd.Categorical(labels, categories=_sort_labels(labels) if is_file else None)
     paths = [Path(root or '.')/str(o) for o in table[path]]
     if split!='split' and split not in table: raise ValueError(f"{name} has no column {split} of splits")
+    likely = _split_columns(table.drop(columns=[path, label], errors='ignore')) if label and split not in table else []
+    if likely:
+        raise ValueError(f"{name}: {likely[0]!r} looks like its column of splits: name it with split (in a "
+                         "shell --split), or rename it if it means something else")
     splits = _name_splits(table[split], name) if split in table else 'train'
     others = table if _has_cuts(table) else table.drop(columns=['crop','credit'], errors='ignore')
     table = others.assign(image=table[path].astype(str), label=labels, split=splits, path=paths)
@@ -523,3 +537,12 @@ def read_folder(
     if not files:
         raise FileNotFoundError(f"{path} has no pictures: looked for .jpg, .png and other formats at any depth")
     return pd.DataFrame(dict(path=files, label=pd.Categorical([UNKNOWN]*len(files)), split='train'))
+
+def pictures_digest(
+    table:pd.DataFrame, # With `path`, `label` and `split`
+    root:str|Path, # Folder that names are relative to
+)->str: # 8 hexadecimal digits
+    "Another one if a picture is added, removed, renamed, replaced by one of another size, or labelled otherwise."
+    names = [os.path.relpath(o, root) for o in table.path]
+    facts = zip(names, table.label.astype(str), map(str, table.split), map(os.path.getsize, table.path))
+    return hashlib.sha256(json.dumps(sorted(facts)).encode()).hexdigest()[:8]

@@ -32,6 +32,11 @@ def replace_file(
         if temporary.stat().st_mode!=mode: temporary.chmod(mode)
         with open(temporary, 'rb+') as f: os.fsync(f.fileno())           # Windows flushes no file opened for reading
         os.replace(temporary, path)
+    except Exception as e:                               # safetensors and PyTorch have errors of their own for this
+        full = isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT)
+        if full or not isinstance(e, OSError) and shutil.disk_usage(path.parent).free<2**20:
+            raise OSError(errno.ENOSPC, f"{path} cannot be written, the disk is full: make room") from e
+        raise
     finally: temporary.unlink(missing_ok=True)
 
 # %% ../../nbs/distributed/files.ipynb #22697647

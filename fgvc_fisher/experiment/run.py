@@ -6,10 +6,10 @@ Docs: https://fgvc-fisher.github.io/fgvc_fisher/experiment/run.html.md"""
 
 # %% auto #0
 __all__ = ['RECIPES', 'Recipe', 'Run', 'read_run', 'read_target', 'data_of', 'run_dls', 'make_learner', 'KeepEpochs', 'fine_tune',
-           'run_arm', 'SourceBundle', 'run_source', 'machine_name', 'check_data', 'do_claimed_run', 'do_run']
+           'run_arm', 'SourceBundle', 'run_source', 'machine_name', 'do_claimed_run', 'do_run']
 
 # %% ../../nbs/experiment/run.ipynb #8b996043
-import hashlib, io, json, math, os, platform, random, re, sys, time
+import hashlib, io, json, math, platform, random, re, sys, time
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, fields, replace
@@ -35,13 +35,13 @@ from fastcore.parallel import num_cpus
 from safetensors.torch import load_file
 
 # %% ../../nbs/experiment/run.ipynb #0515d626
-from ..distributed.files import shared_lock, write_text
+from ..distributed.files import file_sha256, shared_lock, write_text
 from ..distributed.ranks import on_rank0, processes
 from ..distributed.wrappers import copy_module
 from ..data.loaders import check_splits, table_dls
 from ..data.pictures import skip_bad
 from ..data.forms import FORMS, data_form, read_data
-from ..data.tables import is_labelled, pick_split, read_folder, split_name, take_fraction
+from ..data.tables import is_labelled, pick_split, pictures_digest, read_folder, split_name, take_fraction
 from ..data.transforms import named_transforms
 from fgvc_fisher.learner import (
     TerminateTogether, aircraft_learner, channels_last, check_logits, distributed_training, head_names, load_state,
@@ -380,7 +380,8 @@ def resume(self:KeepEpochs)->int: # The epoch to begin with; 0 without a checkpo
 # %% ../../nbs/experiment/run.ipynb #70adc006
 def _print_epoch(learn, values):
     "A line for an epoch, in a file or a pipe"
-    if processes()[1] or values==learn.recorder.metric_names: return          # fastai's heading
+    is_heading,was_done = values==learn.recorder.metric_names,learn.epoch<learn.keep_epochs.start
+    if processes()[1] or is_heading or was_done: return
     names = learn.recorder.metric_names
     shown = zip([*names[:len(values)-1], names[-1]], values)     # without validation only the first and the time
     print(', '.join(f'{name} {o:.4g}' if isinstance(o, float) else f'{name} {o}' for name,o in shown), flush=True)
@@ -474,15 +475,10 @@ def _made_once(file, make, read):
 def _key(*values): return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:8]
 
 # %% ../../nbs/experiment/run.ipynb #eb64611b
-def _pictures_key(table, root):
-    "Another one if a picture is added, removed, renamed, replaced by one of another size, or labelled otherwise."
-    names = [os.path.relpath(o, root) for o in table.path]
-    return _key(*sorted(zip(names, table.label.astype(str), map(str, table.split), map(os.path.getsize, table.path))))
-
 def _fisher_file(run, key, table):
     "The name of the file of the run's Fisher, which is estimated on the pictures in `table`."
     of = run.fisher_pictures
-    if run.fisher_from=='target': of += (_pictures_key(table, run.data),)
+    if run.fisher_from=='target': of += (pictures_digest(table, run.data),)
     pictures = f'-{_key(*of)}' if of else ''
     return f"{key}-{run.kind}{pictures}.safetensors"
 
@@ -558,7 +554,7 @@ def run_source(
     model = channels_last(model.to(default_device()), run.size)
     shared = Path(shared)
     for_fisher,for_retention = source_parts(table) if run.source else (None,None)
-    of_pictures = (_pictures_key(table, run.source),) if run.source else ()
+    of_pictures = (pictures_digest(table, run.source),) if run.source else ()
     key = _key(run.arch, weights_sha256(model), run.source, run.size, *of_pictures)
     batches = partial(source_dl, model=model, size=run.size, bs=run.bs, num_workers=run.num_workers)
     fisher = None
@@ -608,6 +604,15 @@ def machine_name()->str: # GPU or number of CPU threads, and the versions of Pyt
     return f'{each}{name}; Python {platform.python_version()}, torch {torch.__version__}'
 
 # %% ../../nbs/experiment/run.ipynb #be2f9411
+def _facts(run, own):
+    "What a run rests on, see `claim_data`. `own`: from `_read_own`."
+    weights = str(run.weights)
+    if isinstance(run.weights, str) and Path(run.weights).is_file():
+        with open(run.weights, 'rb') as f: weights = file_sha256(f)
+    source = pictures_digest(read_folder(run.source), run.source) if run.source else ''
+    return data_facts(own) | dict(weights=weights, source=source)
+
+#| export
 def check_data(
     runs:Iterable, # `Run`s
     folders:Iterable, # Their folders
@@ -617,9 +622,10 @@ def check_data(
     found = {}
     for run,folder in zip(runs, folders):
         if not has_begun(folder) or not (folder/'data.json').exists(): continue
-        own = tuple(getattr(run, o) for o in ('data','form','level','path','label','split','train','valid','seed'))
+        own = tuple(getattr(run, o) for o in ('data','form','level','path','label','split','train','valid','seed',
+                                              'weights','source'))
         with suppress(FileNotFoundError):
-            if own not in found: found[own] = data_facts(_read_own(run))
+            if own not in found: found[own] = _facts(run, _read_own(run))
             claim_data(found[own], folder)
 
 # %% ../../nbs/experiment/run.ipynb #4475980b
@@ -640,7 +646,7 @@ def do_claimed_run(
         if not (quiet or processes()[1]): print(f"{folder}: done before; nothing was trained")
     else:
         own = _read_own(run)
-        on_rank0(lambda: claim_data(data_facts(own), folder))
+        on_rank0(lambda: claim_data(_facts(run, own), folder))
         target = _usable(run, own)
         if not (quiet or processes()[1]): print(target.attrs['about'])
         source = run_source(run, shared, not quiet, target)

@@ -9,7 +9,7 @@ __all__ = ['read_fields', 'has_begun', 'claim_folder', 'data_facts', 'claim_data
            'read_checkpoint', 'write_result', 'read_result', 'remove_parts', 'tidy_folder']
 
 # %% ../../nbs/experiment/store.ipynb #8b996043
-import hashlib, json, math
+import hashlib, json, math, os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, fields
@@ -38,6 +38,7 @@ def has_begun(
     "Does a folder have the work of a run?"
     return any((folder/name).exists() for name in ('checkpoint.pt', 'curve.csv', 'result.json'))
 
+_PATHS = 'data','weights','source' # Fields whose contents `claim_data` compares, wherever they lie now
 def claim_folder(
     run, # A dataclass, such as `Run`
     folder:Path, # Its folder, which exists
@@ -46,19 +47,24 @@ def claim_folder(
     found = read_fields(folder) if has_begun(folder) and (folder/'run.json').exists() else None
     if found is None: return write_text(folder/'run.json', to_json(asdict(run)))
     found = {o.name: found.get(o.name, o.default) for o in fields(run)}
-    if differs := [f"{k} = {found[k]!r} instead of {v!r}" for k,v in asdict(run).items() if found[k]!=v]:
-        raise ValueError(f"{folder} belongs to another run, with {', '.join(differs)}: use an empty folder")
+    facts = read_json(folder/'data.json') if (folder/'data.json').exists() else {}
+    may_differ = {'num_workers', 'on_bad', *(_PATHS if 'weights' in facts else ())}
+    differs = {k: f"{k} = {found[k]!r} instead of {v!r}" for k,v in asdict(run).items() if found[k]!=v}
+    if wrong := [text for k,text in differs.items() if k not in may_differ]:
+        raise ValueError(f"{folder} belongs to another run, with {', '.join(wrong)}: use an empty folder")
+    if differs: write_text(folder/'run.json', to_json(asdict(run)))
 
 # %% ../../nbs/experiment/store.ipynb #c0a8a75e
 def data_facts(
     table:pd.DataFrame, # All splits, from `read_data`
-)->dict: # `pictures`, the number in each split; `classes`; `digest`, of the pictures' names, labels and splits
+)->dict: # `pictures`, the number in each split; `classes`; `digest`, of names, labels and splits; `sizes`, of the files
     "What tells whether two data sets are the same, wherever they lie."
     classes = list(map(str, table.label.cat.categories))
-    rows = sorted(zip(table.image.astype(str), table.label.astype(str), table.split.astype(str)))
-    digest = hashlib.sha256(json.dumps([classes, rows]).encode()).hexdigest()
+    rows = sorted(zip(*(map(str, table[o]) for o in ('image','label','split'))))    # a split may be missing
+    sizes = sorted(zip(map(str, table.image), map(os.path.getsize, table.path)))
     n = Counter(split for *_,split in rows)
-    return dict(pictures=dict(sorted(n.items())), classes=classes, digest=digest)
+    def digest(o): return hashlib.sha256(json.dumps(o).encode()).hexdigest()
+    return dict(pictures=dict(sorted(n.items())), classes=classes, digest=digest([classes, rows]), sizes=digest(sizes))
 
 # %% ../../nbs/experiment/store.ipynb #71131cb6
 def _changes(before, now):
@@ -73,7 +79,7 @@ def _changes(before, now):
 
 # %% ../../nbs/experiment/store.ipynb #19a122f8
 def claim_data(
-    data:dict, # From `data_facts`
+    data:dict, # From `data_facts`, with what else the run rests on: `weights` and `source`, as strings
     folder:Path, # Of the run
 ):
     """Write `data.json`. Raises `ValueError` if the work in the folder was done with other data; a folder of an earlier
@@ -81,9 +87,14 @@ def claim_data(
     file = folder/'data.json'
     if not has_begun(folder) or not file.exists(): return write_text(file, to_json(data))
     before = read_json(file)
-    if before.get('digest')==data['digest']: return
-    raise ValueError(f"{folder} has a run with other data; now they come {_changes(before, data)}: use another folder, "
-                     "or delete this one to train anew")
+    changed = [o for o in data if o in before and before[o]!=data[o]]     # earlier versions wrote less
+    if not changed: return
+    advice = "use another folder, or delete this one to train anew"
+    if before['digest']!=data['digest']:
+        raise ValueError(f"{folder} has a run with other data; now they come {_changes(before, data)}: {advice}")
+    names = dict(sizes='pictures of other sizes under the same names', weights='other pretrained weights',
+                 source='other source pictures')
+    raise ValueError(f"{folder} has a run with {', '.join(names[o] for o in changed if o in names)} than now: {advice}")
 
 # %% ../../nbs/experiment/store.ipynb #594c6866
 def save_weights(

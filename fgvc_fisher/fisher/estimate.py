@@ -326,8 +326,8 @@ def _check_model(model):
         if isinstance(p, UninitializedParameter):
             raise ValueError(f"{n} of {name} has no shape yet: pass a batch through the network first")
         if not p.is_floating_point():
-            raise ValueError(f"{n} of {name} is {p.dtype}: only parameters of real floating-point numbers have a Fisher "
-                             "here; make it a buffer if it is not trained")
+            raise ValueError(f"{n} of {name} is {p.dtype}: only real floating-point numbers have a Fisher; "
+                             "make it a buffer if it is not trained")
     if getattr(model, 'num_classes', None)==0:
         raise ValueError(f"{name} was made with num_classes=0, so it has no head and returns features instead of "
                          "logits: load it with its pretrained head")
