@@ -150,6 +150,7 @@ def test_image_folder_without(flowers, tmp_path):
 def test_csv(flowers, splits):
     rows = [(str(o.relative_to(flowers)), o.parent.name, o.parent.parent.name) for o in sorted(flowers.rglob('*.png'))]
     table = pd.DataFrame(rows, columns=['file','species','part'])
+    if not splits: table = table.drop(columns='part')
     table.to_csv(flowers/'list.csv', index=False)
     columns = dict(path='file', label='species', split='part' if splits else 'split')
     dls = table_dls(flowers/'list.csv', size=16, bs=4, num_workers=0, **columns)
@@ -157,6 +158,17 @@ def test_csv(flowers, splits):
     assert list(dls.vocab)==['daisy','rose','tulip']
     again = table_dls(table, flowers, size=16, bs=4, num_workers=0, **columns)
     assert [o.path for o in again.valid_ds.items]==[o.path for o in dls.valid_ds.items]
+
+@pytest.mark.parametrize('column,values', [('Split', 'ab'), ('set', 'ab'), ('subset', 'ab'), ('is_valid', [True,False]),
+                                           ('part', ['train','Validation']), ('fold', ['test','train'])])
+def test_a_column_of_splits_by_another_name(flowers, column, values):
+    "It is not left out in silence"
+    files = sorted(flowers.rglob('*.png'))[:2]
+    table = pd.DataFrame({'path': files, 'label': ['a','b'], column: list(values)})
+    table.to_csv(flowers/'list.csv', index=False)
+    for o in (table, flowers/'list.csv'):
+        with pytest.raises(ValueError, match=f"'{column}' looks like its column of splits.*--split"): read_table(o)
+        assert len(read_table(o, split=column))==2 and len(read_table(o, label=None))==2
 
 def test_csv_with_numbers_for_labels(flowers):
     "In the order of the numbers, not of their digits"
@@ -308,7 +320,7 @@ def test_labels_that_differ_are_classes(listed):
 
 @pytest.mark.parametrize('empty', ['', ' ', '""', '  ""'])
 def test_an_empty_cell_is_missing(empty, listed):
-    with pytest.raises(ValueError, match=r'list.csv.*\b1 rows.*row 2\b'): read_table(listed(csv(['x','y',empty])))
+    with pytest.raises(ValueError, match=r'list.csv.*\b1 rows.*row 3 below'): read_table(listed(csv(['x','y',empty])))
 
 @pytest.mark.parametrize('labels,classes', [
     (['10','9','1'], ['1','9','10']), (['1.5','1','-2'], ['-2','1','1.5']), (['b','10','9'], ['10','9','b'])])
@@ -379,7 +391,7 @@ def test_a_box_that_is_none(box, drawn, tmp_path):
 @pytest.mark.parametrize('text,said', [
     ('', 'list.csv'), ('path,label\n', 'no pictures'), ('path,label\n,\n\n', 'no pictures'),
     ('path,label\n"a,b\n', 'list.csv'),
-    ('path\na.jpg\n', 'label.*columns'), ('a.jpg,x\n', 'label, path'), ('path,label\na.jpg\n', 'row 0'),
+    ('path\na.jpg\n', 'label.*columns'), ('a.jpg,x\n', 'label, path'), ('path,label\na.jpg\n', 'row 1'),
     ('path,label\na.jpg,x,y\na.jpg,x,y,z\n', 'list.csv'),
     ('path|label\na.jpg|x\n', 'label, path')])
 def test_a_csv_that_is_none(text, said, listed):
@@ -440,11 +452,11 @@ def test_class_index(value, number, listed):
 NO_CLASS = ['-1','1.5','x','NA','1e3','-0.5','True','1000000','99999999999999','0x1','1 2','+1','٣']
 @pytest.mark.parametrize('value', NO_CLASS)
 def test_class_index_that_is_none(value, listed):
-    with pytest.raises(ValueError, match='labels.csv.*class_index.*row 1.*'+value.replace('+', r'\+')):
+    with pytest.raises(ValueError, match='labels.csv.*class_index.*row 2.*'+value.replace('+', r'\+')):
         read_pictures(listed(f'path,class_index\na.jpg,1\na.jpg,{value}\n', name='labels.csv').parent)
 
 def test_class_index_that_is_empty(listed):
-    with pytest.raises(ValueError, match='labels.csv.*row 1'):
+    with pytest.raises(ValueError, match='labels.csv.*row 2'):
         read_pictures(listed('path,class_index\na.jpg,1\na.jpg,\n', name='labels.csv').parent)
 
 @pytest.mark.parametrize('name,values', [('credit', ['John Doe','']), ('credit', ['12','7']),

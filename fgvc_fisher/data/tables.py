@@ -484,8 +484,8 @@ def _class_numbers(values, file):
     for i,value in enumerate(values):
         number = int(value.partition('.')[0]) if re.fullmatch(r'[0-9]{1,9}(\.0*)?', value) else -1
         if not 0<=number<_MOST_CLASSES:
-            raise ValueError(f"{file}: class_index must be a whole number from 0 to {_MOST_CLASSES-1}, but row {i} has "
-                             f"{value!r}")
+            raise ValueError(f"{file}: class_index must be a whole number from 0 to {_MOST_CLASSES-1}, but row {i+1} "
+                             f"has {value!r}")
         numbers.append(number)
     return numbers
 

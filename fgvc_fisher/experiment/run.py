@@ -32,6 +32,7 @@ from fastai.torch_core import default_device, get_model, no_random, set_seed
 from fastcore.basics import patch
 from fastcore.imports import IN_NOTEBOOK
 from fastcore.parallel import num_cpus
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 # %% ../../nbs/experiment/run.ipynb #0515d626
@@ -584,7 +585,9 @@ def _test_accuracies(run, learn, target):
     if keep.best in (None, run.epochs-1): return dict(test=last, test_last=last)
     chosen = copy_module(learn.model)
     file = keep.weights_of(keep.best)
-    load_state(chosen, load_file(file), file)
+    try: load_state(chosen, load_file(file), file)
+    except (SafetensorError, FileNotFoundError) as e:
+        raise ValueError(f"{file} is missing or damaged ({e}): delete the run's folder, and train anew") from e
     return dict(test=accuracy_on(chosen, dl), test_last=last)
 
 # %% ../../nbs/experiment/run.ipynb #70adc002

@@ -90,7 +90,7 @@ def claim_data(
     changed = [o for o in data if o in before and before[o]!=data[o]]     # earlier versions wrote less
     if not changed: return
     advice = "use another folder, or delete this one to train anew"
-    if before['digest']!=data['digest']:
+    if before.get('digest')!=data['digest']:
         raise ValueError(f"{folder} has a run with other data; now they come {_changes(before, data)}: {advice}")
     names = dict(sizes='pictures of other sizes under the same names', weights='other pretrained weights',
                  source='other source pictures')
