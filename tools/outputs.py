@@ -1,4 +1,5 @@
-"""Leave of what the notebooks printed what a terminal would show in the end: no bar that was drawn over itself
+"""Leave of what the notebooks printed what a terminal would show in the end: no bar that was drawn over itself, no
+warning of a library about its own code
 
     python tools/outputs.py
 
@@ -17,12 +18,17 @@ def as_terminal(text):
         return left.rstrip()
     return '\n'.join(shown(o) for o in text.split('\n'))
 
+def says_something(output):
+    "Is an output more than white space, or what a library says of its own code?"
+    text = ''.join(output.get('text', 'data'))
+    return bool(text.strip()) and not ('torch.jit.script' in text and output.get('name')=='stderr')
+
 def settle(cells):
     "Change the printed outputs of some cells; those of which nothing is left are removed"
     for cell in cells:
         for o in cell.get('outputs', []):
             if 'text' in o: o['text'] = as_terminal(''.join(o['text'])).splitlines(keepends=True)
-        if 'outputs' in cell: cell['outputs'] = [o for o in cell['outputs'] if ''.join(o.get('text', 'data')).strip()]
+        if 'outputs' in cell: cell['outputs'] = [o for o in cell['outputs'] if says_something(o)]
 
 if __name__=='__main__':
     for file in sorted(NBS.rglob('*.ipynb')):

@@ -78,7 +78,7 @@ def _bars(self:_ClassifierView, ax, names, values, colors, title):
     ax.set(xlim=(0,1.1), ylim=(-0.4,len(names)-0.3), xlabel='probability', xticks=[0,0.5,1], yticks=[])
     ax.xaxis.set_major_formatter(PERCENT)
     ax.invert_yaxis()
-    if len(values)>1: ax.legend(fontsize=7, frameon=False, loc='upper center', bbox_to_anchor=(0.5,-0.22), ncols=2)
+    if len(values)>1: ax.legend(fontsize=7, frameon=False, loc='upper center', bbox_to_anchor=(0.5,-0.22))
 
 # %% ../../nbs/explore/classifier.ipynb #cd0ef42e
 @patch

@@ -319,7 +319,7 @@ from ..experiment.results import style
 FISHER_STYLE = style('L2-SP-Fisher')
 PLAIN_STYLE = style('plain')
 L2_STYLE = style('L2')
-PERCENT = PercentFormatter(1, decimals=None)          # as many as the axis needs
+PERCENT = PercentFormatter(1, decimals=0)
 def axis_limits(
     *values:np.ndarray, # (N,) each; NaN is ignored
 )->tuple: # Lower and upper limit

@@ -45,7 +45,9 @@ class _PenaltyView:
         ax.set(ylim=axis_limits(c.grid['last'].ravel(), [tuned['last']]))
         ax.set(xlabel=SOURCE_LABELS[names[0].partition('_')[0]], ylabel='accuracy on the target')
         ax.set_title(f'Accuracy against {ACCURACIES[names[0]]}')
-        for axis in (ax.xaxis, ax.yaxis): axis.set_major_formatter(PERCENT)
+        for axis in (ax.xaxis, ax.yaxis):
+            axis.set_major_formatter(PERCENT)
+            axis.set_major_locator(MaxNLocator(6, steps=[1,2,5,10]))           # whole per cent
         self.frontier.only(*self.lines, *self.points)
         legend = dict(loc='outside lower center', ncols=2, frameon=False, fontsize=8)
         self.frontier.fig.legend(*ax.get_legend_handles_labels(), **legend)
