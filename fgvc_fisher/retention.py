@@ -190,7 +190,9 @@ class Retention(RecorderColumns):
     ):
         check_batches(pictures, 'pictures', passes=2)                  # and more, with every epoch
         self.source,self.pictures,self.labelled = source,pictures,labelled
-    def begin(self): self.check(self.learn.model)
+    def begin(self):
+        "Check before the first training."
+        self.check(self.learn.model)
     def check(self,
         model:nn.Module, # The model to be fine-tuned
     ):

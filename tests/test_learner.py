@@ -159,6 +159,7 @@ def test_any_loss_without_mixing(loss, drawn):
     dls = aircraft_dls(drawn, size=32, bs=4, num_workers=0)
     learn = aircraft_learner(dls, 'test_resnet', None, loss_func=REFUSED[loss])
     with learn.no_bar(), learn.no_logging(): learn.fit(1, 0.01)
+    assert learn.loss_func is REFUSED[loss] and torch.tensor(learn.recorder.values[-1][:2]).isfinite().all()
 
 @pytest.mark.parametrize('arch,channels', dict(test_resnet=1, test_vit=1, test_efficientnet=4, test_mambaout=6).items())
 def test_other_channels_are_refused(arch, channels, drawn, drawn_source):
@@ -176,7 +177,9 @@ class Squeezed(nn.Module):
 @pytest.mark.parametrize('make', [Squeezed, partial(timm.create_model, 'tresnet_m'),
                                   lambda: nn.Sequential(nn.Flatten(), nn.Linear(3*32*32, 9))])
 def test_three_channels_however_they_are_used(make, drawn):
-    aircraft_learner(aircraft_dls(drawn, size=32, bs=4, num_workers=0), make())
+    dls = aircraft_dls(drawn, size=32, bs=4, num_workers=0)
+    x = torch.randn(2, 3, 32, 32, device=dls.device)
+    assert aircraft_learner(dls, make()).model.to(dls.device).eval()(x).shape==(2, len(dls.vocab))
 
 @pytest.mark.parametrize('cfg', [None, {}, dict(input_size=(3,32,32)), dict(mean=None, std=None), 'deleted'])
 def test_without_a_complete_cfg(cfg, drawn):

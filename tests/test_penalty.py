@@ -127,6 +127,23 @@ def test_parameters_of_16_bits_and_a_small_fisher(tuned, kind, stored):
     with torch.no_grad(): rounded.conv_stem.weight.fill_(300.)               # whose square is no float16
     assert ours.value().isfinite()
 
+@pytest.mark.parametrize('call', [lambda o: o.prox_(0.1), lambda o: o.add_grad_(), lambda o: o.value()])
+@pytest.mark.parametrize('how', ['assigned', 'a new layer', 'a new head'])
+def test_parameters_that_have_been_replaced(tuned, call, how):
+    "The penalty would move tensors that nobody trains"
+    model,theta0,fisher,new = tuned
+    model = copy.deepcopy(model)
+    penalty = QuadraticPenalty(model, theta0, fisher, strength=1., alpha=0.1, new=new)
+    copied_model,copied = copy.deepcopy((model, penalty))
+    call(penalty)
+    if how=='assigned': model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)
+    if how=='a new layer': model.bn1 = copy.deepcopy(model.bn1)
+    if how=='a new head': model.reset_classifier(3)
+    with pytest.raises(ValueError, match='replaced since this penalty'): call(penalty)
+    call(copied)
+    model.to(torch.float64)
+    call(QuadraticPenalty(model, theta0, fisher, l2sp=1., new=['classifier']))
+
 def test_the_summary_in_a_line(tuned):
     model,theta0,fisher,new = tuned
     model.conv_stem.weight.requires_grad_(False)

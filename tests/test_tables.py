@@ -111,15 +111,6 @@ def test_class_weights():
     with pytest.raises(ValueError, match=r'\b9\b'):
         class_weights(table.assign(label=table.label.cat.add_categories([9])))
 
-def test_weighted_loss(drawn):
-    "A loss with class weights takes the place of the data's own"
-    from fastai.losses import CrossEntropyLossFlat
-    from fgvc_fisher.learner import aircraft_learner
-    dls = aircraft_dls(drawn, size=32, bs=4, num_workers=0)
-    loss_func = CrossEntropyLossFlat(weight=class_weights(read_aircraft(drawn)))
-    learn = aircraft_learner(dls, 'test_resnet', weights=None, loss_func=loss_func)
-    with learn.no_bar(), learn.no_logging(): learn.fit(1, 0.01)
-
 @pytest.fixture
 def flowers(tmp_path):
     for split in ('train','val'):

@@ -343,8 +343,9 @@ def test_loggers_and_monitors(source, fisher, tmp_path):
     assert list(log.columns)==['epoch',*names(learn)] and log.distance.notna().all()
 
 def test_no_recorder(source, fisher):
-    learn = learner(tunable(source), default_cbs=False)
-    learn.fit(1, 0.1, cbs=L2SPFisherCallback(fisher=fisher))
+    learn,cb = learner(tunable(source), default_cbs=False),L2SPFisherCallback(fisher=fisher, l2sp=1e9)
+    learn.fit(1, 0.1, cbs=cb)
+    assert cb.penalty.distance()<1e-3                                  # held to the source
 
 # What a Retention is given
 

@@ -224,17 +224,21 @@ class AircraftCheck:
     findings:pd.DataFrame # `severity` ('error' or 'remark'), `finding`, `name` of the picture, label or list, `detail`
     pairs:pd.DataFrame # Duplicates: `image_1`, `image_2`, `split_1`, ... `label_1`, ..., `distance` in bits, `kind`
     @property
-    def ok(self)->bool: # Are there no errors? There may be remarks
+    def ok(self)->bool:
+        "Are there no errors? There may be remarks."
         return not (self.findings.severity=='error').any()
     @property
     def unreadable(self)->pd.DataFrame: # `image` and `reason`
+        "The pictures that cannot be decoded."
         bad = self.findings[self.findings.finding=='cannot be decoded']
         return bad[['name','detail']].set_axis(['image','reason'], axis=1).reset_index(drop=True)
     @property
-    def across(self)->pd.DataFrame: # The pairs between two splits
+    def across(self)->pd.DataFrame: # Rows of `pairs`
+        "The duplicates in two splits."
         return self.pairs[self.pairs.split_1!=self.pairs.split_2].reset_index(drop=True)
     @property
-    def within(self)->pd.DataFrame: # The pairs within one split
+    def within(self)->pd.DataFrame: # Rows of `pairs`
+        "The duplicates in one split."
         return self.pairs[self.pairs.split_1==self.pairs.split_2].reset_index(drop=True)
     def _lines(self, severity):
         rows = self.findings[self.findings.severity==severity]

@@ -6,7 +6,7 @@ Docs: https://fgvc-fisher.github.io/fgvc_fisher/experiment/run.html.md"""
 
 # %% auto #0
 __all__ = ['RECIPES', 'Recipe', 'Run', 'read_run', 'read_target', 'data_of', 'run_dls', 'make_learner', 'KeepEpochs', 'fine_tune',
-           'run_arm', 'SourceBundle', 'run_source', 'machine_name', 'do_claimed_run', 'do_run']
+           'run_arm', 'SourceBundle', 'run_source', 'machine_name', 'check_data', 'do_claimed_run', 'do_run']
 
 # %% ../../nbs/experiment/run.ipynb #8b996043
 import hashlib, io, json, math, platform, random, re, sys, time
@@ -314,11 +314,13 @@ class KeepEpochs(Callback):
         self.seed,self.folder = seed,folder and Path(folder)
         self.rows,self.start,self.state = [],0,{}
     def before_fit(self):
+        "Restore what a resumed training continues with."
         if self.learn.lock.locked() or not self.state: return
         self.recorder.smooth_loss.count,self.recorder.smooth_loss.val = self.state['smooth']
         self.learn.train_iter = self.start*len(self.dls.train)
         if self.state['scaler']: self.learn.scaler.load_state_dict(self.state['scaler'])
     def before_epoch(self):
+        "Seed the epoch."
         if self.learn.lock.locked(): return
         _,rank = processes()
         crops = f', process {rank}' if rank else ''                  # each process draws crops of its own
@@ -327,6 +329,7 @@ class KeepEpochs(Callback):
         for dl in self.dls.loaders: getattr(dl, 'dl', dl).rng = random.Random(seed)  # a `DistributedDL` wraps its own
         self.began = time.perf_counter()
     def after_epoch(self):
+        "Note the row, and write the checkpoint."
         if self.learn.lock.locked() or self.epoch<self.start: return
         row = {k: float(v) for k,v in zip(self.recorder.metric_names[1:], self.recorder.values[-1])}
         self.rows.append(dict(epoch=self.epoch, **row, seconds=time.perf_counter()-self.began))
@@ -606,7 +609,7 @@ def machine_name()->str: # GPU or number of CPU threads, and the versions of Pyt
     each = f'{n} processes, each with ' if n>1 else ''
     return f'{each}{name}; Python {platform.python_version()}, torch {torch.__version__}'
 
-# %% ../../nbs/experiment/run.ipynb #be2f9411
+# %% ../../nbs/experiment/run.ipynb #d984cab6
 def _facts(run, own):
     "What a run rests on, see `claim_data`. `own`: from `_read_own`."
     weights = str(run.weights)
@@ -615,7 +618,7 @@ def _facts(run, own):
     source = pictures_digest(read_folder(run.source), run.source) if run.source else ''
     return data_facts(own) | dict(weights=weights, source=source)
 
-#| export
+# %% ../../nbs/experiment/run.ipynb #be2f9411
 def check_data(
     runs:Iterable, # `Run`s
     folders:Iterable, # Their folders

@@ -402,9 +402,13 @@ class SquaredGradients:
         self.verified_n = 0 # Images in that forward pass
 
     @property
-    def slow(self): return [n for n,how in self.coverage.items() if how==WHOLE]
+    def slow(self)->list: # Names
+        "The parameters that are done one image at a time."
+        return [n for n,how in self.coverage.items() if how==WHOLE]
     @property
-    def unused(self): return [n for n,how in self.coverage.items() if how==UNUSED]
+    def unused(self)->list: # Names
+        "The parameters that the logits do not depend on."
+        return [n for n,how in self.coverage.items() if how==UNUSED]
 
     def _names_in(self, call): return {self.names[p] for w in call.weights for p in _leaves(w) if p in self.names}
     def _uses(self, tape):
@@ -459,7 +463,7 @@ def _tolerance(*dtypes):
     eps = max(torch.finfo(o).eps for o in dtypes)
     return (1e-6,1e-12) if eps<1e-15 else (max(1e-2, 16*eps),1e-6)
 
-# %% ../../nbs/fisher/per_image.ipynb #fd17606b
+# %% ../../nbs/fisher/per_image.ipynb #ca659345
 def _verify_one(squares, x, tape, logits, i):
     "Parameter name -> the functions by whose rules the gradient of image `i` is right, or WHOLE or UNUSED"
     image,labels = slice(i, i+1),logits.argmin(-1)      # the least probable class: its gradient never vanishes
@@ -475,7 +479,7 @@ def _verify_one(squares, x, tape, logits, i):
         return funcs if (found-g).norm() <= tolerance*g.norm() + rounding*longest else WHOLE
     return {n: how(n, g) for n,g in reference.items()}
 
-#| export
+# %% ../../nbs/fisher/per_image.ipynb #fd17606b
 @patch
 def verify(self:SquaredGradients,
     x:Tensor, # Images (B, ...)

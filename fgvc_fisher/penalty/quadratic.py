@@ -9,7 +9,7 @@ __all__ = ['CHOICES', 'BUNCH', 'named_like', 'mismatched_parameters', 'is_new', 
            'check_coefficients', 'check_new', 'QuadraticPenalty']
 
 # %% ../../nbs/penalty/quadratic.ipynb #05e33da9
-import math, re, warnings
+import math, re, warnings, weakref
 from collections.abc import Mapping
 from numbers import Real
 from textwrap import shorten
@@ -224,6 +224,18 @@ def _check_stored(anchor, fisher, dtype, coefs):
         raise ValueError(f"anchor is a {type(anchor).__name__}, squared gradients instead of parameters: pass it "
                          "as fisher=, and the source model or its state_dict as anchor=")
 
+# %% ../../nbs/penalty/quadratic.ipynb #7dcbbf0a
+def _places(model):
+    "Parameter name -> the module that has it and its name there; without sharded ones, which are replaced all the time"
+    return {n: (weakref.ref(m), k) for name,m in model.named_modules() for k,p in m.named_parameters(recurse=False)
+            if not is_sharded(p) for n in [f'{name}.{k}' if name else k]}
+def _check_current(penalty):
+    "`ValueError` if the model has other parameters now than when the penalty was made"
+    def is_there(name, module, k): return module is not None and module._parameters.get(k) is penalty.params.get(name)
+    if replaced := [n for n,(module,k) in penalty.places.items() if not is_there(n, module(), k)]:
+        raise ValueError(f"the model has had {shorten(', '.join(replaced), 400)} replaced since this penalty was made "
+                         "(by a new layer, or by load_state_dict with assign=True): make the penalty after that")
+
 # %% ../../nbs/penalty/quadratic.ipynb #087ed016
 class QuadraticPenalty:
     "Omega(theta), equation (1). Raises `ValueError` for invalid arguments and names the parameters or numbers."
@@ -249,6 +261,7 @@ class QuadraticPenalty:
         self.alpha,self.l2sp = alpha,l2sp
         self.beta = beta or strength                               # `strength` is divided by F's mean below
         self.params = dict(model.named_parameters())
+        self.places = _places(model)
         self.kinds = parameter_kinds(model)
         self.shared = [n for n in self.params if not is_new(n, new)]
         self.decayed = _choose(model, new, 'alpha', alpha_on)
@@ -263,6 +276,8 @@ class QuadraticPenalty:
         chosen = {n: self.fisher[n] for n in self.shared if n in self.anchored}
         self.mean_fisher = _mean_fisher(chosen, self.params)
         if strength: self.beta = _as_beta(strength, self.mean_fisher)
+    places = {} # Of a copy
+    def __getstate__(self): return {k: v for k,v in vars(self).items() if k!='places'}
 
 # %% ../../nbs/penalty/quadratic.ipynb #d52a6ff5
 def _is_anchored(penalty, name):
@@ -289,6 +304,7 @@ def _costs(penalty):
 @patch
 def value(self:QuadraticPenalty)->Tensor: # A scalar, differentiable
     "Omega(theta) at the current parameters of the model; frozen parameters are left out."
+    _check_current(self)
     return sum(_costs(self).values(), torch.zeros(()))
 
 # %% ../../nbs/penalty/quadratic.ipynb #6d0c41aa
@@ -348,6 +364,7 @@ def add_grad_(self:QuadraticPenalty,
     scale:float=1., # Factor on the gradient of the penalty
 ):
     "Add the gradient of the penalty to `.grad` of every trainable parameter."
+    _check_current(self)
     for (scale,alpha,anchored),names in _bunches(self, dict.fromkeys(self.params, scale)):
         params = {n: self.params[n] for n in names}
         own = [_grad(p) for p in params.values()]
@@ -406,8 +423,9 @@ def prox_(self:QuadraticPenalty,
     lr:float|Mapping|torch.optim.Optimizer, # Rate of the step just taken: one number, name -> rate, or the optimizer
 ):
     """Move every trainable parameter by the exact proximal step of the penalty.
-    A parameter that is not in the mapping or the optimizer does not move. Raises `ValueError` for an invalid rate, and
-    for names or an optimizer of other parameters."""
+    A parameter that is not in the mapping or the optimizer does not move. Raises `ValueError` for an invalid rate, for
+    names or an optimizer of other parameters, and if the model's have been replaced."""
+    _check_current(self)
     for (rate,alpha,anchored),names in _bunches(self, _learning_rates(self.params, lr)):
         params = {n: self.params[n] for n in names}
         ps = [local_tensor(p) for p in params.values()]
