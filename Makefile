@@ -6,9 +6,6 @@ BROWSER_READY := .venv/.browser-ready
 IPYWIDGETS7 := .venv/ipywidgets7
 PANEL_TESTS := tests/test_panels.py tests/test_explore.py tests/test_messages.py
 
-# Python compiles what is imported, when it is imported: 97 s instead of 180
-INSTALL := $(BIN)/pip install --quiet --no-compile
-
 # Three at a time: on two cores that took 1,237 s instead of 1,460, since many tests wait for other processes
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadgroup
 
@@ -66,17 +63,18 @@ in-sync: $(READY)    ## Fail if `make sync` has anything to do
 
 $(READY): settings.ini pyproject.toml setup.py
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(INSTALL) --upgrade pip
-	$(INSTALL) --editable '.[dev]'
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet --no-compile --editable '.[dev]'
+	$(BIN)/python -m compileall -qq -j 0 .venv/lib || true    # by all cores; pip takes one
 	touch $@
 
 $(BROWSER_READY): $(READY)
 	$(BIN)/pip list --format=freeze --exclude-editable > .venv/installed.txt
-	$(INSTALL) --constraint .venv/installed.txt voila jupyterlab playwright
+	$(BIN)/pip install --quiet --constraint .venv/installed.txt voila jupyterlab playwright
 	touch $@
 
 $(IPYWIDGETS7): $(READY)
-	$(INSTALL) --upgrade --no-deps --target $@ ipywidgets==7.7.1 ipykernel==6.17.1 ipython-genutils==0.2.0
+	$(BIN)/pip install --quiet --upgrade --no-deps --target $@ ipywidgets==7.7.1 ipykernel==6.17.1 ipython-genutils==0.2.0
 
 clean:
 	rm -rf .venv demo screenshots build dist _proc _docs *.egg-info
