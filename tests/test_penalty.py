@@ -144,6 +144,15 @@ def test_parameters_that_have_been_replaced(tuned, call, how):
     model.to(torch.float64)
     call(QuadraticPenalty(model, theta0, fisher, l2sp=1., new=['classifier']))
 
+def test_tied_parameters_are_not_replaced_ones():
+    model = torch.nn.Sequential(torch.nn.Linear(4,4), torch.nn.Tanh(), torch.nn.Linear(4,4))
+    model[2].weight = model[0].weight
+    penalty = QuadraticPenalty(model, l2sp=1.)
+    with torch.no_grad(): model[0].weight.add_(1)
+    assert penalty.value().item()==pytest.approx(16)
+    penalty.prox_(0.5)
+    assert penalty.value().item()==pytest.approx(4)
+
 def test_the_summary_in_a_line(tuned):
     model,theta0,fisher,new = tuned
     model.conv_stem.weight.requires_grad_(False)

@@ -209,7 +209,7 @@ def load(cls:DiagFisher,
         header,sums,moments = _read(path)
         provenance = dict(json.loads(header['provenance']))
         rules = dict(json.loads(header['rules']))
-    except SafetensorError as e: 
+    except SafetensorError as e:
         raise ValueError(f"{path} is damaged or no safetensors file ({e}): remove it, and estimate again") from e
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise ValueError(f"{path} is not a file that DiagFisher.save wrote: {e}") from e

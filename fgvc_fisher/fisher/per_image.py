@@ -1,4 +1,4 @@
-"""The sum over images of the squared gradient of every parameter: exact for any network, on a CPU at about the speed of training
+"""The sum over images of the squared gradient of every parameter, exact for any network
 
 Docs: https://fgvc-fisher.github.io/fgvc_fisher/fisher/per_image.html.md"""
 

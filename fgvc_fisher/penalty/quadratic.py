@@ -225,13 +225,13 @@ def _check_stored(anchor, fisher, dtype, coefs):
                          "as fisher=, and the source model or its state_dict as anchor=")
 
 # %% ../../nbs/penalty/quadratic.ipynb #7dcbbf0a
-def _places(model):
+def _places(model, params):
     "Parameter name -> the module that has it and its name there; without sharded ones, which are replaced all the time"
     return {n: (weakref.ref(m), k) for name,m in model.named_modules() for k,p in m.named_parameters(recurse=False)
-            if not is_sharded(p) for n in [f'{name}.{k}' if name else k]}
+            if not is_sharded(p) for n in [f'{name}.{k}' if name else k] if n in params}
 def _check_current(penalty):
     "`ValueError` if the model has other parameters now than when the penalty was made"
-    def is_there(name, module, k): return module is not None and module._parameters.get(k) is penalty.params.get(name)
+    def is_there(name, module, k): return module is not None and module._parameters.get(k) is penalty.params[name]
     if replaced := [n for n,(module,k) in penalty.places.items() if not is_there(n, module(), k)]:
         raise ValueError(f"the model has had {shorten(', '.join(replaced), 400)} replaced since this penalty was made "
                          "(by a new layer, or by load_state_dict with assign=True): make the penalty after that")
@@ -261,7 +261,7 @@ class QuadraticPenalty:
         self.alpha,self.l2sp = alpha,l2sp
         self.beta = beta or strength                               # `strength` is divided by F's mean below
         self.params = dict(model.named_parameters())
-        self.places = _places(model)
+        self.places = _places(model, self.params)
         self.kinds = parameter_kinds(model)
         self.shared = [n for n in self.params if not is_new(n, new)]
         self.decayed = _choose(model, new, 'alpha', alpha_on)
