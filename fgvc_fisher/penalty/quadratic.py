@@ -234,7 +234,7 @@ def _check_current(penalty):
     def is_there(name, module, k): return module is not None and module._parameters.get(k) is penalty.params[name]
     if replaced := [n for n,(module,k) in penalty.places.items() if not is_there(n, module(), k)]:
         raise ValueError(f"the model has had {shorten(', '.join(replaced), 400)} replaced since this penalty was made "
-                         "(by a new layer, or by load_state_dict with assign=True): make the penalty after that")
+                         "(by a new layer, load_state_dict with assign=True, or sharding): make the penalty after that")
 
 # %% ../../nbs/penalty/quadratic.ipynb #087ed016
 class QuadraticPenalty:
