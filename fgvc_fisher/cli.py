@@ -104,7 +104,7 @@ def _check_out_file(out, suffix):
     "`ValueError` or `FileNotFoundError` if no file can be written there, or one of another kind would be overwritten."
     if Path(out).is_dir(): raise ValueError(f"--out {out} is a folder: give the file to write")
     if not Path(out).absolute().parent.is_dir(): raise FileNotFoundError(f"--out {out}: there is no folder for it")
-    if Path(out).exists() and Path(out).suffix.lower()!=suffix:
+    if Path(out).exists() and Path(out).suffix.lower() not in ('', suffix):
         raise ValueError(f"--out {out} exists, and is no {suffix} file: give another name")
 
 # %% ../nbs/cli.ipynb #f66d0370
@@ -320,7 +320,8 @@ def _of_folder(model, images, out, half, size, bs, on_bad, **settings):
     from fgvc_fisher.fisher.estimate import estimate_fisher, remove_checkpoint
     from fgvc_fisher.learner import source_dl
     table = read_folder(images)
-    settings['provenance']['pictures'] = pictures_digest(table, images)      # a checkpoint is of these alone
+    of_these = dict(pictures=pictures_digest(table, images))       # a checkpoint of other ones is refused
+    settings['provenance'] = settings.get('provenance', {}) | of_these
     batches = source_dl(table, model, size, bs, on_bad=on_bad)
     n,rank = processes()
     checkpoint = f'{out}.checkpoint'

@@ -79,7 +79,7 @@ def greys(tmp_path_factory):
         append(root/f'images_variant_{split}.txt', f'{n:07} {label}\n')
         rows.append((files[2].relative_to(root), label, split))
     pd.DataFrame(rows, columns=['path','label','split']).to_csv(root/'list.csv', index=False)
-    pd.DataFrame(rows, columns=['path','label','part']).to_csv(root/'no splits.csv', index=False)
+    pd.DataFrame(rows, columns=['path','label','split']).drop(columns='split').to_csv(root/'no splits.csv', index=False)
     return root,numbers|dict(trainval=numbers['train']+numbers['val'])
 
 def dealt(dl):

@@ -299,7 +299,7 @@ def test_close(training):
     until(at_work(training))
     pid = training._process.popen.pid
     training.close(), training.close(), training.stop()
-    assert gone(pid) and training._process is None and has(training.wait(0), 'stopped', '1', '2')
+    assert gone(pid) and training._process is None and has(training.wait(0), 'stopped', '2')
     with pytest.raises(ValueError, match='closed'): training.start(fake('quick'))
 
 def test_close_while_one_is_starting(tmp_path, monkeypatch):

@@ -1,5 +1,5 @@
 """Leave of what the notebooks printed what a terminal would show in the end: no bar that was drawn over itself, no
-warning of a library about its own code
+warning with the path of a file of this machine
 
     python tools/outputs.py
 
@@ -19,9 +19,9 @@ def as_terminal(text):
     return '\n'.join(shown(o) for o in text.split('\n'))
 
 def says_something(output):
-    "Is an output more than white space, or what a library says of its own code?"
+    "Is an output more than white space, or a warning, which has the path of a file?"
     text = ''.join(output.get('text', 'data'))
-    return bool(text.strip()) and not ('torch.jit.script' in text and output.get('name')=='stderr')
+    return bool(text.strip()) and not ('Warning: ' in text and output.get('name')=='stderr')
 
 def settle(cells):
     "Change the printed outputs of some cells; those of which nothing is left are removed"

@@ -37,10 +37,10 @@ def differing_parameters(
 def _merged_header(a, b):
     "The provenance of a sum of two Fishers; an entry that differs has both values, each once"
     def both(k):
-        values = [str(o.provenance[k]) for o in (a,b) if k in o.provenance]
+        values = [str(o.provenance.get(k, 'unknown')) for o in (a,b)]
         return ' + '.join(dict.fromkeys(part for v in values for part in v.split(' + ')))
     header = {k: both(k) for k in a.provenance | b.provenance}
-    if 'mass_left' in header:
+    if all('mass_left' in o.provenance for o in (a,b)):
         mass = sum(float(o.provenance['mass_left'])*o.n_images for o in (a,b))
         header['mass_left'] = repr(mass/(a.n_images+b.n_images))
     return header

@@ -420,16 +420,18 @@ def _mismatch(was, now):
         if was.get(k)!=now[k]: return f"{k} {was.get(k)}, not {now[k]}"
     old,new = was.get('shards', []),now['shards']
     if len(old)!=len(new): return f"{len(old)} shards, not {len(new)}"
-    return next((f"shard {i} is {x}, not {y}" for i,(x,y) in enumerate(zip(old, new)) if x!=y), '')
+    files = [(i, o) for i,o in enumerate(zip(was.get('files', []), now['files'])) if all(o)]
+    return next((f"shard {i} is {x}, not {y}" for i,(x,y) in [*enumerate(zip(old, new)), *files] if x!=y), '')
 
 # %% ../../nbs/fisher/shards.ipynb #598cf388
 def _files_of(shard):
-    "All that a shard consists of, in words: its files, with the sizes of those on this disk."
+    "All files of a shard, with the sizes of those on this disk; '' for other shards."
     def sized(url): return f'{url} ({Path(url).stat().st_size:,} bytes)' if Path(url).is_file() else url
-    return ', '.join(map(sized, shard.urls)) if isinstance(shard, TarShard) else str(shard)
+    return ', '.join(map(sized, shard.urls)) if isinstance(shard, TarShard) else ''
 def _check_folder(work):
     "Record in a new folder which estimate it is for. Raises `ValueError` if it is for another one"
-    about = dict(size=work.size, weights_sha256=weights_sha256(work.model), shards=[_files_of(o) for o in work.shards])
+    about = dict(size=work.size, weights_sha256=weights_sha256(work.model), shards=[str(o) for o in work.shards],
+                 files=[_files_of(o) for o in work.shards])
     now = work.settings | about
     if work.folder.is_file(): raise ValueError(f"out: {work.folder} is a file; name a folder")
     work.folder.mkdir(parents=True, exist_ok=True)
