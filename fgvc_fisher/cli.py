@@ -100,12 +100,16 @@ def _check_out_folder(out):
     "`NotADirectoryError` if a file is where the folder is to be."
     for o in (Path(out), *Path(out).parents):
         if o.is_file(): raise NotADirectoryError(f"--out {out}: {o} is a file; give a folder")
-def _check_out_file(out, suffix):
-    "`ValueError` or `FileNotFoundError` if no file can be written there, or one of another kind would be overwritten."
+def _check_out_file(out, suffix, **read):
+    """`ValueError` or `FileNotFoundError` if no file can be written there, or if that would overwrite one of another
+    kind, or what is `read`: what it is, with `_` for a space -> paths."""
     if Path(out).is_dir(): raise ValueError(f"--out {out} is a folder: give the file to write")
     if not Path(out).absolute().parent.is_dir(): raise FileNotFoundError(f"--out {out}: there is no folder for it")
     if Path(out).exists() and Path(out).suffix.lower() not in ('', suffix):
         raise ValueError(f"--out {out} exists, and is no {suffix} file: give another name")
+    for what,paths in read.items():
+        if Path(out).exists() and any(Path(out).samefile(o) for o in paths if Path(o).exists()):
+            raise ValueError(f"--out {out} would overwrite {what.replace('_', ' ')}: give another file")
 
 # %% ../nbs/cli.ipynb #f66d0370
 @command('fgvc-demo')
@@ -221,10 +225,7 @@ def fgvc_predict(
     pictures = [pictures] if isinstance(pictures, str) else pictures
     for o in (run, *pictures):
         if not Path(o).exists(): raise FileNotFoundError(f"{o}: there is no such file or folder")
-    _check_out_file(out, '.csv')
-    read = [o for o in (*pictures, Path(run)/'curve.csv') if Path(o).exists()]
-    if Path(out).exists() and any(Path(out).samefile(o) for o in read):
-        raise ValueError(f"--out {out} would overwrite the list of pictures, or a file of the run: give another file")
+    _check_out_file(out, '.csv', the_list_of_pictures=pictures, a_file_of_the_run=[Path(run)/'curve.csv'])
     from fgvc_fisher.distributed.files import write_text
     from fgvc_fisher.experiment.predict import load_run, predict
     found = predict(load_run(run, head), pictures[0] if len(pictures)==1 else pictures, n, bs)
@@ -287,9 +288,7 @@ def _check_fisher(images, shards, stream, kind, n_images, target_error, out, wei
     given = [o for o in (images, shards, stream) if o]
     if len(given)!=1: raise ValueError("give one of --images, --shards and --stream; see --help")
     if images and not Path(images).exists(): raise FileNotFoundError(f"--images {images}: there is no such folder")
-    _check_out_file(out, '.safetensors')
-    if weights and Path(out).exists() and Path(weights).exists() and Path(out).samefile(weights):
-        raise ValueError(f"--out {out} would overwrite the weights: give another file")
+    _check_out_file(out, '.safetensors', the_weights=[weights] if weights else [])
     if size<0: raise ValueError(f"--size {size}: give a number of pixels, or 0 for the size of the pretraining")
     if bs<1: raise ValueError(f"--bs {bs}: must be greater than 0")
     if images and (unused := [o for o,default in _OF_SHARDS.items() if of_shards[o]!=default]):

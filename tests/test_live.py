@@ -212,6 +212,7 @@ def training(tmp_path, monkeypatch):
 
 def fake(arm, **kwargs): return Run('tree', arm, epochs=2, **kwargs)
 def at_work(training): return lambda: len(training.batches(training.run.id))>1
+def an_epoch_on(training): return lambda: len(training.epochs(training.run.id))==1   # 'slow' says so after its batches
 
 def test_it_ends_by_itself(training):
     assert training.stage=='ready' and training.run is None
@@ -227,7 +228,7 @@ def test_it_is_stopped_and_started_again(training):
     training.start(fake('slow'))
     with pytest.raises(ValueError, match='slow.*42'): training.start(fake('quick'))
     with pytest.raises(TimeoutError, match='0.01'): training.wait(0.01)
-    until(at_work(training))
+    until(an_epoch_on(training))
     process = training._process.popen
     assert training.epochs(training.run.id).accuracy.tolist()==[0.5]
     training.stop()
@@ -296,10 +297,10 @@ def test_what_it_has_started_ends_with_it(training, how):
 
 def test_close(training):
     training.start(fake('slow'))
-    until(at_work(training))
+    until(an_epoch_on(training))
     pid = training._process.popen.pid
     training.close(), training.close(), training.stop()
-    assert gone(pid) and training._process is None and has(training.wait(0), 'stopped', '2')
+    assert gone(pid) and training._process is None and has(training.wait(0), 'stopped', '1', '2')
     with pytest.raises(ValueError, match='closed'): training.start(fake('quick'))
 
 def test_close_while_one_is_starting(tmp_path, monkeypatch):

@@ -188,7 +188,7 @@ def test_no_validation_is_no_divergence(run, sources, tmp_path):
     row = do_run(replace(run, train='trainval', valid=''), tmp_path/'run', sources, quiet=True)
     assert math.isnan(row['best']) and row['test']==row['test_last']
 
-def test_tables_are_not_read_again(run, tmp_path, monkeypatch):
+def test_tables_are_read_once(run, tmp_path, monkeypatch):
     "Also with a test split and a Fisher of the target"
     from fgvc_fisher.experiment import run as module
     read = []
@@ -198,7 +198,7 @@ def test_tables_are_not_read_again(run, tmp_path, monkeypatch):
             return real(*args)
         monkeypatch.setattr(module, name, reads)
     do_run(replace(run, fisher_from='target', epochs=1), tmp_path, quiet=True)
-    assert sorted(read)==['read_data','read_folder','read_folder']         # of the source also to see what has changed
+    assert sorted(read)==['read_data','read_folder']
 
 def test_a_missing_split_is_named(run, tmp_path):
     with pytest.raises(ValueError, match='exam'): do_run(replace(run, test='exam'), tmp_path/'run')

@@ -421,12 +421,15 @@ def _name_splits(splits, where):
     return splits if all(k==v for k,v in names.items()) else splits.astype(object).map(lambda o: names.get(o, o))
 
 # %% ../../nbs/data/tables.ipynb #e3fdd4d9
-def _split_columns(table):
-    "Columns that are called after splits, or have nothing but names of splits."
+def _check_no_splits(others, split, label, name):
+    "`ValueError` if the named column of splits is missing, or if another one of a list with labels looks like one"
+    if split!='split': raise ValueError(f"{name} has no column {split} of splits")
     def is_one(column):
         named = str(column).casefold() in ('split','splits','set','subset','is_valid')
-        return named or len(values := table[column].dropna().unique()) and all(map(split_name, values))
-    return [o for o in table.columns if is_one(o)]
+        return named or len(values := others[column].dropna().unique()) and all(map(split_name, values))
+    if label and (likely := [o for o in others.columns if is_one(o)]):
+        raise ValueError(f"{name}: {likely[0]!r} looks like its column of splits: name it with split (in a "
+                         "shell --split), or rename it if it means something else")
 def _has_cuts(table):
     "Is it a table of this page, such as `read_aircraft`'s, whose `crop` and `credit` say what to cut off?"
     is_categorical = isinstance(table.dtypes.get('label'), pd.CategoricalDtype)    # a table from elsewhere has text
@@ -464,11 +467,7 @@ def read_table(
     if not isinstance(labels.dtype, pd.CategoricalDtype):
         labels = pd.Categorical(labels, categories=_sort_labels(labels) if is_file else None)
     paths = [Path(root or '.')/str(o) for o in table[path]]
-    if split!='split' and split not in table: raise ValueError(f"{name} has no column {split} of splits")
-    likely = _split_columns(table.drop(columns=[path, label], errors='ignore')) if label and split not in table else []
-    if likely:
-        raise ValueError(f"{name}: {likely[0]!r} looks like its column of splits: name it with split (in a "
-                         "shell --split), or rename it if it means something else")
+    if split not in table: _check_no_splits(table.drop(columns=needed), split, label, name)
     splits = _name_splits(table[split], name) if split in table else 'train'
     others = table if _has_cuts(table) else table.drop(columns=['crop','credit'], errors='ignore')
     table = others.assign(image=table[path].astype(str), label=labels, split=splits, path=paths)

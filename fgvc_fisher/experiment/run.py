@@ -533,6 +533,7 @@ class SourceBundle(NamedTuple):
     classes:list|None=None # Names of the source's classes, if its pictures name all of them
 
 # %% ../../nbs/experiment/run.ipynb #283ae9f7
+def _read_source(run): return read_folder(run.source) if run.source else None
 def _check_source(run, table):
     "`ValueError` if the run's Fisher needs source pictures or labels that there are not"
     if not run.needs_fisher or run.fisher_from!='source': return
@@ -548,10 +549,11 @@ def run_source(
     shared:str|Path, # Folder for what runs share: Fishers and accuracies
     progress:bool=True, # Show a bar while the Fisher is estimated?
     target:pd.DataFrame|None=None, # From `read_target`; default: read it if the Fisher is estimated on it
+    table:pd.DataFrame|None=None, # Of the source's pictures, from `read_folder`; default: read it
 )->SourceBundle:
     """Make or read what a run needs of its source. `ValueError` if there are no pictures or too few for its Fisher, no
     labels where it needs them, or if the network returns more than logits."""
-    table = read_folder(run.source) if run.source else None
+    if table is None: table = _read_source(run)
     _check_source(run, table)
     with no_random(): model = source_model(run.arch, run.weights or None)    # random weights are always the same
     check_logits(model)
@@ -610,13 +612,12 @@ def machine_name()->str: # GPU or number of CPU threads, and the versions of Pyt
     return f'{each}{name}; Python {platform.python_version()}, torch {torch.__version__}'
 
 # %% ../../nbs/experiment/run.ipynb #d984cab6
-def _facts(run, own):
-    "What a run rests on, see `claim_data`. `own`: from `_read_own`."
+def _facts(run, own, source):
+    "What a run rests on, see `claim_data`. `own`: from `_read_own`; `source`: from `_read_source`."
     weights = str(run.weights)
     if isinstance(run.weights, str) and Path(run.weights).is_file():
         with open(run.weights, 'rb') as f: weights = file_sha256(f)
-    source = pictures_digest(read_folder(run.source), run.source) if run.source else ''
-    return data_facts(own) | dict(weights=weights, source=source)
+    return data_facts(own) | dict(weights=weights, source=pictures_digest(source, run.source) if run.source else '')
 
 # %% ../../nbs/experiment/run.ipynb #be2f9411
 def check_data(
@@ -631,7 +632,7 @@ def check_data(
         own = tuple(getattr(run, o) for o in ('data','form','level','path','label','split','train','valid','seed',
                                               'weights','source'))
         with suppress(FileNotFoundError):
-            if own not in found: found[own] = _facts(run, _read_own(run))
+            if own not in found: found[own] = _facts(run, _read_own(run), _read_source(run))
             claim_data(found[own], folder)
 
 # %% ../../nbs/experiment/run.ipynb #4475980b
@@ -651,11 +652,11 @@ def do_claimed_run(
         on_rank0(lambda: check_data([run], [folder]))
         if not (quiet or processes()[1]): print(f"{folder}: done before; nothing was trained")
     else:
-        own = _read_own(run)
-        on_rank0(lambda: claim_data(_facts(run, own), folder))
+        own,of_source = _read_own(run),_read_source(run)
+        on_rank0(lambda: claim_data(_facts(run, own, of_source), folder))
         target = _usable(run, own)
         if not (quiet or processes()[1]): print(target.attrs['about'])
-        source = run_source(run, shared, not quiet, target)
+        source = run_source(run, shared, not quiet, target, of_source)
         tune = partial(fine_tune, folder=folder, cbs=cbs, quiet=quiet, target=target)
         row,_,learn = run_arm(run, source.model, source.pictures, source.fisher, tune, source.tuned_pictures,
                               source.labelled)

@@ -125,6 +125,7 @@ def powers(
 
 # %% ../../nbs/explore/panels.ipynb #cb89de0f
 _WIDE = dict(width='100%', max_width='28rem', min_width='0')
+_READOUTS = '<style>.fgvc-panel .widget-readout {pointer-events: none}</style>'      # to be read, not typed into
 def control_layout(kwargs):
     "Arguments of a widget: the layout that all controls share, and `kwargs`"
     return dict(layout=widgets.Layout(**_WIDE), style=dict(description_width='8.5rem')) | kwargs
@@ -183,8 +184,7 @@ class Panel:
         "The widget of the whole panel: a row, which wraps on a narrow page"
         size = dict(width='100%', min_width='0', overflow='hidden')
         row = widgets.Layout(display='flex', flex_flow='row wrap', align_items='flex-start', **size)
-        readouts = '<style>.fgvc-panel .widget-readout {pointer-events: none}</style>'     # to be read, not typed into
-        title = widgets.HTML(f'{readouts}<h3 style="margin:.2em 0">{html.escape(self.title)}</h3>')
+        title = widgets.HTML(f'{_READOUTS}<h3 style="margin:.2em 0">{html.escape(self.title)}</h3>')
         controls = widgets.Box(list(self.controls.values()), layout=row)
         pictures = widgets.Box([o.widget for o in self.pictures], layout=row)
         layout = widgets.Layout(max_width='62rem', **size)

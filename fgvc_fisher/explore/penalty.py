@@ -52,17 +52,19 @@ class _PenaltyView:
         legend = dict(loc='outside lower center', ncols=2, frameon=False, fontsize=8)
         self.frontier.fig.legend(*ax.get_legend_handles_labels(), **legend)
 
-    def _move(self, found, alpha):
-        "Move the points, lines and bars"
-        path = [self.compromise.estimate(alpha, o) for o in self.compromise.strengths]
-        for line,point,name in zip(self.lines, self.points, self.compromise.measures[1:]):
-            line.set_data([o[name] for o in path], [o['last'] for o in path])
-            point.set_data([found[name]], [found['last']])
-        table = found['layers'].fillna(0.)
-        total = table[['alpha','beta']].to_numpy().sum() or 1.
-        for bars,values in ((self.moved,table.moved), (self.beta,table.beta/total), (self.alpha,table.alpha/total)):
-            for bar,v in zip(bars, values): bar.set_width(v)
-        for bar,v in zip(self.alpha, table.beta/total): bar.set_x(v)
+# %% ../../nbs/explore/penalty.ipynb #16fbe89f
+@patch
+def _move(self:_PenaltyView, found, alpha):
+    "Move the points, lines and bars"
+    path = [self.compromise.estimate(alpha, o) for o in self.compromise.strengths]
+    for line,point,name in zip(self.lines, self.points, self.compromise.measures[1:]):
+        line.set_data([o[name] for o in path], [o['last'] for o in path])
+        point.set_data([found[name]], [found['last']])
+    table = found['layers'].fillna(0.)
+    total = table[['alpha','beta']].to_numpy().sum() or 1.
+    for bars,values in ((self.moved,table.moved), (self.beta,table.beta/total), (self.alpha,table.alpha/total)):
+        for bar,v in zip(bars, values): bar.set_width(v)
+    for bar,v in zip(self.alpha, table.beta/total): bar.set_x(v)
 
 # %% ../../nbs/explore/penalty.ipynb #f371a0b8
 def _paths(ax, color):

@@ -419,14 +419,16 @@ class SquaredGradients:
         return dict(found)
     def _mixed_in(self, tape): return {self.names[p] for p in tape.mixed if p in self.names}
 
-    def _per_parameter(self, call, grad, n):
-        "Pairs of a parameter's name and its `PerImage`, for one call"
-        follow = RULES.get(call.func)
-        found = follow(n, grad, *call.args, **call.kwargs) if follow else replay_rule(n, grad, call)
-        for weight,each in found:
-            if weight is None or not weight.requires_grad: continue
-            for p in _leaves(weight):
-                if p in self.names: yield self.names[p],_pulled_back(weight, p, each)
+# %% ../../nbs/fisher/per_image.ipynb #7649caa3
+@patch
+def _per_parameter(self:SquaredGradients, call, grad, n):
+    "Pairs of a parameter's name and its `PerImage`, for one call"
+    follow = RULES.get(call.func)
+    found = follow(n, grad, *call.args, **call.kwargs) if follow else replay_rule(n, grad, call)
+    for weight,each in found:
+        if weight is None or not weight.requires_grad: continue
+        for p in _leaves(weight):
+            if p in self.names: yield self.names[p],_pulled_back(weight, p, each)
 
 # %% ../../nbs/fisher/per_image.ipynb #5e86723e
 def _by_autograd(squares, x, labels, weights, names):

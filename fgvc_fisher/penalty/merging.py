@@ -14,7 +14,7 @@ from textwrap import shorten
 import torch
 from torch import nn
 from ..distributed.wrappers import copy_module, unwrap
-from .quadratic import mismatched_parameters, named_like, find_new
+from .quadratic import mismatched_parameters, named_like, find_new, precise_type
 
 # %% ../../nbs/penalty/merging.ipynb #a06b4cd1
 def _shared(source, tuned):
@@ -38,14 +38,14 @@ def _blend(source, tuned, fraction):
     return merged
 
 # %% ../../nbs/penalty/merging.ipynb #ddf87b80
-def _precise(fisher, p):
+def _beside(fisher, p):
     "A Fisher beside its parameter, in a type that has small numbers."
-    return fisher.to(p.device, torch.promote_types(p.dtype, torch.float32))
+    return fisher.to(p.device, precise_type(p))
 @torch.no_grad()
 def _shrink(merged, fisher_source, fisher_target, beta, alpha, shared):
     "Move every parameter towards zero, the less the larger its Fishers"
     for n,p in merged.named_parameters():
-        curvature = _precise(fisher_target[n], p) + (beta*_precise(fisher_source[n], p) if n in shared else 0.)
+        curvature = _beside(fisher_target[n], p) + (beta*_beside(fisher_source[n], p) if n in shared else 0.)
         p.mul_(1/(1+alpha/curvature))
 
 # %% ../../nbs/penalty/merging.ipynb #6e83588f
@@ -66,7 +66,7 @@ def merge(
     _check_of(fisher_target, tuned, 'target')
     fisher_source,fisher_target = named_like(fisher_source, tuned),named_like(fisher_target, tuned)
     def fraction(name, p):
-        ours,theirs = _precise(fisher_target[name], p),beta*_precise(fisher_source[name], p)
+        ours,theirs = _beside(fisher_target[name], p),beta*_beside(fisher_source[name], p)
         return torch.where(theirs>0, 1/(1+ours/theirs), 0.).to(p)
     merged = _blend(source, tuned, fraction)
     if alpha: _shrink(merged, fisher_source, fisher_target, beta, alpha, _shared(source, tuned))

@@ -6,7 +6,7 @@ Docs: https://fgvc-fisher.github.io/fgvc_fisher/penalty/quadratic.html.md"""
 
 # %% auto #0
 __all__ = ['CHOICES', 'BUNCH', 'named_like', 'mismatched_parameters', 'is_new', 'find_new', 'parameter_kinds', 'is_upper_block',
-           'check_coefficients', 'check_new', 'QuadraticPenalty']
+           'check_coefficients', 'check_new', 'QuadraticPenalty', 'precise_type']
 
 # %% ../../nbs/penalty/quadratic.ipynb #05e33da9
 import math, re, warnings, weakref
@@ -276,23 +276,30 @@ class QuadraticPenalty:
         chosen = {n: self.fisher[n] for n in self.shared if n in self.anchored}
         self.mean_fisher = _mean_fisher(chosen, self.params)
         if strength: self.beta = _as_beta(strength, self.mean_fisher)
-    places = {} # Of a copy
-    def __getstate__(self): return {k: v for k,v in vars(self).items() if k!='places'}
+
+# %% ../../nbs/penalty/quadratic.ipynb #b6389660
+@patch
+def __getstate__(self:QuadraticPenalty): # A copy or a pickle has parameters of its own, in no model
+    return vars(self) | dict(places={})
 
 # %% ../../nbs/penalty/quadratic.ipynb #d52a6ff5
 def _is_anchored(penalty, name):
     "Does a term with a positive coefficient pull this parameter to its anchor?"
     return name in penalty.anchored and bool(penalty.beta or penalty.l2sp)
 
-# %% ../../nbs/penalty/quadratic.ipynb #29ce2d41
-def _precise(p):
+# %% ../../nbs/penalty/quadratic.ipynb #425f7384
+def precise_type(
+    p:Tensor, # A parameter
+)->torch.dtype: # float32, or the parameter's own if that has more bits
     "The type to compute in: squares and small numbers do not fit into 16 bits."
     return torch.promote_types(p.dtype, torch.float32)
+
+# %% ../../nbs/penalty/quadratic.ipynb #29ce2d41
 def _costs(penalty):
     "Parameter name -> its part of the penalty, a scalar tensor, for every trainable parameter"
     def local_cost(name):
         p = local_tensor(penalty.params[name])
-        p = p.to(_precise(p))
+        p = p.to(precise_type(p))
         cost = penalty.alpha*p.square().sum() if name in penalty.decayed else p.new_zeros(())
         if not _is_anchored(penalty, name): return cost
         fisher = penalty.beta*penalty.fisher[name].to(p) if penalty.beta else 0.
@@ -368,7 +375,7 @@ def add_grad_(self:QuadraticPenalty,
     for (scale,alpha,anchored),names in _bunches(self, dict.fromkeys(self.params, scale)):
         params = {n: self.params[n] for n in names}
         own = [_grad(p) for p in params.values()]
-        precise = _precise(own[0])
+        precise = precise_type(own[0])
         grads,ps = [[local_tensor(o).to(precise) for o in os] for os in (own, params.values())]
         if alpha: torch._foreach_add_(grads, ps, alpha=2*scale*alpha)
         if anchored:
@@ -385,7 +392,7 @@ def _prox_weights(penalty, params, step):
     fisher_is_negligible = beta*max(penalty.max_fisher.values(), default=0.) <= 1e-20*l2sp
     if fisher_is_negligible: return step*l2sp/(1+step*l2sp)
     p = next(iter(params.values()))
-    fisher = _like_params(penalty.fisher, params, _precise(p))
+    fisher = _like_params(penalty.fisher, params, precise_type(p))
     if l2sp: fisher = torch._foreach_add(fisher, l2sp/beta)
     half = max(1/(step*beta), torch.finfo(fisher[0].dtype).tiny)
     weights = torch._foreach_add(fisher, half)
