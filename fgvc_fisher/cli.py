@@ -335,9 +335,12 @@ def _of_folder(model, images, out, half, size, bs, on_bad, **settings):
 def _of_shards(model, shards, out, half, **settings):
     "Estimate and write; several machines may do this at once."
     from filelock import FileLock
+    from fgvc_fisher.distributed.files import remove_parts
     from fgvc_fisher.fisher.shards import shard_fisher
     fisher = shard_fisher(model, shards, f'{out}.shards', **settings)
-    with FileLock(f'{out}.shards/out.lock'): fisher.save(out, half)
+    with FileLock(f'{out}.shards/out.lock'):
+        remove_parts(Path(out))
+        fisher.save(out, half)
     return fisher
 
 # %% ../nbs/cli.ipynb #10dc2740

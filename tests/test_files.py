@@ -3,9 +3,10 @@ import copy, errno, os, shutil, sys, threading
 from contextlib import contextmanager
 from pathlib import Path
 import pytest, torch
+from torch import nn
 from fgvc_fisher.distributed import files, ranks
 from fgvc_fisher.distributed.files import replace_file, write_text
-from fgvc_fisher.experiment.run import Run, do_run, read_run
+from fgvc_fisher.experiment.run import Run, _made_once, do_run, read_run
 from fgvc_fisher.fisher import DiagFisher, estimate_fisher
 from fgvc_fisher.fisher.estimate import Estimate, LabelPlan, model_restored
 from fgvc_fisher.penalty import merge
@@ -23,6 +24,26 @@ def test_two_writers_of_one_file(tmp_path):
     for o in threads: o.start()
     for o in threads: o.join()
     assert not wrong and os.listdir(tmp_path)==['a.txt']
+
+def left_by_a_kill(file):
+    part = file.with_name(f'{file.name}.0123456789ab.part')
+    part.parent.mkdir(parents=True, exist_ok=True)
+    part.write_bytes(b'half')
+    return part
+
+def test_what_a_killed_estimate_had_written(tmp_path):
+    "The checkpoint's temporary file goes, one of another file stays"
+    data = [torch.randn(4, 3)]
+    gone,stays = left_by_a_kill(tmp_path/'a.checkpoint'),left_by_a_kill(tmp_path/'b[1].checkpoint')
+    estimate_fisher(nn.Linear(3, 2), data, checkpoint=tmp_path/'a.checkpoint', progress=False)
+    assert not gone.exists() and stays.exists()
+    estimate_fisher(nn.Linear(3, 2), data, checkpoint=tmp_path/'b[1].checkpoint', progress=False)
+    assert not os.listdir(tmp_path)
+
+def test_what_a_killed_run_had_written_of_its_source(tmp_path):
+    gone,stays = left_by_a_kill(tmp_path/'a.safetensors'),left_by_a_kill(tmp_path/'b.safetensors')
+    _made_once(tmp_path/'a.safetensors', Path.touch, Path.exists)
+    assert not gone.exists() and stays.exists()
 
 def test_a_system_that_flushes_no_file_opened_for_reading(tmp_path, monkeypatch):
     "As Windows"

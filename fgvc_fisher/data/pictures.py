@@ -24,7 +24,7 @@ from fastai.vision.all import PILImage, defaults
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2.functional import resize
 from .tables import read_aircraft
-from ..distributed.files import replace_file
+from ..distributed.files import remove_parts, replace_file
 from ..distributed.ranks import on_rank0, processes, progress_bar
 
 # %% ../../nbs/data/pictures.ipynb #97a2b715
@@ -285,6 +285,7 @@ def cache_table(
         raise OSError(message) from e
     manifest = folder/'manifest.jsonl'
     with FileLock(folder/'.lock'):
+        remove_parts(folder)
         paths,jobs = _plan_copies(table, cuts, common, folder, short_side, _read_manifest(manifest))
         if jobs:
             _make_copies(jobs, manifest, n_workers or defaults.cpus, quiet)

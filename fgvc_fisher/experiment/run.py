@@ -36,7 +36,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 # %% ../../nbs/experiment/run.ipynb #0515d626
-from ..distributed.files import file_sha256, shared_lock, write_text
+from ..distributed.files import file_sha256, remove_parts, shared_lock, write_text
 from ..distributed.ranks import on_rank0, processes
 from ..distributed.wrappers import copy_module
 from ..data.loaders import check_splits, table_dls
@@ -55,7 +55,7 @@ from ..retention import accuracy_on, compare_with_source, source_parts
 from .paper import AsPublished, fit_published, published_learner
 from .saved import save_model, temperature_on
 from fgvc_fisher.experiment.store import (
-    claim_data, claim_folder, data_facts, has_begun, read_checkpoint, read_fields, read_result, remove_parts,
+    claim_data, claim_folder, data_facts, has_begun, read_checkpoint, read_fields, read_result,
     save_checkpoint, save_weights, tidy_folder, write_result
 )
 
@@ -473,6 +473,7 @@ def _made_once(file, make, read):
     file.parent.mkdir(parents=True, exist_ok=True)
     with shared_lock(f'{file}.lock'):
         if on_rank0(file.exists): return on_rank0(lambda: read(file))
+        on_rank0(lambda: remove_parts(file))
         return make(file)
 
 # %% ../../nbs/experiment/run.ipynb #83f2f4a5

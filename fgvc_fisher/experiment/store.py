@@ -6,7 +6,7 @@ Docs: https://fgvc-fisher.github.io/fgvc_fisher/experiment/store.html.md"""
 
 # %% auto #0
 __all__ = ['read_fields', 'has_begun', 'claim_folder', 'data_facts', 'claim_data', 'save_weights', 'save_checkpoint',
-           'read_checkpoint', 'write_result', 'read_result', 'remove_parts', 'tidy_folder']
+           'read_checkpoint', 'write_result', 'read_result', 'tidy_folder']
 
 # %% ../../nbs/experiment/store.ipynb #8b996043
 import hashlib, json, math, os
@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 # %% ../../nbs/experiment/store.ipynb #e96ce363
-from ..distributed.files import read_json, replace_file, to_json, write_text
+from ..distributed.files import read_json, remove_parts, replace_file, to_json, write_text
 
 # %% ../../nbs/experiment/store.ipynb #17f83439
 def read_fields(
@@ -144,14 +144,8 @@ def read_result(
     return {k: math.nan if v is None and k!='num_workers' else v for k,v in row.items()}
 
 # %% ../../nbs/experiment/store.ipynb #9d86ba0f
-def remove_parts(
-    folder:Path, # Of a run, which this process has locked
-):
-    "Remove what processes that were killed have written of a file."
-    for file in folder.glob('*.part'): file.unlink(missing_ok=True)
-
 def tidy_folder(
-    folder:Path, # Of a run that is done
+    folder:Path, # Of a run that is done, which this process has locked
 ):
     "Remove what only an unfinished run needs."
     unneeded = [folder/'checkpoint.pt', folder/'error.txt', *folder.glob('epoch-*')]

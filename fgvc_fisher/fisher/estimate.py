@@ -25,6 +25,7 @@ from torch.nn.parameter import UninitializedParameter
 import fgvc_fisher
 
 # %% ../../nbs/fisher/estimate.ipynb #c25146ae
+from ..distributed.files import remove_parts
 from ..distributed.ranks import processes, progress_bar
 from ..distributed.sharded import check_whole, for_float64
 from ..distributed.wrappers import unwrap
@@ -285,7 +286,9 @@ def estimate_fisher(
     if checkpoint: checkpoint = _check_file(_own_checkpoint(checkpoint, n_processes, rank))
     with model_restored(model):
         estimate = Estimate(model, plan, about)
-        if checkpoint: estimate.resume(checkpoint)
+        if checkpoint:
+            remove_parts(checkpoint)
+            estimate.resume(checkpoint)
         shown = progress_bar(iter(data), progress, total=_length(data))
         batches = _batches(shown, model, kind=='empirical', n_images, n_processes, rank)
         _add_batches(estimate, batches, image_offset, target_error, checkpoint, checkpoint_every)

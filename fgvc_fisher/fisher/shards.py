@@ -31,7 +31,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 # %% ../../nbs/fisher/shards.ipynb #d5fec522
-from ..distributed.files import write_text
+from ..distributed.files import remove_parts, write_text
 from ..distributed.workers import python_path, ray_connection, worker_processes
 from ..distributed.wrappers import copy_module, unwrap
 from ..data.pictures import open_picture
@@ -286,6 +286,7 @@ def _sum_lock(file): return FileLock(file.with_suffix('.lock'))
 def _read_sum(file, read):
     """What `read` returns for a locked file. None if there is no file, or if it is damaged: then it is removed, and its
     shards have to be estimated again"""
+    remove_parts(file)
     if not file.exists(): return None
     try: return read(file)
     except ValueError as e:
