@@ -191,8 +191,15 @@ class TestDifferences:
         assert row.seeds==3 and row.seeds_for_1==seeds_needed(0.01)
 
     def test_seeds_in_any_order(self):
-        d = differences(rows('plain', [2,0,1]) + rows('b', [0,1,2], last=0.71)).loc[('b','last')]
-        assert d.tolist() == pytest.approx([0.01,0.01,0.01,3,2])
+        b = [o | dict(last=o['last']+0.01+o['seed']**2/1000) for o in rows('b', [0,1,2])]
+        d = differences(rows('plain', [2,0,1]) + b).loc[('b','last')]
+        assert d.tolist() == pytest.approx([0.035/3, *paired([0.01,0.011,0.014], [0,0,0])[1:], 3, 3])
+
+    def test_equal_differences_have_no_interval(self):
+        runs = rows('plain', [0,1,2]) + rows('b', [0,1,2], last=0.71)
+        d = differences(runs).loc[('b','last')]
+        assert d.tolist() == pytest.approx([0.01,math.nan,math.nan,3,math.nan], nan_ok=True)
+        assert 'the same for all 3 seeds' in conclusions(runs)[0] and 'nan' not in conclusions(runs)[0]
 
     def test_seeds_that_one_lacks(self):
         d = differences(rows('plain', [0,1,2]) + rows('b', [1,2,3], last=0.6) + rows('c', [2]) + rows('d', [9]))
@@ -419,10 +426,11 @@ class TestWithoutLabels:
         assert list(differences(self.runs(both=True)).index.get_level_values(1))==['last', *self.OLD]
 
     def test_sentences(self):
-        last,agreement,_ = conclusions(self.runs())
-        assert 'agreement with the source' in agreement and '+40.0 points' in agreement and 'higher' in agreement
-        nats, = conclusions(self.runs(), measures='divergence_target_bn')
-        assert '-1.200 nats' in nats and 'lower' in nats and 'point' not in nats and '0.01 nats' in nats
+        def varied(t): return t.assign(**{o: t[o]*(1+t.seed/50) for o in t.select_dtypes(float)})
+        last,agreement,_ = conclusions(varied(pd.DataFrame(self.runs())))
+        assert 'agreement with the source' in agreement and '+40.4 points' in agreement and 'higher' in agreement
+        nats, = conclusions(varied(pd.DataFrame(self.runs())), measures='divergence_target_bn')
+        assert '-1.212 nats' in nats and 'lower' in nats and 'point' not in nats and '0.01 nats' in nats
         missing = conclusions(self.runs() + rows('old', (0,1), retention_target_bn=0.3), measures='agreement_target_bn')
         assert 'nan' not in ''.join(missing) and missing[1].startswith('old, agreement')
 
@@ -455,8 +463,8 @@ class TestWithoutLabels:
 
     def test_at_equal_agreement(self):
         strong = rows('L2-SP, 2', (0,1), 0.5, **agreed(0.8))
-        found = at_retention(self.runs()+strong, 0.4, retention='agreement_target_bn')
-        assert found['last'].tolist()==pytest.approx([0.65,0.66])
+        found = at_retention(self.runs()+strong, 0.7, retention='agreement_target_bn')
+        assert found['last'].tolist()==pytest.approx([0.55,0.56])
         with pytest.raises(ValueError, match='agreement with the source 0.9'):
             at_retention(self.runs()+strong, 0.9, retention='agreement_target_bn')
 
@@ -527,7 +535,8 @@ class TestAtRetention:
 
     def test_along_the_curves_is_level_by_level(self):
         slope = np.random.default_rng().uniform(-1, 1)
-        runs = self.curve('L2-SP') + self.curve('L2-SP-Fisher', slope=slope)
+        runs = self.curve('L2-SP') + self.curve('L2-SP-Fisher', seeds=[0], slope=slope)
+        runs += self.curve('L2-SP-Fisher', seeds=[1], slope=slope, top=0.85)
         levels = 0.2,0.35,0.6
         found = equal_retention(runs, 'L2-SP', 'L2-SP-Fisher', levels)
         assert found.index.tolist()==list(levels)
@@ -536,7 +545,7 @@ class TestAtRetention:
             d = differences(one, 'L2-SP').loc['L2-SP-Fisher','last']
             means = one.groupby('arm')['last'].mean()
             row = [means['L2-SP'], means['L2-SP-Fisher'], d.difference, d.low, d.high, 2]
-            assert found.loc[level].tolist()==pytest.approx(row, abs=1e-12)
+            assert found.loc[level].tolist()==pytest.approx(row, abs=1e-12, nan_ok=True)
 
     def test_a_level_that_one_seed_does_not_reach_is_left_out(self):
         short = [o for o in self.curve('L2-SP-Fisher') if o['seed']==0 or o['retention_target_bn']<0.5]
@@ -562,6 +571,31 @@ class TestAtRetention:
         lost = dict(arm='L2-SP, 9', seed=0, last=None, retention_target_bn=0.5)
         runs = self.curve('L2-SP') + alone + [lost]
         assert set(at_retention(runs, 0.5).arm)=={'L2-SP'} and at_retention(runs, 0.5)['last'].notna().all()
+
+    def test_one_frontier_is_equal_to_itself(self):
+        "A concave one, with arms that only some seeds have, that diverged, or that are far apart"
+        rng = np.random.default_rng()
+        def runs(family, retentions, seeds):
+            return [dict(arm=f'{family}, {k}', seed=s, last=0.9-0.4*x**3, retention_target_bn=x+rng.normal(0, 0.004))
+                    for s in seeds for k,x in enumerate(retentions)]
+        plain,all_of_it = runs('plain', [0.05], range(5)),runs('L2-SP', np.linspace(0.1, 0.7, 13), range(5))
+        plain = [o | dict(arm='plain') for o in plain]
+        levels = np.linspace(0.1, 0.65, 12)
+        def compare(of): return equal_retention(plain+all_of_it+of, 'L2-SP', 'Fisher', levels).difference
+        assert len(compare(runs('Fisher', np.linspace(0.1, 0.7, 4), range(5))))>5
+        for of in (runs('Fisher', [0.6], range(5)), runs('Fisher', [0.6], range(1, 5))+runs('Fisher', [0.6,0.3], [0]),
+                   runs('Fisher', [0.15,0.65], range(5))):
+            assert compare(of).drop([o for o in levels if o<0.16 or o>0.64], errors='ignore').empty
+        some_lost = runs('Fisher', [0.1,0.25,0.4,0.55], range(5))
+        for o in some_lost[6:12:4]: o['last'] = None
+        assert (compare(some_lost).abs()<0.02).all() and 0.3 not in compare(some_lost).index
+
+    @pytest.mark.parametrize('column', ['arm','seed'])
+    def test_a_run_without_a_name_or_a_seed(self, column):
+        runs = pd.DataFrame(self.curve('L2-SP')+self.curve('plain', n=1)).astype(dict(seed=float))
+        runs.loc[0,column] = None
+        for compare in (lambda: differences(runs, 'plain, 0'), lambda: equal_retention(runs, 'L2-SP', 'plain')):
+            with pytest.raises(ValueError, match=f'1 of 10 runs have no .?{column}'): compare()
 
     def test_what_is_not_there(self):
         for kw in (dict(target='test'), dict(retention='retention_source_bn')):

@@ -8,7 +8,7 @@ Docs: https://fgvc-fisher.github.io/fgvc_fisher/experiment/demo.html.md"""
 __all__ = ['EPOCHS', 'ARMS', 'REPORT', 'pretrain', 'draw_task', 'write_report', 'demo']
 
 # %% ../../nbs/experiment/demo.ipynb #033096d2
-import html
+import html, math
 from collections.abc import Callable
 from pathlib import Path
 import pandas as pd, matplotlib.pyplot as plt
@@ -84,6 +84,7 @@ TARGET,RETENTION = 'test_last','retention_target_bn'
 
 def _difference(d):
     "A difference in words, with its interval"
+    if math.isnan(d.low): return f'different by {100*d.difference:+.1f} points'
     interval = f'95 % interval {100*d.low:+.1f} to {100*d.high:+.1f}'
     if not (d.low>0 or d.high<0): return f'not significantly different ({100*d.difference:+.1f} points, {interval})'
     return f"{abs(100*d.difference):.1f} points {'higher' if d.low>0 else 'lower'} ({interval})"

@@ -122,6 +122,7 @@ def _finished(out):
     if 'arm' not in runs:
         raise ValueError(f"The runs have no column `arm`, only {', '.join(map(str, runs))}. "
                          "Pass a folder or the table that `read_runs` returns.")
+    if runs.arm.isna().any(): raise ValueError(f"{runs.arm.isna().sum()} of {len(runs)} runs have no `arm`.")
     _check_once(runs, ['arm','seed'], "`runs[runs.arch=='resnet50']` with `runs = read_runs(out)`")
     numbers = [o for o in (*MEASURES,'before') if o in runs]
     runs[numbers] = runs[numbers].apply(pd.to_numeric).astype(float)
@@ -129,6 +130,11 @@ def _finished(out):
     runs['diverged'] = runs[last].isna().all(axis=1) if last else False
     runs.loc[runs.diverged, [o for o in numbers if o in ACCURACIES | DIVERGENCES]] = math.nan
     return runs
+def _check_seeds(runs):
+    "Raise `ValueError` for runs that cannot be paired"
+    if 'seed' not in runs: raise ValueError("The runs have no column `seed`, so they cannot be paired.")
+    if runs.seed.isna().any():
+        raise ValueError(f"{runs.seed.isna().sum()} of {len(runs)} runs have no seed, so they cannot be paired.")
 def _has(runs, measure):
     "For each run, whether it has a measure"
     return runs[measure].notna() if measure in runs else pd.Series(False, runs.index)
@@ -177,11 +183,12 @@ def show_table(
 
 # %% ../../nbs/experiment/results.ipynb #b6887fb1
 def _difference(a, b):
-    "Difference of two arms over their common seeds, its interval, and how many seeds would show a difference of 0.01"
+    "Difference of two arms over common seeds, its interval (NaN if all are equal), how many seeds would show 0.01"
     seeds = a.index.intersection(b.index)
     if not len(seeds): return dict(difference=math.nan, low=math.nan, high=math.nan, seeds=0, seeds_for_1=math.nan)
     difference,low,high = paired(a[seeds], b[seeds])
     sd = (a[seeds]-b[seeds]).std(skipna=False)
+    if sd<1e-9: low = high = sd = math.nan                             # equal by chance: they say nothing of others
     seeds_for_1 = math.nan if math.isnan(sd) else seeds_needed(sd, 0.01)
     return dict(difference=difference, low=low, high=high, seeds=len(seeds), seeds_for_1=seeds_for_1)
 
@@ -193,10 +200,10 @@ def differences(
 )->pd.DataFrame: # By arm and measure: `difference`, `low`, `high`, `seeds`, `seeds_for_1`
     """Arm minus control, paired by seed, with a 95 % interval from `low` to `high`.
 
-    `seeds` is the number of common seeds, `seeds_for_1` how many would show a difference of 0.01, or of 0.01 nats.
-    `ValueError` if the control or the seeds are missing."""
+    `seeds` is the number of common seeds, `seeds_for_1` how many would show a difference of 0.01, or of 0.01 nats. The
+    interval is NaN for one seed, and if all differences are equal. `ValueError` if the control or a seed is missing."""
     runs = _finished(out)
-    if 'seed' not in runs: raise ValueError("The runs have no column `seed`, so they cannot be paired.")
+    _check_seeds(runs)
     arms = {k: r.set_index('seed') for k,r in runs.groupby('arm', sort=False)}
     if control not in arms: raise ValueError(f"control: there is no arm {control!r}, only {', '.join(arms)}.")
     measures = _measured(runs, [o for o in _measured(runs) if o in ACCURACIES] if measures is None else measures)
@@ -215,7 +222,9 @@ def _sentence(arm, measure, d, control):
     scale,unit,digits = (1,'nats',3) if measure in DIVERGENCES else (100,'points',1)
     difference,low,high = [f'{scale*o:+.{digits}f}' for o in (d.difference, d.low, d.high)]
     title += f"{difference} {unit} against {control}"
-    if d.seeds<2 or math.isnan(d.low): return title + " (one seed, so there is no interval)."
+    if math.isnan(d.low):
+        why = 'one seed' if d.seeds<2 else f'the same for all {d.seeds:.0f} seeds'
+        return title + f" ({why}, so there is no interval)."
     verdict = 'no significant difference' if d.low<=0<=d.high else 'higher' if d.low>0 else 'lower'
     one = '0.01 nats' if unit=='nats' else 'one point'
     return (f"{title} (95 % interval {low} to {high}, {d.seeds:.0f} seeds): {verdict}. "
@@ -231,23 +240,31 @@ def conclusions(
     return [_sentence(*index, d, control) for index,d in differences(out, control, measures).iterrows()]
 
 # %% ../../nbs/experiment/results.ipynb #bf72c587
+_FAR = 0.25 # Runs whose retentions differ by more are not connected
 def _read_off(r, levels, target, retention):
-    "Accuracy of one seed of a family at `levels` of retention, interpolated linearly; NaN outside of its range"
+    "Accuracy of one seed of a family at `levels` of retention, interpolated linearly; NaN where no run is near"
     r = r.groupby(retention)[target].mean()                            # sorted; the mean of runs with equal retention
-    return np.interp(levels, r.index, r, left=math.nan, right=math.nan)
+    levels = np.asarray(levels)
+    found = np.interp(levels, r.index, r, left=math.nan, right=math.nan)
+    for low,high in zip(r.index, r.index[1:]):
+        if high-low>_FAR: found[(low<levels) & (levels<high)] = math.nan
+    return found
 def _with_families(out, *columns):
     "The runs with a column `family`. `ValueError` if one of `columns` is missing"
     runs = _finished(out)
     for o in columns:
         if o not in runs: raise ValueError(f"The runs have no column {o!r}, only {', '.join(runs)}.")
+    _check_seeds(runs)
     return runs.assign(family=[o.split(',')[0] for o in runs.arm])
 
 # %% ../../nbs/experiment/results.ipynb #f67ae5dd
 def _all_at(runs, levels, target, retention, weakest):
     "Accuracy of each family and seed at `levels` of retention: one row per family, seed and level that it reaches"
-    runs = runs[['arm','family','seed','diverged',retention,target]]
+    runs = runs[['arm','family','seed',retention,target]]
+    n_seeds = runs.groupby('family').seed.transform('nunique')         # of the family
+    runs = runs.dropna()
     weak = runs[runs.arm==weakest]
-    runs = runs[~runs.diverged]
+    runs = runs[runs.groupby('arm').seed.transform('nunique')==n_seeds[runs.index]]
     found = []
     for family,f in runs.groupby('family', sort=False):
         if f.arm.nunique()<2: continue
@@ -263,13 +280,14 @@ def at_retention(
     target:str='last', # Column with the accuracy on the target
     retention:str='retention_target_bn', # Column with the retention, or the agreement with the source
     weakest:str|None='plain', # Arm that counts as the weakest member of every family; None: no such arm
-)->pd.DataFrame: # `arm` (the family), `seed` and the accuracy; seeds that do not reach the level are left out
-    "Accuracy of each family at a level of retention, interpolated linearly. `ValueError` if no family reaches it."
+)->pd.DataFrame: # `arm` (the family), `seed` and the accuracy; seeds without runs near the level are left out
+    "Accuracy of each family at a level of retention, interpolated linearly. `ValueError` if no family has one."
     runs = _with_families(out, target, retention)
     found = _all_at(runs, [level], target, retention, weakest).drop(columns='level')
     if found.empty:
-        raise ValueError(f"level: no family has {_title(retention)} {level:g} between its weakest and strongest arm; "
-                         f"{retention} goes from {runs[retention].min():g} to {runs[retention].max():g}.")
+        raise ValueError(f"level: no family has {_title(retention)} {level:g} between two arms that all its seeds have "
+                         f"and that are at most {_FAR:g} apart; {retention} goes from {runs[retention].min():g} to "
+                         f"{runs[retention].max():g}.")
     return found
 
 # %% ../../nbs/experiment/results.ipynb #3d242b39
@@ -314,6 +332,7 @@ def style(
     return dict(color=color, marker=marker)
 
 # %% ../../nbs/experiment/results.ipynb #4aba4515
+def _percent(value, _): return f'{100*value:.4g}%'
 _DASHES = '-','--','-.',(0,(6,1.5,1,1.5,1,1.5))
 def _draw_arm(axs, arm, c, dashes):
     "Draw one arm in both panels, loss and accuracy"
@@ -363,6 +382,7 @@ def curves(
         drawn.append(style(arm))
     axs[0].set(xlabel='epoch', ylabel='cross-entropy (nats)', title='Loss: validation; dotted: training')
     axs[1].set(xlabel='epoch', ylabel='accuracy', title='Accuracy on the target, validation')
+    axs[1].yaxis.set_major_formatter(_percent)
     for ax in axs: ax.xaxis.get_major_locator().set_params(integer=True)
     fig.legend(*axs[1].get_legend_handles_labels(), loc='outside lower center', ncols=3, frameon=False, fontsize=8,
                handlelength=4, title='lines: mean over seeds; bands: lowest to highest seed', title_fontsize=8)
@@ -432,7 +452,7 @@ def _draw_runs(ax, runs, columns, target):
     for arm,r in runs.groupby('arm', sort=False):
         ax.plot(r[columns[0]], r[target], '.', ms=4, color=style(arm)['color'])
         for name in columns[1:]: ax.plot(r[name], r[target], '.', ms=0)
-    ax.margins(0.08, 0.12)
+    ax.margins(0.15, 0.12)                                              # the labels need room at the sides
     ax.autoscale_view()
     ax.autoscale(False)
 
@@ -448,6 +468,7 @@ def _describe(ax, columns, target, diverged):
     ax.set(xlabel=f"{SOURCE_LABELS[source]}\n{note}".strip(), ylabel=f'accuracy on the target ({_title(target)})',
            title=f"Accuracy on the target against {ACCURACIES[columns[0]]}"
                  + (len(columns)>1)*"\n(hollow, dotted: with the source's BatchNorm statistics)")
+    for axis in (ax.xaxis, ax.yaxis): axis.set_major_formatter(_percent)
     ax.legend(loc='upper left', bbox_to_anchor=(1.01,1), frameon=False, fontsize=8)
 
 # %% ../../nbs/experiment/results.ipynb #cc60a86f

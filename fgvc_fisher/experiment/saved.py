@@ -31,7 +31,7 @@ def source_tensors(
     model:nn.Module, # The fine-tuned model, wrapped or not
     source:nn.Module, # Its source
 )->dict: # Name -> tensor, on the CPU, with the names of the source
-    "What it takes to turn the fine-tuned model into one that answers the source's question."
+    "What it takes to turn the fine-tuned model into one that predicts the source's classes."
     source = unwrap(source)
     own = source.state_dict()
     tuned = match_names(unwrap(model).state_dict(), own)

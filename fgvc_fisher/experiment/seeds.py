@@ -24,11 +24,12 @@ def interval(
     values:Sequence, # One number per seed, at least one
     level:float=0.95, # Probability that the interval contains the true mean
 )->tuple: # The mean, and half the width of the interval: NaN for one value
-    "Mean of `values` and Student's interval, mean ± half the width. Both are NaN if a value is NaN (a diverged run)."
+    "Mean of `values` and Student's interval, mean ± half the width. Both are NaN if a value is not finite."
     values = np.asarray(values, dtype=float)
     _check_level(level)
     if values.ndim!=1 or not len(values):
         raise ValueError(f"values: expected a list with one number per seed, not an array of shape {values.shape}.")
+    if not np.isfinite(values).all(): return math.nan, math.nan
     mean,n = float(values.mean()),len(values)
     if n==1: return mean, math.nan
     return mean, float(stats.t.ppf((1+level)/2, n-1)*stats.sem(values))
@@ -39,7 +40,7 @@ def paired(
     b:Sequence, # The control's numbers, for the same seeds in the same order
     level:float=0.95, # Probability that the interval contains the true difference
 )->tuple: # Mean of a - b; lower and upper end of its interval, NaN for one pair
-    "Mean difference a - b with Student's interval of the paired differences. All are NaN if a number is NaN."
+    "Mean difference a - b with Student's interval of the paired differences. All are NaN if a number is not finite."
     if len(a)!=len(b):
         raise ValueError(f"a, b: expected pairs, but there are {len(a)} and {len(b)} numbers. Use common seeds only.")
     mean,half = interval(np.asarray(a, dtype=float)-np.asarray(b, dtype=float), level)

@@ -1,4 +1,4 @@
-"""Claim it, write checkpoints, weights and the result so that no file is ever half written, and read the result back
+"""Claim a run's folder, write checkpoints, weights and the result so that no file is ever half written, and read the result back
 
 Docs: https://fgvc-fisher.github.io/fgvc_fisher/experiment/store.html.md"""
 
