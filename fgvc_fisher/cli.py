@@ -8,7 +8,7 @@ Docs: https://fgvc-fisher.github.io/fgvc_fisher/cli.html.md"""
 __all__ = ['command_parser', 'command', 'fgvc_demo', 'fgvc_finetune', 'fgvc_predict', 'fgvc_sweep', 'estimate_command']
 
 # %% ../nbs/cli.ipynb #627d505a
-import os, sys, warnings
+import math, os, sys, warnings
 from collections.abc import Callable
 from contextlib import contextmanager
 from functools import partial
@@ -71,7 +71,8 @@ def _errors_as_sentences(script, *kinds):
             warnings.filterwarnings('ignore', '.*torch.jit.script', FutureWarning)     # from fastai
             yield
     except KeyboardInterrupt:
-        print(f'{script}: interrupted; the same command continues', file=sys.stderr)
+        continues = '' if script in ('fgvc-predict','fgvc-demo') else '; the same command continues'
+        print(f'{script}: interrupted{continues}', file=sys.stderr)
         sys.exit(130)                                              # as a shell has it
     except (ValueError, OSError, *kinds) as e:
         if type(e).__name__=='OutOfMemoryError': raise
@@ -97,19 +98,27 @@ SweepEngine = Annotated[str, dict(choices=('local', 'ray'))]
 
 # %% ../nbs/cli.ipynb #bc9fb10e
 def _check_out_folder(out):
-    "`NotADirectoryError` if a file is where the folder is to be."
+    "`NotADirectoryError` if a file is where the folder is to be, `ValueError` without a name."
+    if not str(out).strip(): raise ValueError("--out is empty: name a folder")
     for o in (Path(out), *Path(out).parents):
         if o.is_file(): raise NotADirectoryError(f"--out {out}: {o} is a file; give a folder")
+def _is_ours(file, suffix):
+    "Is an existing file empty, or what we write: predictions ('.csv') or a Fisher ('.safetensors')?"
+    with file.open('rb') as f: head = f.read(2**16)
+    begins = {'.csv': b'path,label,probability', '.safetensors': b'fgvc_fisher.DiagFisher/'}[suffix]
+    return not head or (head.startswith(begins) if suffix=='.csv' else begins in head)
 def _check_out_file(out, suffix, **read):
-    """`ValueError` or `FileNotFoundError` if no file can be written there, or if that would overwrite one of another
-    kind, or what is `read`: what it is, with `_` for a space -> paths."""
+    """`ValueError` or `FileNotFoundError` if no file can be written there, or if that would overwrite one that is not
+    of our making, or what is `read`: what it is, with `_` for a space -> paths."""
+    if not str(out).strip(): raise ValueError("--out is empty: name a file")
     if Path(out).is_dir(): raise ValueError(f"--out {out} is a folder: give the file to write")
     if not Path(out).absolute().parent.is_dir(): raise FileNotFoundError(f"--out {out}: there is no folder for it")
-    if Path(out).exists() and Path(out).suffix.lower() not in ('', suffix):
-        raise ValueError(f"--out {out} exists, and is no {suffix} file: give another name")
+    if not Path(out).exists(): return
     for what,paths in read.items():
-        if Path(out).exists() and any(Path(out).samefile(o) for o in paths if Path(o).exists()):
+        if any(Path(out).samefile(o) for o in paths if Path(o).exists()):
             raise ValueError(f"--out {out} would overwrite {what.replace('_', ' ')}: give another file")
+    if not _is_ours(Path(out), suffix):
+        raise ValueError(f"--out {out} exists, and this command has not written it: give another name")
 
 # %% ../nbs/cli.ipynb #f66d0370
 @command('fgvc-demo')
@@ -126,9 +135,9 @@ def fgvc_demo(
     print('', show_table(found).to_string(), *sentences, f'The report: {Path(out)/"report.html"}', sep='\n\n')
 
 # %% ../nbs/cli.ipynb #d19271ac
-def _check_finetune(data, source, fisher_from, beta, strength, out=''):
+def _check_finetune(data, source, fisher_from, beta, strength, out='.'):
     "`ValueError` for what is missing, ignored or cannot be written, before a network is made."
-    if out: _check_out_folder(out)
+    _check_out_folder(out)
     for name,path in dict(data=data, source=source).items():
         if not path or Path(path).exists(): continue
         raise FileNotFoundError(f"--{name} {path}: there is no such file or folder")
@@ -206,7 +215,7 @@ def _fine_tune(out, size, weights, num_workers, **fields):
     run = Run(arm='fine-tuned', size=size, weights=weights or True, num_workers=None if num_workers<0 else num_workers,
               **fields)
     row = do_run(run, out, Path(out)/'sources')
-    if (run.valid or run.test) and row['last' if run.valid else 'test']!=row['last' if run.valid else 'test']:
+    if math.isnan(row['last' if run.valid else 'test']):
         sys.exit('fgvc-finetune: the training diverged; try a smaller --lr')
     if not processes()[1]: _print_result(row, out)
     shutdown_processes()
@@ -268,6 +277,9 @@ def fgvc_sweep(
 def _device(name):
     "The device to work on; each of several processes has its own."
     import torch
+    if name=='cuda' and not torch.cuda.is_available():
+        raise ValueError("--device cuda: PyTorch finds no GPU here; leave it out, or give cpu")
+    if name=='meta': raise ValueError("--device meta: nothing can be computed there")
     if int(os.environ.get('WORLD_SIZE', 1))<2:
         return torch.device(name or ('cuda' if torch.cuda.is_available() else 'cpu'))
     from accelerate import PartialState

@@ -10,7 +10,7 @@ __all__ = ['SOURCE_PREFIX', 'nesterov', 'load_state', 'load_weights', 'source_mo
            'aircraft_learner', 'distributed_training', 'TerminateTogether']
 
 # %% ../nbs/learner.ipynb #e5beb75e
-import difflib, inspect, pkgutil, re, socket, time
+import difflib, inspect, pkgutil, re, socket, time, warnings
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -30,6 +30,7 @@ from fastai.callback.tracker import TerminateOnNaNCallback
 from fastai.data.all import DataLoaders, Normalize, TfmdDL
 from fastai.distributed import DistributedDL, DistributedTrainer
 from fastai.learner import AvgMetric, Learner, Recorder
+from fastai.losses import BCEWithLogitsLossFlat
 from fastai.metrics import AccumMetric, accuracy
 from fastai.optimizer import OptimWrapper
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -226,6 +227,8 @@ def source_model(
     else: model = arch()
     if not isinstance(model, nn.Module):
         raise ValueError(f"arch {arch!r} makes a {type(model).__name__}: it must make a torch.nn.Module")
+    if next(model.parameters(), None) is None:
+        raise ValueError(f"arch {arch!r}: {type(model).__name__} has no parameters, so there is nothing to train")
     if isinstance(weights, (str,Path)):
         state = _read_weights(weights, model.state_dict())
         load_state(_match_head(model, state), state, weights)
@@ -294,12 +297,17 @@ def normalise(
     """Normalise the batches of `dl` as `model` expects, unless it has the paper's normalisation.
     Raises `ValueError` if `dl` has the normalisation of another model, or the model does not take three channels."""
     network = unwrap(model)
+    if not isinstance(dl, TfmdDL):
+        raise ValueError(f"fastai's DataLoaders are needed, with transforms of batches, not {type(dl).__name__}: make "
+                         "them with folder_dls or table_dls, or train with `penalty.QuadraticPenalty` in your own loop")
     _check_channels(network)
     stats = picture_stats(network)
     present = next((o for o in dl.after_batch.fs if isinstance(o, Normalize)), None)
     if present is None: dl.after_batch.add(InPlaceNormalize.from_stats(stats['mean'], stats['std']))
     elif not any(_has_stats(present, *o) for o in ((stats['mean'], stats['std']), (MEAN, STD))):
-        raise ValueError("these DataLoaders are normalised for another model: make new ones for this one")
+        raise ValueError("these DataLoaders are normalised for another model, and this one expects a mean of "
+                         f"{stats['mean']} and a standard deviation of {stats['std']}: leave Normalize out, and it is "
+                         "added")
     return dl
 
 # %% ../nbs/learner.ipynb #e0a49b3a
@@ -330,13 +338,24 @@ def _replaced_by_reset(model):
 
 # %% ../nbs/learner.ipynb #80477369
 def _last_layer(network):
-    "The name of the layer that runs last, or was made last where a copy without numbers cannot run; in a list"
+    "The name of the layer with a matrix of its own that starts last; in a list, which is empty without such a layer"
     empty,ran = _empty_copy(network),[]
-    layers = {n: m for n,m in empty.named_modules() if n and isinstance(m, (nn.Linear,nn.Conv2d))}
-    for name,layer in layers.items(): layer.register_forward_hook(lambda *_, name=name: ran.append(name))
-    try: empty(_empty_pictures(network))
-    except Exception: ran = []                           # whatever a network raises where there are no numbers
-    return (ran or list(layers))[-1:]
+    layers = {n: m for n,m in empty.named_modules() if n and any(p.ndim>1 for p in m.parameters(recurse=False))}
+    for name,layer in layers.items(): layer.register_forward_pre_hook(lambda *_, name=name: ran.append(name))
+    first = next((m for m in network.modules() if isinstance(m, nn.Linear|nn.Conv2d)), None)
+    sizes = picture_stats(network)['size'],32,64,299                     # some networks take pictures of one size only
+    shapes = [(2, getattr(first, 'in_channels', 3), size, size) for size in sizes]
+    if isinstance(first, nn.Linear): shapes.append((2, first.in_features))
+    for shape in shapes:
+        ran.clear()
+        try: empty(torch.empty(shape, device='meta'))
+        except Exception: continue                       # whatever a network raises where there are no numbers
+        return ran[-1:]
+    usual = [n for n,m in layers.items() if isinstance(m, nn.Linear|nn.Conv2d)]
+    if usual:
+        warnings.warn(f"{type(network).__name__} cannot be run without real pictures, so the layer that was made last, "
+                      f"{usual[-1]}, is taken for its head")
+    return usual[-1:]
 
 # %% ../nbs/learner.ipynb #cd8a6bab
 def head_names(
@@ -364,7 +383,9 @@ def n_outputs(
     "How many logits a network makes. Raises `ValueError` if it has no head."
     network = unwrap(model)
     name = _output_layer(network)
-    if name is None: raise ValueError(f"{type(network).__name__} has no head: it was made with num_classes=0")
+    if name is None:
+        raise ValueError(f"{type(network).__name__} has no linear or convolutional head: was it made with "
+                         "num_classes=0?")
     return len(network.get_submodule(name).weight)
 
 # %% ../nbs/learner.ipynb #1762900c
@@ -380,6 +401,9 @@ def remake_head(
         return model
     name, = head_names(model)
     old = model.get_submodule(name)
+    if not isinstance(old, nn.Linear|nn.Conv2d):
+        raise ValueError(f"the head of {type(model).__name__}, {name}, is a {type(old).__name__}, and only a linear or "
+                         "convolutional one can be made anew: give the network a method reset_classifier(num_classes)")
     kwargs = dict(bias=old.bias is not None, device=old.weight.device, dtype=old.weight.dtype)
     if isinstance(old, nn.Linear): new = nn.Linear(old.in_features, n_out, **kwargs)
     else: new = nn.Conv2d(old.in_channels, n_out, old.kernel_size, old.stride, old.padding, **kwargs)
@@ -434,6 +458,21 @@ def check_logits(
     raise ValueError(f"{type(model).__name__} in training returns {found}, and not logits (B, C): make it without "
                      "auxiliary heads (in torchvision aux_logits=False), or return its logits alone")
 
+# %% ../nbs/learner.ipynb #37d533c7
+def _are_no_classes(loss_func):
+    "Is it fastai's loss for several labels a picture, or for numbers?"
+    return isinstance(loss_func, BCEWithLogitsLossFlat) or isinstance(getattr(loss_func, 'func', None), nn.MSELoss)
+
+# %% ../nbs/learner.ipynb #8da10377
+class _Normalised(Callback):
+    "Normalise the pictures of loaders that a Learner gets later, too"
+    order = -20                                                         # before several processes share them
+    def before_fit(self):
+        for dl in self.dls.loaders: normalise(dl, self.model)
+    def before_validate(self):
+        dl = getattr(self.dl, 'dl', self.dl)                            # of several processes; or a list of batches
+        if isinstance(dl, TfmdDL): normalise(dl, self.model)
+
 # %% ../nbs/learner.ipynb #304c1be9
 def aircraft_learner(
     dls:DataLoaders, # From `aircraft_dls`; the model's normalisation is added to it
@@ -448,14 +487,19 @@ def aircraft_learner(
     if not isinstance(dls, DataLoaders):
         raise ValueError(f"dls: DataLoaders are needed, not {type(dls).__name__}; make them with aircraft_dls, "
                          "folder_dls or table_dls")
-    n_out = n_out or dls.c
-    model = remake_head(source_model(arch, weights), n_out)
+    n_out = n_out or getattr(dls, 'c', None)
+    if not n_out: raise ValueError("dls do not say how many classes there are: pass n_out, the new head's outputs")
+    if _are_no_classes(getattr(dls, 'loss_func', None)) and 'metrics' not in kwargs:
+        raise ValueError("the targets of dls are no class numbers, so accuracy means nothing: pass metrics= for them")
+    model = source_model(arch, weights)
     check_logits(model)
+    remake_head(model, n_out)
     kwargs = dict(splitter=aircraft_splitter, opt_func=nesterov, metrics=accuracy) | kwargs
     mixes = [o for dl in dls.loaders for o in normalise(dl, model).after_batch.fs if isinstance(o, Mix)]
     for mix in mixes: mix.mixup.num_classes = n_out                      # mixed targets: a value per output
     if mixes and kwargs.get('loss_func'): _check_loss(kwargs['loss_func'], n_out, dls.device)
     learn = Learner(dls, model, **kwargs)
+    learn.add_cb(_Normalised())
     return learn.add_cb(_ClassOfMixed()) if mixes else learn
 
 # %% ../nbs/learner.ipynb #729e9c82

@@ -20,7 +20,9 @@ from fastai.torch_core import no_random
 from .callback import RecorderColumns
 from .data.batches import check_batches, has_labels, is_shuffled, read_batch
 from .data.tables import pick_split
-from .distributed.wrappers import copy_module, match_names, mismatch_advice, shares_parameters, unwrap
+from fgvc_fisher.distributed.wrappers import (
+    copy_module, match_names, mismatch_advice, norm_statistics, shares_parameters, unwrap
+)
 from .learner import head_names
 
 # %% ../nbs/retention.ipynb #6d5ae412
@@ -28,8 +30,8 @@ def _check_body(tuned, own, head):
     "`ValueError` if a tuned `state_dict` lacks a part of the source's body, or has more than that before its head"
     def difference(name):
         if name not in tuned: return 'is missing'
-        if tuned[name].shape!=own[name].shape:
-            return f'is {tuple(tuned[name].shape)}, in the source {tuple(own[name].shape)}'
+        a,b = [getattr(o[name], 'shape', None) for o in (tuned, own)]     # None: a layer's extra state is no tensor
+        if a!=b: return f'is {a and tuple(a)}, in the source {b and tuple(b)}'
     body = [k for k in own if not k.startswith(head) and not k.endswith('num_batches_tracked')]
     wrong = {k: d for k in body if (d := difference(k))}
     names = list(tuned)
@@ -55,7 +57,7 @@ def with_source_head(
     tuned = match_names(model.state_dict(), own)
     _check_body(tuned, own, head)
     from_source = {k for k in own if k.startswith(head) or k not in tuned}      # the latter: BatchNorm's counters
-    if norm=='source': from_source |= {n for n,_ in source.named_buffers()}
+    if norm=='source': from_source |= norm_statistics(source)
     own.update((k, tuned[k]) for k in own.keys()-from_source)
     combined.load_state_dict(own)
     return combined.to(next(model.parameters()).device)

@@ -4,13 +4,12 @@ import json, re, shutil
 from dataclasses import replace
 import numpy as np, pandas as pd, pytest, torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from fgvc_fisher.data import read_data, read_folder, read_image_folder
 from fgvc_fisher.data.forms import data_form
 from fgvc_fisher.data.tables import aircraft_root
 from fgvc_fisher.experiment import Run, do_run, load_run, predict, sweep
 from fgvc_fisher.experiment.run import read_run, read_target, run_source
-from fgvc_fisher.experiment.saved import read_header
 from fgvc_fisher.learner import load_weights, n_outputs, remake_head, source_model
 from fgvc_fisher.retention import with_source_head
 from forks import shell
@@ -192,15 +191,6 @@ def test_both_heads_are_those_of_the_run(tiny_run, tiny_done, tmp_path):
     small = {k for k in sizes if k.startswith('source/')}
     assert small and not any(o.dim()==4 for k,o in load_file(moved/'model.safetensors').items() if k in small)
     assert sum(sizes[k] for k in small)<0.01*sum(sizes.values())
-
-def test_a_file_of_an_earlier_version(tiny_done, tmp_path):
-    shutil.copytree(tiny_done, tmp_path/'run')
-    file = tmp_path/'run/model.safetensors'
-    classes = read_header(file).classes
-    state = {k: v for k,v in load_file(file).items() if not k.startswith('source/')}
-    save_file(state, file, metadata=dict(classes='\n'.join(classes)))
-    assert list(load_run(tmp_path/'run').dls.vocab)==classes
-    with pytest.raises(ValueError, match='earlier version'): load_run(tmp_path/'run', 'source')
 
 def test_predictions_do_not_depend_on_the_batch(tiny_done, drawn):
     learn = load_run(tiny_done)

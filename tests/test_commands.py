@@ -214,7 +214,7 @@ def files(tmp_path, monkeypatch):
     (fgvc_demo, dict(out='file'), '--out file: file is a file'), (fgvc_demo, dict(seed=-1), '--seed -1'),
     (fgvc_predict, dict(run='run', pictures=['pictures'], out='folder'), '--out folder is a folder'),
     (fgvc_predict, dict(run='run', pictures=['list.csv'], out='list.csv'), '--out list.csv would overwrite'),
-    (fgvc_predict, dict(run='run', pictures=['pictures'], out='pictures/a.png'), 'a.png exists, and is no .csv'),
+    (fgvc_predict, dict(run='run', pictures=['pictures'], out='pictures/a.png'), 'a.png exists, and this command'),
     (fgvc_predict, dict(run='run', pictures=['pictures'], out='run/curve.csv'), 'curve.csv would overwrite'),
     (fgvc_predict, dict(run='run', pictures=['pictures'], out='run/model.safetensors'), 'model.safetensors exists'),
     (estimate_command, dict(images='pictures', out='pictures/a.png'), 'a.png exists'),
@@ -249,3 +249,24 @@ def test_several_folders_and_files_to_predict(drawn_source, tmp_path):
     assert [o.name for o in found.path]==['1.jpg', '2.jpg', '3.jpg'] and len(predicted(tmp_path/'b'))==1
     (tmp_path/'none').mkdir()
     with pytest.raises(FileNotFoundError, match='none has no pictures'): predicted([tmp_path/'a', tmp_path/'none'])
+
+@pytest.mark.parametrize('command', ['fgvc-finetune', 'fgvc-sweep', 'fgvc-demo', 'fgvc-predict', 'fgvc-fisher'])
+def test_an_empty_name_for_what_is_written(command, drawn, drawn_source, tiny_weights, tmp_path):
+    (tmp_path/'grid.toml').write_text(f"data = '{drawn}'\nepochs = 1\n[[arm]]\narm = 'plain'\n")
+    args = {'fgvc-finetune': ['--data', drawn, '--strength', 0], 'fgvc-sweep': ['--grid', tmp_path/'grid.toml'],
+            'fgvc-demo': [], 'fgvc-predict': [tmp_path, drawn_source],
+            'fgvc-fisher': ['--arch', 'test_resnet', '--weights', tiny_weights, '--images', drawn_source]}[command]
+    said = shell(command, *args, '--out', '', cwd=tmp_path)
+    assert said.code and '--out is empty' in said.err and [o.name for o in tmp_path.iterdir()]==['grid.toml']
+
+def test_a_file_of_something_else_is_not_overwritten(drawn_source, tiny_weights, tmp_path):
+    shutil.copytree(drawn_source, tmp_path/'source')
+    shutil.copy(tiny_weights, tmp_path/'mine.safetensors')
+    estimate = ['--arch', 'test_resnet', '--weights', tiny_weights, '--images', drawn_source, '--size', 32]
+    said = shell('fgvc-fisher', *estimate, '--out', tmp_path/'mine.safetensors')
+    assert said.code and 'mine.safetensors exists' in said.err
+    assert (tmp_path/'mine.safetensors').read_bytes()==tiny_weights.read_bytes()
+    for _ in range(2): assert shell('fgvc-fisher', *estimate, '--out', tmp_path/'f.safetensors').code==0
+    said = shell('fgvc-predict', tmp_path, tmp_path/'source', '--out', tmp_path/'source/labels.csv')
+    assert said.code and 'labels.csv exists' in said.err
+    assert (tmp_path/'source/labels.csv').read_bytes()==(drawn_source/'labels.csv').read_bytes()

@@ -6,7 +6,7 @@ import pytest, torch
 from torch import nn
 from fgvc_fisher.distributed import files, ranks
 from fgvc_fisher.distributed.files import replace_file, write_text
-from fgvc_fisher.experiment.run import Run, _made_once, do_run, read_run
+from fgvc_fisher.experiment.run import Run, _made_once, do_run
 from fgvc_fisher.fisher import DiagFisher, estimate_fisher
 from fgvc_fisher.fisher.estimate import Estimate, LabelPlan, model_restored
 from fgvc_fisher.penalty import merge
@@ -90,10 +90,6 @@ def test_a_run_that_is_refused_touches_no_other(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match='another process'): do_run(Run('nowhere'), file.parent, quiet=True)
     assert file.read_text()=='theirs'
 
-def test_a_run_of_an_earlier_version(tmp_path):
-    (tmp_path/'run.json').write_text('{"data": "a", "recipe": "published", "lr": 0.04}')
-    assert read_run(tmp_path)==Run('a', recipe='published')
-
 @pytest.mark.parametrize('fault', faults.FAULTS.values(), ids=lambda o: o.what)
 def test_the_faults_can_be_inserted(fault):
     assert (faults.ROOT/'fgvc_fisher'/fault.file).read_text(encoding='utf-8').count(fault.old)==1
@@ -147,3 +143,29 @@ def test_merging_with_a_large_weight_and_small_fishers(net, dtype, beta, alpha):
     fisher = {n: torch.full(p.shape, 1e-9) for n,p in net.named_parameters()}
     found = merge(source, tuned, fisher, fisher, beta=beta, alpha=alpha).state_dict()
     for n,p in source.named_parameters(): assert torch.allclose(found[n], p, atol=1e-3)
+
+# Folders and files of something else
+
+def content(folder): return {o.relative_to(folder).as_posix(): o.read_bytes() for o in folder.rglob('*') if o.is_file()}
+
+@pytest.mark.parametrize('name', ['checkpoint.pt', 'curve.csv', 'result.json', 'model.safetensors', 'data.json',
+                                  'epoch-3.safetensors', 'run.json'])
+def test_a_run_takes_no_folder_of_something_else(name, tmp_path):
+    for o in (name, 'error.txt', 'epoch-10.pth', 'film.part', 'downloads/a.tar.part'):
+        (tmp_path/o).parent.mkdir(exist_ok=True)
+        (tmp_path/o).write_text('{"mine": 1}')
+    before = content(tmp_path)
+    run = Run(str(tmp_path/'data'))
+    with pytest.raises(ValueError, match=f'(?i){name}.*empty folder'): do_run(run, tmp_path, quiet=True)
+    after = content(tmp_path)
+    after.pop('lock', None)
+    assert after==before
+
+def test_a_run_leaves_what_is_not_its_own(drawn, tiny_weights, tmp_path):
+    others = 'error.txt','epoch-10.pth','epoch-notes.txt','film.part','downloads/a.tar.part','epoch-1/x'
+    for o in others:
+        (tmp_path/o).parent.mkdir(exist_ok=True)
+        (tmp_path/o).write_text('mine')
+    run = Run(str(drawn), arch='test_resnet', weights=str(tiny_weights), epochs=1, size=32, bs=8, num_workers=0)
+    do_run(run, tmp_path, quiet=True)
+    assert all((tmp_path/o).read_text()=='mine' for o in others) and (tmp_path/'result.json').exists()

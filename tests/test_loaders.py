@@ -1,5 +1,5 @@
 "Loaders go to spawned workers, and a trained Learner takes pictures that are in no table"
-import pickle, subprocess, sys
+import pickle, shutil, subprocess, sys
 from functools import partial
 from io import BytesIO
 from pathlib import Path
@@ -7,7 +7,10 @@ import numpy as np
 import pandas as pd
 import pytest, torch
 from fastai.learner import load_learner
-from fastai.vision.all import PILImage, TensorImage
+from fastai.vision.all import (
+    CategoryBlock, DataBlock, DataLoaders, ImageBlock, MultiCategoryBlock, Normalize, PILImage, PILImageBW,
+    RandomSplitter, RegressionBlock, Resize, TensorImage, get_image_files
+)
 from PIL import Image
 from fgvc_fisher.data import aircraft_dls, folder_dls, table_dls
 from fgvc_fisher.data.loaders import open_item
@@ -171,3 +174,62 @@ def test_an_exported_learner_predicts(learn, tmp_path):
             assert torch.allclose(again.predict(item)[2], learn.predict(item)[2], atol=1e-5)
             assert again.predict(item)[0]==learn.predict(item)[0]
         assert again.get_preds(dl=again.dls.test_dl([file]*2))[0].shape==(2,4)
+
+# The same checks and the same pictures, however a Learner comes to them
+
+def test_loaders_that_a_learner_gets_later_are_normalised(tree):
+    "As for progressive resizing"
+    make = lambda size: folder_dls(folders(tree), size=size, bs=4, num_workers=0)
+    learn = aircraft_learner(make(32), 'test_resnet', None)
+    expected = learn.get_preds()[0]
+    learn.dls = make(32)
+    assert torch.equal(learn.get_preds()[0], expected)
+    learn.dls = make(48)
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, 0.01)
+    for dl in learn.dls.loaders: assert sum(isinstance(o, Normalize) for o in dl.after_batch.fs)==1
+
+@pytest.mark.parametrize('transforms', ['plain', 'published', 'fastai'])
+def test_time_augmentation_sees_other_crops(tree, transforms):
+    dls = aircraft_dls(tree, size=32, bs=4, num_workers=0, transforms=transforms)
+    learn = aircraft_learner(dls, 'test_resnet', None)
+    with learn.no_bar(): augmented,plain = learn.tta(n=2, beta=0.)[0],learn.get_preds()[0]
+    assert not torch.allclose(augmented, plain)
+    with learn.no_bar(): assert torch.equal(learn.get_preds()[0], plain)
+
+def listed(tree, *rows):
+    "A CSV file of some pictures"
+    file = tree.parent/'listed.csv'
+    pd.DataFrame(rows, columns=['path','label','split']).to_csv(file, index=False)
+    return file
+
+def test_what_the_commands_refuse_the_loaders_refuse(tree, tmp_path):
+    a,b,c,d = [str(o) for o in read_aircraft(tree).path[:4]]
+    rest = [(c, 'x', 'val'), (d, 'y', 'val')]
+    with pytest.raises(ValueError, match='same picture'):
+        table_dls(listed(tree, (a,'x','train'), (b,'y','train'), (f'{Path(a).parent}/./{Path(a).name}','x','val')))
+    shutil.copy(a, tmp_path/'copy.jpg')
+    with pytest.raises(ValueError, match='same picture in two splits'):
+        table_dls(listed(tree, (a,'x','train'), (b,'y','train'), (tmp_path/'copy.jpg','x','val'), *rest))
+    with pytest.raises(ValueError, match='one class'):
+        table_dls(listed(tree, (a,'x','train'), (c,'x','val')))
+    (tmp_path/'one/a').mkdir(parents=True)
+    shutil.copy(a, tmp_path/'one/a'), shutil.copy(b, tmp_path/'one/a')
+    with pytest.raises(ValueError, match='one class'): folder_dls(tmp_path/'one')
+
+@pytest.mark.parametrize('blocks,named', [
+    ((ImageBlock(PILImageBW), CategoryBlock), '1 channels'), ((ImageBlock, MultiCategoryBlock), 'no class numbers'),
+    ((ImageBlock, RegressionBlock), 'no class numbers')], ids=['grey', 'several', 'numbers'])
+def test_dataloaders_of_another_kind(tree, blocks, named):
+    get_y = dict(MultiCategoryBlock=lambda o: [o.stem[-1]], RegressionBlock=lambda o: float(len(o.stem)))
+    block = DataBlock(blocks, get_items=get_image_files, splitter=RandomSplitter(seed=0), item_tfms=Resize(32),
+                      get_y=get_y.get(blocks[1].__name__, lambda o: o.stem[-1]))
+    dls = block.dataloaders(tree/'data/images', bs=4, num_workers=0)
+    with pytest.raises(ValueError, match=named):
+        learn = aircraft_learner(dls, 'test_resnet', None, n_out=9)
+        with learn.no_bar(), learn.no_logging(): learn.fit(1, 0.01)
+
+def test_loaders_that_are_not_fastais():
+    data = [(torch.rand(3,32,32), 0) for _ in range(8)]
+    for dls,n_out,named in ((DataLoaders.from_dsets(data, data, bs=4, device='cpu'), None, 'n_out'),
+                            (DataLoaders(*[torch.utils.data.DataLoader(data)]*2), 2, 'fastai')):
+        with pytest.raises(ValueError, match=named): aircraft_learner(dls, 'test_resnet', None, n_out=n_out)

@@ -1,11 +1,12 @@
 "The penalty on a real architecture, against autograd"
-import copy, math, re
+import copy, math, pickle, re
 from itertools import product
+from types import SimpleNamespace
 import pytest, timm, torch
 from torch import nn
-from fgvc_fisher.fisher import DiagFisher
+from fgvc_fisher.fisher import DiagFisher, estimate_fisher
 from fgvc_fisher.penalty import QuadraticPenalty, find_new
-from fgvc_fisher.penalty.quadratic import BUNCH
+from fgvc_fisher.penalty.quadratic import BUNCH, parameter_kinds
 
 @pytest.fixture
 def tuned():
@@ -325,3 +326,106 @@ def test_new_by_one_name(tuned):
     model,theta0,_,new = tuned
     assert QuadraticPenalty(model, theta0, l2sp=1., new='classifier').shared==[n for n in theta0 if n not in new]
     with pytest.raises(ValueError, match="'head'.*EfficientNet"): QuadraticPenalty(model, theta0, new='head')
+
+# What an own loop does besides
+
+def pulled(**kw):
+    "A small network that has moved, and a penalty that pulls it back"
+    net = nn.Sequential(nn.Linear(4,3), nn.Linear(3,2)).double()
+    theta0 = {n: torch.randn_like(p) for n,p in net.named_parameters()}
+    fisher = {n: torch.rand_like(p) for n,p in net.named_parameters()}
+    return net,QuadraticPenalty(net, theta0, fisher, **kw)
+
+@pytest.mark.parametrize('name', ['alpha', 'beta', 'l2sp', 'strength'])
+def test_a_coefficient_may_be_set_at_any_time(name):
+    net,penalty = pulled(alpha=0.1, l2sp=0.1, beta=0.1)
+    setattr(penalty, name, 0.7)
+    again = dict(alpha=penalty.alpha, l2sp=penalty.l2sp) | dict({name: 0.7} if name=='strength' else
+                                                                dict(beta=penalty.beta) | {name: 0.7})
+    same = QuadraticPenalty(net, penalty.anchor, penalty.fisher, **again)
+    assert getattr(penalty, name)==pytest.approx(0.7) and torch.isclose(penalty.value(), same.value(), rtol=1e-12)
+    setattr(penalty, name, torch.tensor(0.5))
+    assert getattr(penalty, name)==pytest.approx(0.5)
+    for bad in (-1, math.nan, 'a', torch.ones(2)):
+        with pytest.raises(ValueError, match=name): setattr(penalty, name, bad)
+    if name in ('beta','strength'):
+        with pytest.raises(ValueError, match='needs a Fisher'): setattr(QuadraticPenalty(net, l2sp=1.), name, 1.)
+    for bad in (math.nan, 'a'):
+        with pytest.raises(ValueError, match='scale'): penalty.add_grad_(bad)
+
+def test_a_fisher_of_other_weights():
+    net = nn.Sequential(nn.Flatten(), nn.Linear(12,4), nn.Linear(4,3))
+    fisher,source = estimate_fisher(net, [torch.randn(8,3,2,2)], progress=False),copy.deepcopy(net)
+    QuadraticPenalty(net, fisher=fisher, strength=1.)
+    with torch.no_grad(): net[2].weight.mul_(2)
+    with pytest.raises(ValueError, match='2.weight do not have the values.*anchor=source'):
+        QuadraticPenalty(net, fisher=fisher, strength=1.)
+    QuadraticPenalty(net, fisher=fisher, strength=1., new=['2'])
+    QuadraticPenalty(net, source, fisher, strength=1.)
+    with pytest.warns(UserWarning, match='2.weight'):
+        QuadraticPenalty(net, net, fisher, strength=1.)
+
+def test_kinds_by_whatever_names():
+    net = nn.ModuleDict(dict(rnn=nn.LSTM(3,4), words=nn.Embedding(5,3), attention=nn.MultiheadAttention(4,2),
+                             normed=nn.utils.parametrizations.weight_norm(nn.Linear(4,4)), norm=nn.LayerNorm(4)))
+    kinds = parameter_kinds(net)
+    assert {kinds[n] for n in kinds if n.startswith('rnn.weight')}=={'weight'}
+    assert {kinds[n] for n in kinds if n.startswith('rnn.bias')}=={'bias'}
+    assert {n: kinds[n] for n in kinds if n.startswith('normed')}=={
+        'normed.bias': 'bias', 'normed.parametrizations.weight.original0': 'weight',
+        'normed.parametrizations.weight.original1': 'weight'}
+    assert [kinds[o] for o in ('words.weight', 'norm.weight', 'attention.in_proj_weight')]==['other', 'norm', 'weight']
+
+def test_no_step_of_the_optimizer_no_proximal_step():
+    "As accelerate's optimizer says; also between the steps of accumulated gradients"
+    net,penalty = pulled(l2sp=1.)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    before = copy.deepcopy(net.state_dict())
+    for told in (dict(step_was_skipped=True), dict(gradient_state=SimpleNamespace(sync_gradients=False))):
+        vars(optimizer).update(told)
+        penalty.prox_(optimizer)
+        assert all(torch.equal(before[n], v) for n,v in net.state_dict().items())
+        vars(optimizer).update(step_was_skipped=False)
+    optimizer.gradient_state.sync_gradients = True
+    penalty.prox_(optimizer)
+    assert not any(torch.equal(before[n], v) for n,v in net.state_dict().items())
+
+def test_a_part_that_was_replaced_while_it_is_still_there():
+    net = nn.Sequential(nn.Linear(4,3), nn.Linear(3,2))
+    penalty,old = QuadraticPenalty(net, l2sp=1.),net[0]
+    net[0] = nn.Linear(4,3)
+    for use in (penalty.value, penalty.add_grad_, lambda: penalty.prox_(0.1)):
+        with pytest.raises(ValueError, match='0.weight, 0.bias replaced'): use()
+    net[0] = old
+    penalty.prox_(0.1)
+
+def test_layers_that_are_replaced_with_their_parameters():
+    net = nn.Sequential(nn.Conv2d(3,4,1), nn.BatchNorm2d(4))
+    penalty = QuadraticPenalty(net, l2sp=1.)
+    nn.SyncBatchNorm.convert_sync_batchnorm(net)
+    assert isinstance(net[1], nn.SyncBatchNorm)
+    penalty.prox_(0.1)
+
+def test_a_copy_and_a_pickle_with_their_model():
+    net,penalty = pulled(l2sp=1.)
+    for copied,of_it in (copy.deepcopy((net, penalty)), pickle.loads(pickle.dumps((net, penalty)))):
+        of_it.prox_(0.5)
+        half = {n: (p+penalty.anchor[n])/2 for n,p in net.named_parameters()}
+        assert all(torch.allclose(p, half[n]) for n,p in copied.named_parameters())
+
+def test_gradients_of_another_type_and_sparse_ones():
+    net = nn.Sequential(nn.Embedding(5, 4, sparse=True), nn.Linear(4, 2)).double()
+    theta0 = {n: torch.randn_like(p) for n,p in net.named_parameters()}
+    penalty = QuadraticPenalty(net, theta0, l2sp=0.5)
+    net(torch.tensor([0, 3])).sum().backward()
+    expected = {n: p.grad.to_dense()+(p-theta0[n]).detach() for n,p in net.named_parameters()}
+    penalty.add_grad_()
+    assert all(torch.allclose(p.grad, expected[n]) for n,p in net.named_parameters())
+    net = nn.Linear(3, 2).bfloat16()
+    penalty = QuadraticPenalty(net, {n: torch.zeros_like(p) for n,p in net.named_parameters()}, l2sp=1.)
+    net.bias.grad_dtype = None
+    net.bias.grad = torch.ones(2)
+    net.weight.grad = torch.ones_like(net.weight)
+    penalty.add_grad_()
+    assert torch.allclose(net.weight.grad.float(), 1+2*net.weight.float(), rtol=0.02)
+    assert torch.allclose(net.bias.grad, 1+2*net.bias.float(), rtol=1e-5)

@@ -7,12 +7,14 @@ import numpy as np, pandas as pd, pytest, timm, torch
 from fastai.basics import CrossEntropyLossFlat, DataLoaders, Learner
 from fastai.data.load import DataLoader as FastaiLoader
 from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, TensorDataset
 from fgvc_fisher.experiment import Run
 from fgvc_fisher.explore import explore_penalty
 from fgvc_fisher.explore.compromise import Compromise, read_compromise
 from fgvc_fisher.explore.training import _TrainingView
+from fgvc_fisher.learner import head_names, remake_head
 from fgvc_fisher.retention import (
     Retention, accuracy_on, compare_with_source, halves, retention, source_parts, with_source_head
 )
@@ -141,7 +143,7 @@ class Counting(nn.Module):
     "Counts the calls of all copies"
     calls = []
     def forward(self, x):
-        self.calls.append(len(x))
+        if not x.is_meta: self.calls.append(len(x))
         return x
 
 @pytest.mark.parametrize('norm,apart,n', [(nn.BatchNorm1d,False,3), (nn.BatchNorm1d,True,3), (nn.LayerNorm,False,2),
@@ -464,3 +466,57 @@ def test_the_points_of_a_run_without_labels(tiny_run, tmp_path):
     c = read_compromise(run, tmp_path, n_pictures=6, n_fisher=6, progress=False)
     assert c.measures==('last', *columns('agreement')) and c.before==1
     assert c.at(0., 1e15)['agreement_source_bn']==1                          # all the way back to the source
+
+# Which buffers are statistics, and which layer is the head
+
+def test_buffers_of_the_weights_stay_with_the_weights():
+    "Spectral normalisation has some; restoring the source's statistics leaves them alone"
+    def net(): return nn.Sequential(spectral_norm(nn.Linear(6,8)), nn.BatchNorm1d(8), nn.Linear(8,5))
+    source,tuned = net(),net()
+    x = torch.randn(20,6)
+    for _ in range(5): tuned.train()(x)
+    combined = with_source_head(tuned, source, norm='source')
+    assert torch.equal(combined[0].weight, tuned.eval()[0].weight)
+    assert torch.equal(combined[1].running_mean, source[1].running_mean)
+
+class Cosine(nn.Module):
+    "A head of one's own class"
+    def __init__(self, n, m):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(m,n))
+    def forward(self, x): return 16*nn.functional.linear(nn.functional.normalize(x), self.weight)
+
+class OwnHead(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body,self.embed,self.head = nn.Conv2d(3,8,3,2,1),nn.Linear(8,16),Cosine(16,5)
+    def forward(self, x): return self.head(self.embed(self.body(x).relu().mean((2,3))))
+
+class OfOneSize(nn.Module):
+    "It takes 32 pixels only, and was made with a layer for training after its head"
+    def __init__(self):
+        super().__init__()
+        self.body,self.head,self.also = nn.Conv2d(3,8,3,2,1),nn.Linear(8*256,5),nn.Linear(8*256,4)
+    def forward(self, x): return self.head(self.body(x).relu().flatten(1))
+
+@pytest.mark.parametrize('make', [OwnHead, OfOneSize])
+def test_the_head_is_where_the_logits_come_from(make):
+    torch.manual_seed(0)
+    source = make().eval()
+    x = torch.randn(60,3,32,32)
+    y = source(x).argmax(1)
+    tuned = copy.deepcopy(source)
+    for p in tuned.head.parameters(): nn.init.normal_(p)
+    assert head_names(source)==['head'] and retention(tuned, source, [(x,y)])==dict(target=1., source=1.)
+
+def test_a_guess_is_said():
+    class Unrunnable(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body,self.head = nn.Linear(6,4),nn.Linear(4,3)
+        def forward(self, x): return self.head(self.body(x)*x.mean().item())
+    with pytest.warns(UserWarning, match='cannot be run without real pictures.*head'):
+        assert head_names(Unrunnable())==['head']
+
+def test_a_head_that_cannot_be_made_anew():
+    with pytest.raises(ValueError, match='head, is a Cosine.*reset_classifier'): remake_head(OwnHead(), 3)

@@ -1,11 +1,12 @@
 "A wrapped model is the same model for every function that takes one; what does not fit is refused by name"
-import copy
+import copy, functools
+from collections import OrderedDict
 import pytest, timm, torch
 from timm.utils import ModelEma, ModelEmaV2, ModelEmaV3
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 from torch.optim.swa_utils import AveragedModel
-from fgvc_fisher.distributed.wrappers import match_names, unwrap
+from fgvc_fisher.distributed.wrappers import copy_module, match_names, unwrap
 from fgvc_fisher.explore.recognise import grad_cam, map_layer
 from fgvc_fisher.fisher import DiagFisher, estimate_fisher
 from fgvc_fisher.fisher.diagonal import weights_sha256
@@ -157,3 +158,63 @@ def test_no_module(bad):
                                     {'model': {'weight': torch.ones(2,2)}}])
 def test_no_anchor(anchor):
     with pytest.raises(ValueError, match='anchor|no parameter'): QuadraticPenalty(nn.Linear(2,2), anchor, l2sp=1.)
+
+# Functions in place of methods, layers that were wrapped one by one, what has no values
+
+def doubled(f):
+    @functools.wraps(f)
+    def g(*args): return 2*f(*args)
+    return g
+
+@pytest.mark.parametrize('part', ['', '0'])
+@pytest.mark.parametrize('wrap', [torch.compile, torch.autocast('cpu', torch.bfloat16), doubled],
+                         ids=['compiled', 'autocast', 'doubled'])
+def test_a_method_in_a_wrapper_is_the_copys(wrap, part):
+    "And does not compute with the weights of the original"
+    source,tuned = [nn.Sequential(nn.Linear(6,8), nn.ReLU(), nn.Linear(8,5)) for _ in range(2)]
+    for o in (source, tuned):
+        plain = copy.deepcopy(o)
+        layer = o.get_submodule(part)
+        layer.forward = wrap(layer.forward)
+        copied = copy_module(o)
+        x = torch.randn(3,6)
+        assert torch.equal(copied(x), plain(x))
+        with torch.no_grad(): o[0].weight.zero_()
+        assert torch.equal(copied(x), plain(x)) and 'forward' not in vars(copied.get_submodule(part))
+
+def test_a_function_in_place_of_a_method_is_refused():
+    net = nn.Sequential(nn.Linear(6,8), nn.Linear(8,5))
+    old = net[1].forward
+    net[1].forward = lambda x: old(x)
+    with pytest.raises(ValueError, match='forward of 1 was replaced by a function'): copy_module(net)
+    net[1].forward = lambda x: x                       # nothing of the original is in it
+    assert copy_module(net)(torch.ones(1,6)).shape==(1,8)
+
+def test_layers_that_were_wrapped_one_by_one():
+    "As in PyTorch's ImageNet example; a layer may also have that name"
+    net = nn.Sequential(OrderedDict(body=nn.Linear(3,4), head=nn.Linear(4,2)))
+    state = {n.replace('body.', 'body.module.'): p for n,p in net.state_dict().items()}
+    assert list(match_names(state, net.state_dict()))==list(net.state_dict())
+    own = nn.Sequential(OrderedDict(module=nn.Linear(3,4), body=nn.Sequential(OrderedDict(module=nn.Linear(4,2)))))
+    assert list(match_names(own.state_dict(), own.state_dict()))==list(own.state_dict())
+
+class Counted(nn.Linear):
+    "A layer with an extra state"
+    def get_extra_state(self): return dict(seen=3)
+    def set_extra_state(self, state): pass
+
+def test_a_state_that_is_no_tensor():
+    source,tuned = [nn.Sequential(Counted(6,8), nn.Linear(8,5)) for _ in range(2)]
+    assert weights_sha256(source)==weights_sha256(copy.deepcopy(source))!=weights_sha256(tuned)
+    data = [(torch.randn(9,6), torch.randint(5, (9,)))]
+    assert retention(tuned, source, data)['source']==retention(tuned, source, data)['target']
+
+def made_in_inference():
+    with torch.inference_mode(): return nn.Linear(3,2)
+
+@pytest.mark.parametrize('net,named', [
+    (nn.LazyLinear(3), 'no shape yet'), (nn.Linear(3,2).to(torch.complex64), 'complex64'),
+    (made_in_inference(), 'inference_mode')], ids=lambda o: o if isinstance(o, str) else '')
+def test_parameters_that_cannot_be_trained(net, named):
+    with pytest.raises(ValueError, match=named): QuadraticPenalty(net, l2sp=1.)
+    with pytest.raises(ValueError, match=named): estimate_fisher(net, [torch.randn(2,3)], progress=False)

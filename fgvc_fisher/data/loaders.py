@@ -22,8 +22,9 @@ from fastai.data.all import DataLoaders, Datasets, Pipeline, TfmdDL, Transform, 
 from fastai.vision.all import PILImage, TensorImage
 from PIL import Image
 from .pictures import cache_table, common_folder, open_picture, skip_bad, to_rgb
+from .forms import checked_splits
 from fgvc_fisher.data.tables import (
-    crop_to_boxes, pick_split, read_aircraft, read_image_folder, read_table, take_fraction, with_validation
+    crop_to_boxes, pick_split, read_aircraft, read_image_folder, read_table, take_fraction
 )
 from .transforms import Label, named_transforms
 
@@ -64,11 +65,12 @@ class _Open(Transform):
     input_types = (object,)                                    # where fastai looks up which step an item starts at
     def encodes(self, item): return open_item(item)
 class _ItemTransforms(Transform):
-    "The steps from a picture to the bytes of a batch, as one step"
-    def __init__(self, steps, split_idx):
+    "The steps from a picture to the bytes of a batch, as one step: those of training or of validation"
+    def __init__(self, transforms, size, n_classes):
         super().__init__()
-        self.steps = Pipeline(steps, split_idx=split_idx)
-    def encodes(self, img:PILImage): return self.steps(img)
+        steps = [named_transforms(transforms, size, train, n_classes).item for train in (True, False)]
+        self.steps = [Pipeline(o, split_idx=i) for i,o in enumerate(steps)]
+    def __call__(self, img, split_idx=None, **_): return self.steps[1 if split_idx is None else split_idx](img)
 class _GetLabel(Transform):
     "The first step from a row to its class number"
     input_types = (object,)
@@ -100,12 +102,13 @@ def picture_dl(
     for name,value in dict(size=size, bs=bs).items():
         if not isinstance(value, int) or value<1: raise ValueError(f"{name}={value!r} must be a whole number above 0")
     classes = list(table.label.cat.categories)
-    item,batch,_ = named_transforms(transforms, size, train, len(classes))
+    batch = named_transforms(transforms, size, train, len(classes)).batch
     n = min(bs, len(table))
     if train and transforms=='published' and n%2:
         raise ValueError(f"bs must be even, because 'published' mixes the pictures of a batch in pairs; here it is {n}")
     split_idx = int(not train)
-    tfms = [[_Open(), _ItemTransforms(item, split_idx)], [_GetLabel(), Label(vocab=classes, sort=False)]]
+    item = _ItemTransforms(transforms, size, len(classes))
+    tfms = [[_Open(), item], [_GetLabel(), Label(vocab=classes, sort=False)]]
     rows = [SimpleNamespace(**o) for o in table.rename(columns=str).to_dict('records')]
     dataset = Datasets(rows, tfms, split_idx=split_idx)
     drop_last = train and len(table)>bs
@@ -190,9 +193,9 @@ def aircraft_dls(
     return _split_dls(table, path, **kwargs)
 
 # %% ../../nbs/data/loaders.ipynb #2cf649c4
-def _with_validation(table, train='train', valid='val', seed=0, **_):
-    "`with_validation`, with the arguments of `_split_dls`"
-    return with_validation(table, train, valid, seed)
+def _with_validation(table, name, train='train', valid='val', seed=0, **_):
+    "`checked_splits`, with the arguments of `_split_dls`"
+    return checked_splits(table, name, train, valid, seed)
 
 # %% ../../nbs/data/loaders.ipynb #65dee751
 @delegates(_split_dls)
@@ -202,7 +205,7 @@ def folder_dls(
 )->DataLoaders: # Batches as from `picture_dl`
     """Folders of pictures as fastai `DataLoaders`. Raises the errors of `read_image_folder`, `pick_split` and
     `check_splits`; a batch with a broken picture raises `OSError`."""
-    table = _with_validation(read_image_folder(path), **kwargs)
+    table = _with_validation(read_image_folder(path), path, **kwargs)
     return _split_dls(table, path, **kwargs)
 
 # %% ../../nbs/data/loaders.ipynb #6d288479
@@ -218,5 +221,6 @@ def table_dls(
     """A list of pictures and labels as fastai `DataLoaders`. Raises the errors of `read_table`, `pick_split` and
     `check_splits`; a batch with a broken picture raises `OSError`."""
     dls_path = root or (Path('.') if isinstance(table, pd.DataFrame) else Path(table).parent)
-    table = _with_validation(read_table(table, root, path, label, split), **kwargs)
+    name = 'this table' if isinstance(table, pd.DataFrame) else table
+    table = _with_validation(read_table(table, root, path, label, split), name, **kwargs)
     return _split_dls(table, dls_path, **kwargs)

@@ -466,7 +466,7 @@ def read_table(
     labels = pd.Categorical([UNKNOWN]*len(table)) if label is None else table[label]
     if not isinstance(labels.dtype, pd.CategoricalDtype):
         labels = pd.Categorical(labels, categories=_sort_labels(labels) if is_file else None)
-    paths = [Path(root or '.')/str(o) for o in table[path]]
+    paths = [Path(root or '.')/Path(str(o)).expanduser() for o in table[path]]
     if split not in table: _check_no_splits(table.drop(columns=needed), split, label, name)
     splits = _name_splits(table[split], name) if split in table else 'train'
     others = table if _has_cuts(table) else table.drop(columns=['crop','credit'], errors='ignore')

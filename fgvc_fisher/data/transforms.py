@@ -154,6 +154,9 @@ class InPlaceNormalize(Normalize):
     order = Normalize.order
     def encodes(self, x:TensorImage):
         self.mean,self.std = self.mean.to(x.device),self.std.to(x.device)     # made where fastai puts things by default
+        if x.shape[1]!=self.mean.shape[1]:
+            raise ValueError(f"these pictures have {x.shape[1]} channels, and the network takes {self.mean.shape[1]}: "
+                             "read them in RGB")
         return x.sub_(self.mean).div_(self.std)
 
 # %% ../../nbs/data/transforms.ipynb #8eee812e

@@ -53,8 +53,8 @@ def remove_parts(
     path:Path, # A file, or a folder with all below it, that no other process writes to
 ):
     "Remove the temporary files of `replace_file` whose processes were killed."
-    if path.is_dir(): parts = path.rglob('*.part')
-    else: parts = path.parent.glob(f'{glob.escape(path.name)}.*.part')
+    written = f".{12*'[0-9a-f]'}.part"                                   # as `replace_file` names them
+    parts = path.rglob('*'+written) if path.is_dir() else path.parent.glob(glob.escape(path.name)+written)
     for part in parts: part.unlink(missing_ok=True)
 
 # %% ../../nbs/distributed/files.ipynb #8f86b4fb

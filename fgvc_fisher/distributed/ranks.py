@@ -23,7 +23,8 @@ def process_state():
 # %% ../../nbs/distributed/ranks.ipynb #4cb457fa
 def processes()->tuple: # World size, and the rank of this process
     "How many processes `torchrun` or `accelerate launch` have started together, and which of them this is."
-    if int(os.environ.get('WORLD_SIZE', 1))<2: return 1,0
+    launched = 'MASTER_ADDR' in os.environ or torch.distributed.is_initialized()
+    if int(os.environ.get('WORLD_SIZE', 1))<2 or not launched: return 1,0
     state = process_state()
     return state.num_processes,state.process_index
 

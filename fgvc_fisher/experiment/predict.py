@@ -24,7 +24,7 @@ from ..data.tables import picture_suffixes, pictures_in, read_table
 from ..distributed.ranks import progress_bar
 from .run import RECIPES, read_run, read_target, run_dls
 from .saved import load_model
-from ..learner import aircraft_learner
+from ..learner import aircraft_learner, normalise
 
 # %% ../../nbs/experiment/predict.ipynb #94ed0007
 class CalibratedLoss(CrossEntropyLossFlat):
@@ -114,14 +114,18 @@ def predict(
         if value<1: raise ValueError(f"{name}={value}: must be greater than 0")
     activation = getattr(learn.loss_func, 'activation', partial(torch.softmax, dim=-1))
     table, = skip_bad([_table(pictures)], 'skip')
-    dl = learn.dls.test_dl([o for _,o in table.iterrows()], bs=bs)
+    items = [o for _,o in table.iterrows()] if {'crop','credit'} & set(table) else [Path(o) for o in table.path]
+    dl = normalise(learn.dls.test_dl(items, bs=bs), learn.model)
     classes = list(map(str, learn.dls.vocab))
     n = min(n, len(classes))
     model,found = learn.model.eval(),[]
     for batch in progress_bar(dl, progress, desc='predict', unit='batch'):
         p = activation(model(batch[0]))[:,:len(classes)]
         found += zip(*[o.tolist() for o in p.topk(n)])
-    rows = [dict(path=path) | {f'{name}{f"_{i+1}" if i else ""}': value for i in range(n)
-                               for name,value in (('label', classes[best[i]]), ('probability', p[i]))}
-            for path,(p,best) in zip(table.image, found)]
-    return pd.DataFrame(rows)
+    def answers(p, best):
+        row = {}
+        for i in range(n):
+            end = f'_{i+1}' if i else ''
+            row |= {f'label{end}': classes[best[i]], f'probability{end}': p[i]}
+        return row
+    return pd.DataFrame([dict(path=path) | answers(*o) for path,o in zip(table.image, found)])

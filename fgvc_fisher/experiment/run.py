@@ -36,7 +36,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 # %% ../../nbs/experiment/run.ipynb #0515d626
-from ..distributed.files import file_sha256, remove_parts, shared_lock, write_text
+from ..distributed.files import file_sha256, read_json, remove_parts, shared_lock, write_text
 from ..distributed.ranks import on_rank0, processes
 from ..distributed.wrappers import copy_module
 from ..data.loaders import check_splits, table_dls
@@ -55,7 +55,7 @@ from ..retention import accuracy_on, compare_with_source, source_parts
 from .paper import AsPublished, fit_published, published_learner
 from .saved import save_model, temperature_on
 from fgvc_fisher.experiment.store import (
-    claim_data, claim_folder, data_facts, has_begun, read_checkpoint, read_fields, read_result,
+    claim_data, claim_folder, data_facts, has_begun, read_checkpoint, read_result,
     save_checkpoint, save_weights, tidy_folder, write_result
 )
 
@@ -104,7 +104,7 @@ def _check_fields(run):
         v = getattr(run, name)
         if v not in known: raise ValueError(f"{name}={v!r}: choose from {', '.join(known)}")
     if not 0<run.fraction<=1: raise ValueError(f"fraction={run.fraction}: must be above 0 and at most 1")
-    if run.seed<0: raise ValueError(f"seed={run.seed}: must be 0 or greater")
+    if not 0<=run.seed<2**32: raise ValueError(f"seed={run.seed}: must be from 0 to {2**32-1:,}")
     if run.num_workers is not None and run.num_workers<0:
         raise ValueError(f"num_workers={run.num_workers}: give a number of processes, or leave it out for one a core")
     if run.n_fisher<0: raise ValueError(f"n_fisher={run.n_fisher}: give a number of pictures, or 0 for all of them")
@@ -207,7 +207,7 @@ def read_run(
     "The run that a folder belongs to. Raises `FileNotFoundError`, and `ValueError` for another version's run."
     file = Path(folder)/'run.json'
     if not file.is_file(): raise FileNotFoundError(f"{folder} is not the folder of a run: it has no run.json")
-    values = read_fields(Path(folder))
+    values = read_json(Path(folder)/'run.json')
     unknown = sorted(values.keys()-{o.name for o in fields(Run)})
     if unknown or 'data' not in values:
         raise ValueError(f"{file} is from another version of this package ({', '.join(unknown) or 'data is missing'}): "

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from scipy.optimize import minimize_scalar
 from timm.data import ImageNetInfo
 from ..data.batches import read_batch
-from ..distributed.wrappers import match_names, unwrap
+from ..distributed.wrappers import match_names, norm_statistics, unwrap
 from .store import save_weights
 from ..learner import SOURCE_PREFIX, head_names, load_state, n_outputs, remake_head, source_model
 
@@ -36,8 +36,7 @@ def source_tensors(
     own = source.state_dict()
     tuned = match_names(unwrap(model).state_dict(), own)
     heads = tuple(f'{o}.' for o in head_names(source))
-    buffers = {k for k,_ in source.named_buffers()} & own.keys()
-    changed = {k for k in buffers if k not in tuned or not torch.equal(own[k].cpu(), tuned[k].cpu())}
+    changed = {k for k in norm_statistics(source) if k not in tuned or not torch.equal(own[k].cpu(), tuned[k].cpu())}
     return {k: v.detach().cpu() for k,v in own.items() if k.startswith(heads) or k in changed}
 
 # %% ../../nbs/experiment/saved.ipynb #5a7ed009
@@ -81,7 +80,7 @@ def class_names(
 class ModelHeader(NamedTuple):
     "What the file of a run's model says beside its tensors."
     classes:list # Names of the classes that it was fine-tuned for
-    source_classes:list|None = None # Names of its source's classes; None in a file of an earlier version
+    source_classes:list # Names of its source's classes
     temperature:float = 1. # Of its probabilities
 
 def save_model(
@@ -92,7 +91,7 @@ def save_model(
     source_classes:Sequence|None=None, # Names of the source's; default: those of `class_names`
     temperature:float=1., # From `temperature_on`
 ):
-    "Write a fine-tuned model so that it can answer both questions."
+    "Write a fine-tuned model with both heads."
     more = {SOURCE_PREFIX+k: v for k,v in source_tensors(model, source).items()}
     names = class_names(n_outputs(source), source_classes)
     about = ModelHeader(list(map(str, classes)), names, temperature)
@@ -108,7 +107,6 @@ def read_header(
         with safe_open(file, 'pt') as f: about = f.metadata() or {}
     except SafetensorError as e: raise ValueError(f"{file} is not a safetensors file, or is damaged ({e})") from e
     if 'run' in about: return ModelHeader(**json.loads(about['run']))
-    if 'classes' in about: return ModelHeader(about['classes'].split('\n'))       # of an earlier version
     raise ValueError(f"{file} does not name its classes: it is not the model of a run")
 
 def _read(file):
@@ -123,14 +121,12 @@ def load_model(
     arch:str, # The network, as in `source_model`
     head:str='target', # 'target' for what it was fine-tuned for, 'source' for what it was pretrained on
 )->tuple: # The network in evaluation mode; the names of its classes; its temperature
-    """Read a fine-tuned model with one of its heads. Raises the errors of `read_header`, and `ValueError` for a file
-    without the source's head, which earlier versions wrote."""
+    "Read a fine-tuned model with one of its heads. Raises the errors of `read_header`."
     if head not in ('target','source'): raise ValueError(f"head={head!r}: choose 'target' or 'source'")
     about = read_header(file)
     model = source_model(arch, str(file))
     if head=='target': return model, about.classes, about.temperature
     classes = about.source_classes
-    if not classes: raise ValueError(f"{file} has no head of its source: it is from an earlier version")
     tuned,of_source = _read(file)
     load_state(remake_head(model, len(classes)), {**_without_head(tuned, model), **of_source}, file)
     return model.eval(), classes, 1.

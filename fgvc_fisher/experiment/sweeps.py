@@ -171,6 +171,7 @@ def _attempt(run, out, track, tick=None):
         cbs = [_TRACKERS[track](run, out)] if track and not rank else []
         if tick: cbs.append(_TickEpochs(tick))
         do_claimed_run(run, folder, out/'sources', cbs, quiet=True)
+        if not rank: (folder/'error.txt').unlink(missing_ok=True)          # of an earlier attempt
     except Exception as e:
         if getattr(e, 'errno', None)==errno.ENOSPC: raise
         write_text(folder/'error.txt', traceback.format_exc())

@@ -115,7 +115,9 @@ def _examples(learn, examples, n=8):
     "Pairs of a text, and a path or a row of a table"
     if examples is not None: return [(Path(o).name, str(o)) for o in examples]
     rows = learn.dls.valid_ds.items
-    return [(f'{o.label}: {Path(o.path).name}', o) for o in rows[::max(1, len(rows)//n)][:n]]
+    def example(o):
+        return (f'{o.label}: {Path(o.path).name}', o) if hasattr(o, 'label') else (Path(o).name, str(o))
+    return [example(o) for o in rows[::max(1, len(rows)//n)][:n]]
 def _opened(upload, example):
     "The chosen picture, and a note about it"
     if upload: return read_upload(*_uploaded(upload))

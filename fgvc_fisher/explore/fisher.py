@@ -66,6 +66,7 @@ def draw(self:_FisherView, parameter, axis, measure):
     self._draw_layers(row, axis, measure)
     self._draw_values(parameter, axis)
     if parameter==_ALL:
+        if not self.table.share.notna().any(): return f"{self.n:,} parameters, and their Fisher is zero everywhere."
         top = self.table.nlargest(3, 'share')
         where = ', '.join(f'{o.parameter} ({o.share:.0%})' for o in top.itertuples())
         return f"{self.n:,} parameters, {self.fisher.n_images:,} images. Largest shares of the Fisher: {where}."

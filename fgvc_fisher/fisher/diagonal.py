@@ -9,7 +9,7 @@ __all__ = ['KINDS', 'FORMAT', 'MOMENTS', 'differing_parameters', 'DiagFisher', '
            'standard_error', 'parameter_totals']
 
 # %% ../../nbs/fisher/diagonal.ipynb #89e643a1
-import hashlib, json, math, warnings
+import hashlib, json, math, pickle, warnings
 from collections.abc import Mapping
 from pathlib import Path
 from textwrap import shorten
@@ -83,6 +83,14 @@ class DiagFisher(Mapping):
         n_images = self.n_images+other.n_images
         return DiagFisher(sums, n_images, self.kind, _merged_header(self, other), moments, self.rules)
 
+# %% ../../nbs/fisher/diagonal.ipynb #ffa2e45b
+def _content(value):
+    "Bytes that are equal for equal entries of a `state_dict`: a tensor's memory; a pickle of what is no tensor"
+    if not isinstance(value, Tensor): return pickle.dumps(value)
+    value = value.int_repr() if value.is_quantized else value.detach()
+    if value.layout is not torch.strided: value = value.to_dense()
+    return value.cpu().contiguous().flatten().view(torch.uint8).numpy()
+
 # %% ../../nbs/fisher/diagonal.ipynb #c643504a
 def weights_sha256(
     model:nn.Module, # Without its wrappers, its parameters and buffers are hashed, with their names, in their order
@@ -94,7 +102,7 @@ def weights_sha256(
     for k,v in model.state_dict().items():
         if k.endswith('num_batches_tracked'): continue                   # BatchNorm's counter; many files leave it out
         h.update(k.encode())
-        h.update(v.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        h.update(_content(v))
     return h.hexdigest()
 
 # %% ../../nbs/fisher/diagonal.ipynb #fb90cbf5

@@ -21,14 +21,13 @@ from textwrap import shorten
 import torch
 from fastcore.basics import patch
 from torch import nn, Tensor
-from torch.nn.parameter import UninitializedParameter
 import fgvc_fisher
 
 # %% ../../nbs/fisher/estimate.ipynb #c25146ae
 from ..distributed.files import remove_parts
 from ..distributed.ranks import processes, progress_bar
 from ..distributed.sharded import check_whole, for_float64
-from ..distributed.wrappers import unwrap
+from ..distributed.wrappers import check_parameters, unwrap
 from ..data.batches import check_batches, is_divided, is_shuffled, read_batch
 from .per_image import SquaredGradients
 from fgvc_fisher.fisher.diagonal import (
@@ -66,8 +65,10 @@ def model_restored(
     held = [o for _,old in attributes.values() for o in (old.values() if isinstance(old, dict) else old)]
     tensors = [(o, o.detach().clone()) for o in held if isinstance(o, Tensor) and not isinstance(o, nn.Parameter)]
     try:
-        model.train()                               # where it forgets its tables
-        model.eval()
+        try: model.train().eval()                   # in training it forgets its tables
+        except NotImplementedError as e:
+            raise ValueError(f"{type(model).__name__} cannot be put into training and evaluation mode ({e}): pass the "
+                             "network that it was made from") from e
         for p,_ in trainable: p.requires_grad_(True)
         with torch.enable_grad(): yield
     finally:
@@ -226,7 +227,7 @@ def _provenance(model, plan, image_offset, more):
     cfg = getattr(model, 'pretrained_cfg', None) or {}
     settings = asdict(plan)
     del settings['kind']                                               # has an entry of its own in a file
-    if image_offset: settings['first'] = image_offset                  # as files written earlier name it
+    if image_offset: settings['image_offset'] = image_offset
     about = dict(arch=cfg.get('architecture') or type(model).__name__, weights=cfg.get('tag', ''),
                  weights_sha256=weights_sha256(model), license=cfg.get('license', ''), **settings,
                  parameters_sha256=json.dumps(parameter_digests(dict(model.named_parameters()))),
@@ -274,7 +275,8 @@ def estimate_fisher(
     provenance:dict|None=None, # More entries for the header: which images, their licence, ...
     keep_checkpoint:bool=False, # Leave it to the caller, see `remove_checkpoint`
 )->DiagFisher: # The mean over images, on the CPU
-    """The diagonal Fisher information, with the exact gradient of each image; the model is restored.
+    """The diagonal Fisher information, with the exact gradient of each image; the model is restored. Under `torchrun`
+    or `accelerate launch` all processes have to call it, and it connects them if they are not.
     Raises `ValueError` for invalid arguments, batches without the labels that `kind` needs, or a checkpoint of another
     estimate; `FloatingPointError` if logits or the result are not finite."""
     model,plan = unwrap(model),LabelPlan(kind, seed, n_samples, mass)
@@ -291,7 +293,10 @@ def estimate_fisher(
             estimate.resume(checkpoint)
         shown = progress_bar(iter(data), progress, total=_length(data))
         batches = _batches(shown, model, kind=='empirical', n_images, n_processes, rank)
-        _add_batches(estimate, batches, image_offset, target_error, checkpoint, checkpoint_every)
+        try: _add_batches(estimate, batches, image_offset, target_error, checkpoint, checkpoint_every)
+        except KeyboardInterrupt:
+            if checkpoint and estimate.n_images: estimate.fisher().save(checkpoint)
+            raise
         if n_processes>1: estimate.gather()
     if not estimate.n_images: raise ValueError("there are no images: `data` yielded no batch")
     _check_finite(estimate.total.sums)
@@ -325,9 +330,8 @@ def _check_model(model):
     "Raises `ValueError` for a network without parameters, without a head, or sharded"
     name = type(model).__name__
     if next(model.parameters(), None) is None: raise ValueError(f"{name} has no parameters")
+    check_parameters(model)
     for n,p in model.named_parameters():
-        if isinstance(p, UninitializedParameter):
-            raise ValueError(f"{n} of {name} has no shape yet: pass a batch through the network first")
         if not p.is_floating_point():
             raise ValueError(f"{n} of {name} is {p.dtype}: only real floating-point numbers have a Fisher; "
                              "make it a buffer if it is not trained")

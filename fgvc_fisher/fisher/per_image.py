@@ -436,7 +436,8 @@ def _by_autograd(squares, x, labels, weights, names):
     with _Alone(): loss = _log_likelihood(squares.model(x.clone()), labels, weights)
     # LeViT keeps a part of its graph from call to call, so the graph is retained
     params = [squares.params[n] for n in names]
-    return dict(zip(names, torch.autograd.grad(loss, params, retain_graph=True, allow_unused=True)))
+    grads = torch.autograd.grad(loss, params, retain_graph=True, allow_unused=True)
+    return {n: g.to_dense() if g is not None and g.is_sparse else g for n,g in zip(names, grads)}
 
 def _reached(squares, tape, logits, names):
     "Those of some parameters that the logits of a batch depend on"

@@ -400,7 +400,7 @@ def _do_shard(work, i):
     if (first_batch := next(batches, None)) is not None:
         fisher = estimate_fisher(work.model, chain([first_batch], batches), **work.settings, image_offset=i<<32,
                                  progress=False, provenance=work.about)
-        fisher.provenance.pop('first', None)                         # of one shard, not of the sum
+        fisher.provenance.pop('image_offset', None)                  # of one shard, not of the sum
     work.sums.add(i, fisher, skipped)
     if work.quiet: return
     n_images = fisher.n_images if fisher else 0

@@ -9,7 +9,7 @@ __all__ = ['CHOICES', 'BUNCH', 'named_like', 'mismatched_parameters', 'is_new', 
            'check_coefficients', 'check_new', 'QuadraticPenalty', 'precise_type']
 
 # %% ../../nbs/penalty/quadratic.ipynb #05e33da9
-import math, re, warnings, weakref
+import math, re, warnings
 from collections.abc import Mapping
 from numbers import Real
 from textwrap import shorten
@@ -19,7 +19,7 @@ from fastcore.basics import patch
 from fgvc_fisher.distributed.sharded import (
     for_float64, local_tensor, is_sharded, matching_shard, reshard, reduce_over_shards
 )
-from ..distributed.wrappers import match_names, mismatch_advice, unwrap
+from ..distributed.wrappers import check_parameters, match_names, mismatch_advice, unwrap
 
 # %% ../../nbs/penalty/quadratic.ipynb #846c006e
 def named_like(
@@ -93,11 +93,14 @@ def parameter_kinds(
 )->dict: # Name -> 'weight', 'bias', 'norm' (scale and shift of a normalisation) or 'other' (tokens, embeddings, gains)
     "The kind of each parameter, by its own name and the class of its module."
     model = unwrap(model)
+    modules = dict(model.named_modules())
     def kind(name):
-        module,_,own = name.rpartition('.')
-        is_norm = 'norm' in type(model.get_submodule(module)).__name__.lower()
-        if own in ('weight','bias') and is_norm: return 'norm'
-        return next((o for o in ('weight','bias') if own.endswith(o)), 'other')
+        name = name.split('.parametrizations.')
+        path,_,own = name[0].rpartition('.') if len(name)==1 else (name[0], '', name[1].split('.')[0])
+        module = modules[path]
+        if own in ('weight','bias') and 'norm' in type(module).__name__.lower(): return 'norm'
+        if isinstance(module, nn.Embedding): return 'other'
+        return next((o for o in ('weight','bias') if own.startswith(o) or own.endswith(o)), 'other')
     return {n: kind(n) for n,_ in model.named_parameters()}
 
 # %% ../../nbs/penalty/quadratic.ipynb #f7024d7e
@@ -128,6 +131,13 @@ def _choose(model, new, term, on):
     chosen = [n for n,kind in parameter_kinds(model).items() if CHOICES[on](n, kind, is_new(n, new))]
     return {n for n in chosen if on!='published' or is_upper_block(n)==(term=='alpha')}
 
+# %% ../../nbs/penalty/quadratic.ipynb #a8bc0175
+def _check_number(name, value, what):
+    "`ValueError` for what is no finite number of zero or more, such as a negative one; a tensor may hold one"
+    is_number = isinstance(value, Real) or isinstance(value, Tensor) and not value.ndim
+    if not (is_number and math.isfinite(value) and value>=0):
+        raise ValueError(f"{name}={value}: {what} must be a finite number, 0 or larger")
+
 # %% ../../nbs/penalty/quadratic.ipynb #95a59227
 def check_coefficients(
     fisher:Mapping|None=None, # The Fisher that beta needs
@@ -135,13 +145,11 @@ def check_coefficients(
 ):
     """Raises `ValueError` for a coefficient that is negative or not finite, for beta and strength together, and for
     one of them without a Fisher, which must be a mapping."""
-    for k,v in coefs.items():
-        if not (isinstance(v, Real) and math.isfinite(v) and v>=0):
-            raise ValueError(f"{k}={v}: a coefficient of the penalty must be a finite number, 0 or larger")
+    for k,v in coefs.items(): _check_number(k, v, 'a coefficient of the penalty')
     if not isinstance(fisher, Mapping|None):
         raise ValueError(f"a Fisher must map parameter names to tensors, got {type(fisher).__name__}: "
                          "pass fisher=estimate_fisher(source_model, source_dl)")
-    given = [k for k in ('beta','strength') if coefs[k]>0]
+    given = [k for k in ('beta','strength') if coefs.get(k, 0)>0]
     if len(given)==2:
         raise ValueError(f"beta={coefs['beta']} and strength={coefs['strength']} both set the Fisher term: give one")
     if given and fisher is None:
@@ -225,20 +233,49 @@ def _check_stored(anchor, fisher, dtype, coefs):
                          "as fisher=, and the source model or its state_dict as anchor=")
 
 # %% ../../nbs/penalty/quadratic.ipynb #7dcbbf0a
-def _places(model, params):
-    "Parameter name -> the module that has it and its name there; without sharded ones, which are replaced all the time"
-    return {n: (weakref.ref(m), k) for name,m in model.named_modules() for k,p in m.named_parameters(recurse=False)
-            if not is_sharded(p) for n in [f'{name}.{k}' if name else k] if n in params}
 def _check_current(penalty):
-    "`ValueError` if the model has other parameters now than when the penalty was made"
-    def is_there(name, module, k): return module is not None and module._parameters.get(k) is penalty.params[name]
-    if replaced := [n for n,(module,k) in penalty.places.items() if not is_there(n, module(), k)]:
+    "`ValueError` if the model has other parameters than when the penalty was made; sharded ones change all the time"
+    now = dict(penalty.model.named_parameters())
+    if replaced := [n for n,p in penalty.params.items() if now.get(n) is not p and not is_sharded(p)]:
         raise ValueError(f"the model has had {shorten(', '.join(replaced), 400)} replaced since this penalty was made "
                          "(by a new layer, load_state_dict with assign=True, or sharding): make the penalty after that")
 
+# %% ../../nbs/penalty/quadratic.ipynb #61ab994c
+def _check_values(fisher, anchor, model, shared):
+    "`ValueError` if a Fisher was estimated at other values than the model's; a warning if `anchor` has a few others"
+    if not hasattr(fisher, 'other_values'): return
+    values = dict(model.named_parameters()) if anchor is None else named_like(anchor, model)
+    if not (other := fisher.other_values({n: values[n] for n in shared})): return
+    names = shorten(', '.join(other), 200)
+    if anchor is None:
+        raise ValueError(f"{names} do not have the values that the Fisher was estimated at, so they cannot be the "
+                         "anchor: pass anchor=source, the pretrained model or its state_dict, and what is new as `new`")
+    if len(other)<len(shared):
+        warnings.warn(f"the Fisher was estimated at other values of {names} than the anchor has: name them in `new` if "
+                      "they are new", stacklevel=3)
+
+# %% ../../nbs/penalty/quadratic.ipynb #191d5dd9
+def _coefficient(name):
+    "A coefficient of a penalty, which is checked whenever it is set"
+    def set_to(self, value):
+        check_coefficients(self.fisher, **{name: value})
+        vars(self)[f'_{name}'] = float(value)
+    return property(lambda self: vars(self)[f'_{name}'], set_to)
+
 # %% ../../nbs/penalty/quadratic.ipynb #087ed016
 class QuadraticPenalty:
-    "Omega(theta), equation (1). Raises `ValueError` for invalid arguments and names the parameters or numbers."
+    """Omega(theta), equation (1). Raises `ValueError` for invalid arguments and names what is wrong; without an
+    anchor also for a `DiagFisher` of other values than the model's. The coefficients `alpha`, `beta`, `l2sp` and
+    `strength` may be set at any time."""
+    alpha,beta,l2sp = map(_coefficient, ('alpha','beta','l2sp'))
+    @property
+    def strength(self):
+        "The Fisher term's coefficient without F's scale: beta times the mean of F."
+        return self.beta*self.mean_fisher
+    @strength.setter
+    def strength(self, value):
+        check_coefficients(self.fisher, strength=value)
+        self.beta = _as_beta(float(value), self.mean_fisher) if value else 0.
     def __init__(self,
         model:nn.Module, # The network to be fine-tuned
         anchor=None, # theta0: name -> tensor of the full shape, or the source model; None: the current parameters
@@ -256,12 +293,13 @@ class QuadraticPenalty:
         check_coefficients(fisher, alpha=alpha, beta=beta, l2sp=l2sp, strength=strength)
         _check_stored(anchor, fisher, dtype, (alpha, beta, l2sp, strength))
         model = unwrap(model)
+        check_parameters(model)
         reshard(model)
         new = check_new(model, new)
+        self.fisher,self.max_fisher,self.mean_fisher = fisher,{},0.
         self.alpha,self.l2sp = alpha,l2sp
         self.beta = beta or strength                               # `strength` is divided by F's mean below
-        self.params = dict(model.named_parameters())
-        self.places = _places(model, self.params)
+        self.model,self.params = model,dict(model.named_parameters())
         self.kinds = parameter_kinds(model)
         self.shared = [n for n in self.params if not is_new(n, new)]
         self.decayed = _choose(model, new, 'alpha', alpha_on)
@@ -269,18 +307,13 @@ class QuadraticPenalty:
         _check_terms(self, alpha_on, beta_on)
         self.anchor = _clone_shared(model, self.params if anchor is None else anchor, 'anchor', new, dtype, device)
         _max_values(self.anchor, self.params, -math.inf, 'anchor', 'pass the source model')
-        self.fisher,self.max_fisher,self.mean_fisher = None,{},0.
         if fisher is None: return
+        _check_values(fisher, anchor, model, self.shared)
         self.fisher = _clone_shared(model, fisher, 'fisher', new, dtype, device)
         self.max_fisher = _max_values(self.fisher, self.params, 0., 'Fisher', 'estimate it again')
         chosen = {n: self.fisher[n] for n in self.shared if n in self.anchored}
         self.mean_fisher = _mean_fisher(chosen, self.params)
-        if strength: self.beta = _as_beta(strength, self.mean_fisher)
-
-# %% ../../nbs/penalty/quadratic.ipynb #b6389660
-@patch
-def __getstate__(self:QuadraticPenalty): # A copy or a pickle has parameters of its own, in no model
-    return vars(self) | dict(places={})
+        if strength: self.strength = strength
 
 # %% ../../nbs/penalty/quadratic.ipynb #d52a6ff5
 def _is_anchored(penalty, name):
@@ -358,8 +391,9 @@ def _like_params(stored, params, dtype):
 
 # %% ../../nbs/penalty/quadratic.ipynb #6d0c41ab
 def _grad(p):
-    "The local part of a parameter's gradient, which is made of zeros if there is none"
+    "The local part of a parameter's gradient, which is made of zeros if there is none, and dense if it is sparse"
     if p.grad is None: p.grad = torch.zeros_like(p)
+    elif p.grad.is_sparse: p.grad = p.grad.to_dense()
     elif is_sharded(p) and p.grad.placements!=p.placements:
         p.grad = p.grad.redistribute(placements=p.placements)          # tensor parallelism can leave it to be summed
     return local_tensor(p.grad)
@@ -370,12 +404,13 @@ def _grad(p):
 def add_grad_(self:QuadraticPenalty,
     scale:float=1., # Factor on the gradient of the penalty
 ):
-    "Add the gradient of the penalty to `.grad` of every trainable parameter."
+    "Add the gradient of the penalty to `.grad` of every trainable parameter. Raises `ValueError` as `prox_` does."
     _check_current(self)
+    _check_number('scale', scale, 'the factor on the gradient')
     for (scale,alpha,anchored),names in _bunches(self, dict.fromkeys(self.params, scale)):
         params = {n: self.params[n] for n in names}
         own = [_grad(p) for p in params.values()]
-        precise = precise_type(own[0])
+        precise = precise_type(next(iter(params.values())))
         grads,ps = [[local_tensor(o).to(precise) for o in os] for os in (own, params.values())]
         if alpha: torch._foreach_add_(grads, ps, alpha=2*scale*alpha)
         if anchored:
@@ -383,7 +418,8 @@ def add_grad_(self:QuadraticPenalty,
             if self.l2sp: torch._foreach_add_(grads, away, alpha=2*scale*self.l2sp)
             fisher = _like_params(self.fisher, params, precise) if self.beta else []
             if fisher: torch._foreach_addcmul_(grads, away, fisher, value=2*scale*self.beta)
-        if precise!=own[0].dtype: torch._foreach_copy_(own, grads)
+        rounded = [(o, g) for o,g in zip(own, grads) if o is not g]
+        if rounded: torch._foreach_copy_(*map(list, zip(*rounded)))
 
 # %% ../../nbs/penalty/quadratic.ipynb #b9b3b600
 def _prox_weights(penalty, params, step):
@@ -399,6 +435,12 @@ def _prox_weights(penalty, params, step):
     torch._foreach_reciprocal_(weights)
     torch._foreach_mul_(weights, fisher)
     return [w.to(p.dtype) for w in weights]
+
+# %% ../../nbs/penalty/quadratic.ipynb #3ce7874b
+def _has_stepped(optimizer):
+    "Whether the last step of an optimizer was one: accelerate's says if it was skipped, or gradients accumulate"
+    accumulates = not getattr(getattr(optimizer, 'gradient_state', None), 'sync_gradients', True)
+    return not (accumulates or getattr(optimizer, 'step_was_skipped', False))
 
 # %% ../../nbs/penalty/quadratic.ipynb #e104ca7e
 def _learning_rates(params, lr):
@@ -417,10 +459,7 @@ def _learning_rates(params, lr):
         rates = match_names(rates, params)
         if unknown := [n for n in rates if n not in params]:
             raise ValueError(f"lr: {shorten(', '.join(unknown), 400)}: the penalty's model has no such parameter")
-    for rate in set(rates.values()):
-        is_number = isinstance(rate, Real) or isinstance(rate, Tensor) and not rate.ndim
-        if not (is_number and math.isfinite(rate) and rate>=0):
-            raise ValueError(f"lr={rate}: a learning rate must be a finite number, 0 or larger")
+    for rate in set(rates.values()): _check_number('lr', rate, 'a learning rate')
     return rates
 
 # %% ../../nbs/penalty/quadratic.ipynb #19b9c3e6
@@ -430,9 +469,12 @@ def prox_(self:QuadraticPenalty,
     lr:float|Mapping|torch.optim.Optimizer, # Rate of the step just taken: one number, name -> rate, or the optimizer
 ):
     """Move every trainable parameter by the exact proximal step of the penalty.
-    A parameter that is not in the mapping or the optimizer does not move. Raises `ValueError` for an invalid rate, for
-    names or an optimizer of other parameters, and if the model's have been replaced."""
+    A parameter that is not in the mapping or the optimizer does not move, and none does if the optimizer is
+    accelerate's and has skipped its step or accumulates gradients. Raises `ValueError` for an invalid rate, for names
+    or an optimizer of other parameters, and if the model's have been replaced. Two penalties in turn are not the step
+    of their sum: the later one has the last word, so add up their gradients instead (`add_grad_`)."""
     _check_current(self)
+    if not _has_stepped(lr): return
     for (rate,alpha,anchored),names in _bunches(self, _learning_rates(self.params, lr)):
         params = {n: self.params[n] for n in names}
         ps = [local_tensor(p) for p in params.values()]
