@@ -279,7 +279,6 @@ def _device(name):
     import torch
     if name=='cuda' and not torch.cuda.is_available():
         raise ValueError("--device cuda: PyTorch finds no GPU here; leave it out, or give cpu")
-    if name=='meta': raise ValueError("--device meta: nothing can be computed there")
     if int(os.environ.get('WORLD_SIZE', 1))<2:
         return torch.device(name or ('cuda' if torch.cuda.is_available() else 'cpu'))
     from accelerate import PartialState

@@ -348,7 +348,7 @@ def _last_layer(network):
     if isinstance(first, nn.Linear): shapes.append((2, first.in_features))
     for shape in shapes:
         ran.clear()
-        try: empty(torch.empty(shape, device='meta'))
+        try: empty(torch.empty(shape, device='meta', dtype=next(network.parameters()).dtype))
         except Exception: continue                       # whatever a network raises where there are no numbers
         return ran[-1:]
     usual = [n for n,m in layers.items() if isinstance(m, nn.Linear|nn.Conv2d)]

@@ -66,11 +66,12 @@ class _Open(Transform):
     def encodes(self, item): return open_item(item)
 class _ItemTransforms(Transform):
     "The steps from a picture to the bytes of a batch, as one step: those of training or of validation"
-    def __init__(self, transforms, size, n_classes):
+    def __init__(self, transforms, size, n_classes, own):
         super().__init__()
+        self.own = own                                         # where nobody says which: 0 for training
         steps = [named_transforms(transforms, size, train, n_classes).item for train in (True, False)]
         self.steps = [Pipeline(o, split_idx=i) for i,o in enumerate(steps)]
-    def __call__(self, img, split_idx=None, **_): return self.steps[1 if split_idx is None else split_idx](img)
+    def __call__(self, img, split_idx=None, **_): return self.steps[self.own if split_idx is None else split_idx](img)
 class _GetLabel(Transform):
     "The first step from a row to its class number"
     input_types = (object,)
@@ -107,7 +108,7 @@ def picture_dl(
     if train and transforms=='published' and n%2:
         raise ValueError(f"bs must be even, because 'published' mixes the pictures of a batch in pairs; here it is {n}")
     split_idx = int(not train)
-    item = _ItemTransforms(transforms, size, len(classes))
+    item = _ItemTransforms(transforms, size, len(classes), split_idx)
     tfms = [[_Open(), item], [_GetLabel(), Label(vocab=classes, sort=False)]]
     rows = [SimpleNamespace(**o) for o in table.rename(columns=str).to_dict('records')]
     dataset = Datasets(rows, tfms, split_idx=split_idx)

@@ -44,7 +44,7 @@ def claim_folder(
     file = folder/'run.json'
     if not file.exists(): _check_no_other(folder)
     found,known = read_json(file) if file.exists() else None,{o.name: o.default for o in fields(run)}
-    if found is not None and not {'data','arch'} <= found.keys() <= known.keys():
+    if found is not None and not {'data'} <= found.keys() <= known.keys():
         raise ValueError(f"{file} does not have the fields of a run, so it is of something else: use an empty folder")
     if found is None or not has_begun(folder): return write_text(file, to_json(asdict(run)))
     found = known | found                                              # a version before may have had fewer fields

@@ -79,7 +79,8 @@ def find_new(
     shared = [i for i,n in enumerate(own) if n not in mismatched]
     if not shared:
         differences = shorten(', '.join(f'{n} {difference}' for n,difference in mismatched.items()), 400)
-        raise ValueError(f"{type(model).__name__} shares no parameter with this Fisher or anchor: {differences}")
+        raise ValueError(f"{type(model).__name__} shares no parameter with this Fisher or anchor: {differences}; it "
+                         "has to have the layers of their network under the same names")
     new = own[shared[-1]+1:]
     if wrong := [f'{n} {difference}' for n,difference in mismatched.items() if n not in new]:
         advice = mismatch_advice(mismatched, 'if they are new on purpose, name them in `new`, and remove those that '
@@ -261,6 +262,10 @@ def _coefficient(name):
         check_coefficients(self.fisher, **{name: value})
         vars(self)[f'_{name}'] = float(value)
     return property(lambda self: vars(self)[f'_{name}'], set_to)
+def _get_strength(penalty): return penalty.beta*penalty.mean_fisher
+def _set_strength(penalty, value):
+    check_coefficients(penalty.fisher, strength=value)
+    penalty.beta = _as_beta(float(value), penalty.mean_fisher) if value else 0.
 
 # %% ../../nbs/penalty/quadratic.ipynb #087ed016
 class QuadraticPenalty:
@@ -268,14 +273,7 @@ class QuadraticPenalty:
     anchor also for a `DiagFisher` of other values than the model's. The coefficients `alpha`, `beta`, `l2sp` and
     `strength` may be set at any time."""
     alpha,beta,l2sp = map(_coefficient, ('alpha','beta','l2sp'))
-    @property
-    def strength(self):
-        "The Fisher term's coefficient without F's scale: beta times the mean of F."
-        return self.beta*self.mean_fisher
-    @strength.setter
-    def strength(self, value):
-        check_coefficients(self.fisher, strength=value)
-        self.beta = _as_beta(float(value), self.mean_fisher) if value else 0.
+    strength = property(_get_strength, _set_strength)
     def __init__(self,
         model:nn.Module, # The network to be fine-tuned
         anchor=None, # theta0: name -> tensor of the full shape, or the source model; None: the current parameters
