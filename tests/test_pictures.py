@@ -379,9 +379,9 @@ BAD = {'empty': b'', 'text': b'not a picture', 'html': b'<html>404</html>', 'cut
        'WebP, cut': saved(photo(2), 'WEBP')[:200], 'zip': b'PK\3\4'+bytes(99), 'pdf': b'%PDF-1.4', 'null': bytes(500)}
 @pytest.mark.parametrize('kind', [*BAD, 'folder'])
 def test_what_cannot_be_decoded_is_named_or_skipped(kind, tmp_path):
-    for label in 'xy':
+    for k,label in enumerate('xy'):
         (tmp_path/'pics'/label).mkdir(parents=True)
-        for i in range(5): photo(i).save(tmp_path/f'pics/{label}/{i}.jpg')
+        for i in range(5): photo(10*k+i).save(tmp_path/f'pics/{label}/{i}.jpg')
     bad = tmp_path/'pics/x/bad.jpg'
     bad.mkdir() if kind=='folder' else bad.write_bytes(BAD[kind])
     with pytest.raises(OSError, match='bad.jpg.*on_bad') as e: open_picture(bad)
@@ -421,7 +421,7 @@ def test_a_disk_that_fails_is_no_bad_picture(table, monkeypatch, code):
     assert e.value.errno==code
 
 def test_a_split_without_a_good_picture_is_an_error(tmp_path):
-    for o in ('train/a/1.jpg','train/a/2.jpg','val/a/1.jpg'):
+    for o in ('train/a/1.jpg','train/b/2.jpg','val/a/1.jpg'):
         (tmp_path/o).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path/o).write_bytes(JPEG if o[0]=='t' else b'')
     with pytest.raises(OSError, match=r'\b1 pictures.*val/a/1.jpg cannot be decoded \([^)]*\)$'):

@@ -39,10 +39,12 @@ from safetensors.torch import load_file
 from ..distributed.files import file_sha256, read_json, remove_parts, shared_lock, write_text
 from ..distributed.ranks import on_rank0, processes
 from ..distributed.wrappers import copy_module
-from ..data.loaders import check_splits, table_dls
+from ..data.loaders import check_splits, split_dls
 from ..data.pictures import skip_bad
 from ..data.forms import FORMS, data_form, read_data
-from ..data.tables import is_labelled, pick_split, pictures_digest, read_folder, split_name, take_fraction
+from fgvc_fisher.data.tables import (
+    is_labelled, pick_split, pictures_digest, read_folder, read_table, split_name, take_fraction
+)
 from ..data.transforms import named_transforms
 from fgvc_fisher.learner import (
     TerminateTogether, aircraft_learner, channels_last, check_logits, distributed_training, head_names, load_state,
@@ -260,10 +262,9 @@ def run_dls(
     n,_ = processes()
     if run.bs%n: raise ValueError(f"bs={run.bs}: {n} processes cannot share a batch equally; use a multiple of {n}")
     num_workers = max(1, num_cpus()//n) if run.num_workers is None and n>1 else run.num_workers
-    dls = table_dls(target, train=run.train, valid=valid, size=run.size, bs=run.bs//n, transforms=run.transforms,
-                    cache=run.cache, num_workers=num_workers)
-    dls.path = Path(run.data) if Path(run.data).is_dir() else Path(run.data).parent
-    return dls
+    path = Path(run.data) if Path(run.data).is_dir() else Path(run.data).parent
+    return split_dls(read_table(target), path, train=run.train, valid=valid, size=run.size, bs=run.bs//n,
+                     transforms=run.transforms, cache=run.cache, num_workers=num_workers)
 
 # %% ../../nbs/experiment/run.ipynb #67f49610
 class _NoValidation(Callback):

@@ -12,6 +12,7 @@ __all__ = ['has_begun', 'claim_folder', 'data_facts', 'claim_data', 'save_weight
 import hashlib, json, math, os
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, fields
 from pathlib import Path
 from textwrap import shorten
@@ -31,7 +32,10 @@ def has_begun(
 
 _MAY_DIFFER = 'num_workers','on_bad','data','weights','source' # `claim_data` compares the contents of the last three
 def _check_no_other(folder):
-    "`ValueError` if a folder without `run.json` has files that a run would write, read or remove"
+    """`ValueError` if a folder without `run.json` has files that a run would write, read or remove, and no `data.json`
+    of a run: of a copy that arrived in part `run.json` may be missing"""
+    with suppress(OSError, ValueError):
+        if {'pictures','classes','digest'} <= read_json(folder/'data.json').keys(): return
     names = 'data.json','curve.csv','checkpoint.pt','result.json','model.safetensors','epoch-*.safetensors'
     if others := sorted(o.name for name in names for o in folder.glob(name)):
         raise ValueError(f"{folder} has {shorten(', '.join(others), 200)}, but no run.json, so these are not of a run: "
@@ -85,7 +89,7 @@ def claim_data(
     file = folder/'data.json'
     if not has_begun(folder) or not file.exists(): return write_text(file, to_json(data))
     before = read_json(file)
-    changed = [o for o in data if before.get(o)!=data[o]]
+    changed = [o for o in data if o in before and before[o]!=data[o]]     # a version before may have written less
     if not changed: return
     advice = "use another folder, or delete this one to train anew"
     if before.get('digest')!=data['digest']:
