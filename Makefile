@@ -6,13 +6,10 @@ BROWSER_READY := .venv/.browser-ready
 IPYWIDGETS7 := .venv/ipywidgets7
 PANEL_TESTS := tests/test_panels.py tests/test_explore.py tests/test_messages.py
 
-# Where a system sets this, every process would compile all that it imports
-export PYTHONDONTWRITEBYTECODE :=
-
 # Three at a time: on two cores that took 1,237 s instead of 1,460, since many tests wait for other processes
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadgroup
 
-.PHONY: warm lint demo app test test-all notebooks pytest coverage browser test-browser test-ipywidgets7 site sync in-sync clean
+.PHONY: lint demo app test test-all notebooks pytest coverage browser test-browser test-ipywidgets7 site sync in-sync clean
 
 demo: $(READY)    ## The whole method on drawn aircraft, offline: a table, pictures and demo/report.html
 	$(BIN)/fgvc-demo --out demo
@@ -26,7 +23,7 @@ demo/report.html: $(READY)
 test: notebooks pytest    ## Every notebook from top to bottom, then the tests that are neither slow nor need a browser: minutes
 
 test-all:    ## Everything: the tests with the slow ones, which run every notebook in an empty folder, the documentation's links, the panels in a browser and with Colab's ipywidgets, and whether all is in sync
-	$(MAKE) -j 2 warm lint site browser $(IPYWIDGETS7)
+	$(MAKE) -j 2 lint site browser $(IPYWIDGETS7)
 	$(PYTEST) -m ''
 	$(MAKE) test-ipywidgets7 in-sync
 
@@ -49,9 +46,6 @@ test-ipywidgets7: $(IPYWIDGETS7)    ## The panels' tests with the ipywidgets and
 	PYTHONPATH=$(CURDIR)/$(IPYWIDGETS7) $(BIN)/python -c "import ipykernel, ipywidgets; assert (ipywidgets.__version__, ipykernel.__version__)==('7.7.1', '6.17.1')"
 	PYTHONPATH=$(CURDIR)/$(IPYWIDGETS7) $(PYTEST) $(PANEL_TESTS)
 
-warm: $(READY)    ## Import what all processes of the tests import: it is compiled once, and only what is used
-	$(BIN)/python -W ignore -c "import fastai.vision.all, fgvc_fisher.experiment, fgvc_fisher.explore, nbdev.test, pytest"
-
 lint: $(READY)    ## Line length, names, bare excepts: modules, notebooks, tests, benchmarks
 	$(BIN)/ruff check .
 
@@ -71,6 +65,7 @@ $(READY): settings.ini pyproject.toml setup.py
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet --no-compile --editable '.[dev]'
+	$(BIN)/python -m compileall -qq -j 0 .venv/lib || true    # by all cores; pip takes one
 	touch $@
 
 $(BROWSER_READY): $(READY)
