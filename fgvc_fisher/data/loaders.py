@@ -66,11 +66,10 @@ class _Open(Transform):
     def encodes(self, item): return open_item(item)
 class _ItemTransforms(Transform):
     "The steps from a picture to the bytes of a batch, as one step: those of training or of validation"
-    def __init__(self, transforms, size, n_classes, own):
+    def __init__(self, steps, own):
         super().__init__()
-        self.own = own                                         # where nobody says which: 0 for training
-        steps = [named_transforms(transforms, size, train, n_classes).item for train in (True, False)]
         self.steps = [Pipeline(o, split_idx=i) for i,o in enumerate(steps)]
+        self.own = own                                         # where nobody says which: 0 for training
     def __call__(self, img, split_idx=None, **_): return self.steps[self.own if split_idx is None else split_idx](img)
 class _GetLabel(Transform):
     "The first step from a row to its class number"
@@ -103,18 +102,18 @@ def picture_dl(
     for name,value in dict(size=size, bs=bs).items():
         if not isinstance(value, int) or value<1: raise ValueError(f"{name}={value!r} must be a whole number above 0")
     classes = list(table.label.cat.categories)
-    batch = named_transforms(transforms, size, train, len(classes)).batch
+    split_idx = int(not train)
+    named = [named_transforms(transforms, size, is_train, len(classes)) for is_train in (True, False)]
     n = min(bs, len(table))
     if train and transforms=='published' and n%2:
         raise ValueError(f"bs must be even, because 'published' mixes the pictures of a batch in pairs; here it is {n}")
-    split_idx = int(not train)
-    item = _ItemTransforms(transforms, size, len(classes), split_idx)
+    item = _ItemTransforms([o.item for o in named], split_idx)
     tfms = [[_Open(), item], [_GetLabel(), Label(vocab=classes, sort=False)]]
     rows = [SimpleNamespace(**o) for o in table.rename(columns=str).to_dict('records')]
     dataset = Datasets(rows, tfms, split_idx=split_idx)
     drop_last = train and len(table)>bs
-    dl = TfmdDL(dataset, bs=bs, shuffle=train, drop_last=drop_last, num_workers=num_workers, after_batch=batch,
-                device=default_device())
+    dl = TfmdDL(dataset, bs=bs, shuffle=train, drop_last=drop_last, num_workers=num_workers,
+                after_batch=named[split_idx].batch, device=default_device())
     if dl.device.type=='cpu' and dl.fake_l.num_workers: dl.after_batch = _SingleThreaded(dl.after_batch)
     return dl
 

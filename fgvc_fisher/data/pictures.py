@@ -285,9 +285,9 @@ def cache_table(
         raise OSError(message) from e
     manifest = folder/'manifest.jsonl'
     with FileLock(folder/'.lock'):
-        remove_parts(folder)
         paths,jobs = _plan_copies(table, cuts, common, folder, short_side, _read_manifest(manifest))
         if jobs:
+            remove_parts(folder)
             _make_copies(jobs, manifest, n_workers or defaults.cpus, quiet)
             entries = _read_manifest(manifest)
             paths,_ = _plan_copies(table, cuts, common, folder, short_side, entries)

@@ -46,11 +46,13 @@ def claim_folder(
 ):
     "Write `run.json`. Raises `ValueError` if the folder has the work of another run, or files of something else."
     file = folder/'run.json'
-    if not file.exists(): _check_no_other(folder)
-    found,known = read_json(file) if file.exists() else None,{o.name: o.default for o in fields(run)}
-    if found is not None and not {'data'} <= found.keys() <= known.keys():
+    if not file.exists():
+        _check_no_other(folder)
+        return write_text(file, to_json(asdict(run)))
+    found,known = read_json(file),{o.name: o.default for o in fields(run)}
+    if not {'data'} <= found.keys() <= known.keys():
         raise ValueError(f"{file} does not have the fields of a run, so it is of something else: use an empty folder")
-    if found is None or not has_begun(folder): return write_text(file, to_json(asdict(run)))
+    if not has_begun(folder): return write_text(file, to_json(asdict(run)))
     found = known | found                                              # a version before may have had fewer fields
     differs = {k: f"{k} = {found[k]!r} instead of {v!r}" for k,v in asdict(run).items() if found[k]!=v}
     if wrong := [text for k,text in differs.items() if k not in _MAY_DIFFER]:

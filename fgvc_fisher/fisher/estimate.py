@@ -181,6 +181,7 @@ def resume(self:Estimate,
     path:str|Path, # A checkpoint; nothing happens if it does not exist
 ):
     "Resume from a checkpoint. Raises `ValueError` if it belongs to another estimate."
+    remove_parts(Path(path))
     if not Path(path).is_file(): return
     old = DiagFisher.load(path)
     now = self.provenance | dict(kind=self.plan.kind)
@@ -288,20 +289,25 @@ def estimate_fisher(
     if checkpoint: checkpoint = _check_file(_own_checkpoint(checkpoint, n_processes, rank))
     with model_restored(model):
         estimate = Estimate(model, plan, about)
-        if checkpoint:
-            remove_parts(checkpoint)
-            estimate.resume(checkpoint)
+        if checkpoint: estimate.resume(checkpoint)
         shown = progress_bar(iter(data), progress, total=_length(data))
         batches = _batches(shown, model, kind=='empirical', n_images, n_processes, rank)
-        try: _add_batches(estimate, batches, image_offset, target_error, checkpoint, checkpoint_every)
-        except KeyboardInterrupt:
-            if checkpoint and estimate.n_images: estimate.fisher().save(checkpoint)
-            raise
+        with _kept_if_interrupted(estimate, checkpoint):
+            _add_batches(estimate, batches, image_offset, target_error, checkpoint, checkpoint_every)
         if n_processes>1: estimate.gather()
     if not estimate.n_images: raise ValueError("there are no images: `data` yielded no batch")
     _check_finite(estimate.total.sums)
     if checkpoint and not keep_checkpoint: checkpoint.unlink(missing_ok=True)
     return estimate.fisher()
+
+# %% ../../nbs/fisher/estimate.ipynb #e80152dc
+@contextmanager
+def _kept_if_interrupted(estimate, checkpoint):
+    "Write the checkpoint, if there is to be one, when the block is interrupted"
+    try: yield
+    except KeyboardInterrupt:
+        if checkpoint and estimate.n_images: estimate.fisher().save(checkpoint)
+        raise
 
 # %% ../../nbs/fisher/estimate.ipynb #dcc72498
 def _add_batches(estimate, batches, image_offset, target_error, checkpoint, checkpoint_every):

@@ -267,11 +267,18 @@ def _set_strength(penalty, value):
     check_coefficients(penalty.fisher, strength=value)
     penalty.beta = _as_beta(float(value), penalty.mean_fisher) if value else 0.
 
+# %% ../../nbs/penalty/quadratic.ipynb #7db3849c
+def _store_fisher(penalty, fisher):
+    "Keep a Fisher's local clones, with the largest value of each parameter and the mean over those it applies to"
+    penalty.fisher = fisher
+    penalty.max_fisher = _max_values(fisher, penalty.params, 0., 'Fisher', 'estimate it again')
+    chosen = {n: fisher[n] for n in penalty.shared if n in penalty.anchored}
+    penalty.mean_fisher = _mean_fisher(chosen, penalty.params)
+
 # %% ../../nbs/penalty/quadratic.ipynb #087ed016
 class QuadraticPenalty:
-    """Omega(theta), equation (1). Raises `ValueError` for invalid arguments and names what is wrong; without an
-    anchor also for a `DiagFisher` of other values than the model's. The coefficients `alpha`, `beta`, `l2sp` and
-    `strength` may be set at any time."""
+    """Omega(theta), equation (1); its coefficients may be set at any time. Raises `ValueError` for invalid arguments,
+    and without an anchor for a `DiagFisher` of other values than the model's."""
     alpha,beta,l2sp = map(_coefficient, ('alpha','beta','l2sp'))
     strength = property(_get_strength, _set_strength)
     def __init__(self,
@@ -295,8 +302,7 @@ class QuadraticPenalty:
         reshard(model)
         new = check_new(model, new)
         self.fisher,self.max_fisher,self.mean_fisher = fisher,{},0.
-        self.alpha,self.l2sp = alpha,l2sp
-        self.beta = beta or strength                               # `strength` is divided by F's mean below
+        self.alpha,self.l2sp,self.beta = alpha,l2sp,beta or strength       # `strength` is divided by F's mean below
         self.model,self.params = model,dict(model.named_parameters())
         self.kinds = parameter_kinds(model)
         self.shared = [n for n in self.params if not is_new(n, new)]
@@ -305,12 +311,9 @@ class QuadraticPenalty:
         _check_terms(self, alpha_on, beta_on)
         self.anchor = _clone_shared(model, self.params if anchor is None else anchor, 'anchor', new, dtype, device)
         _max_values(self.anchor, self.params, -math.inf, 'anchor', 'pass the source model')
-        if fisher is None: return
-        _check_values(fisher, anchor, model, self.shared)
-        self.fisher = _clone_shared(model, fisher, 'fisher', new, dtype, device)
-        self.max_fisher = _max_values(self.fisher, self.params, 0., 'Fisher', 'estimate it again')
-        chosen = {n: self.fisher[n] for n in self.shared if n in self.anchored}
-        self.mean_fisher = _mean_fisher(chosen, self.params)
+        if fisher is not None:
+            _check_values(fisher, anchor, model, self.shared)
+            _store_fisher(self, _clone_shared(model, fisher, 'fisher', new, dtype, device))
         if strength: self.strength = strength
 
 # %% ../../nbs/penalty/quadratic.ipynb #d52a6ff5
