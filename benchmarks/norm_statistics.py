@@ -5,7 +5,8 @@
 Nothing is trained. A network with its ImageNet weights gets the statistics of pictures of aircraft (`data/fgvc20`,
 training split) in place of its own, in all of its BatchNorm layers, or in the first or second half of them. Its
 accuracy on ImageNet with each is a row of `results/aircraft/norm_statistics.csv`. A penalty on the parameters cannot be
-expected to keep what is lost here, as long as the statistics are the aircraft's.
+expected to keep what is lost here, as long as the statistics are the aircraft's. Two tensors of Inception-v4 are
+substitutes, which were not fitted on the pictures that it is measured on here.
 """
 import copy
 from pathlib import Path
@@ -13,14 +14,14 @@ import pandas as pd
 from fastcore.script import call_parse
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import update_bn
-from aircraft import SIZE, join_sources
+from aircraft import INCEPTION, LARGER, NETWORK, PAPER_SIZE, SIZE, join_sources
 from fgvc_fisher.data import read_aircraft
 from fgvc_fisher.data.tables import pick_split, read_folder
 from fgvc_fisher.learner import source_dl, source_model
 from fgvc_fisher.retention import accuracy_on, source_parts
 
-NETWORKS = {'tf_efficientnet_lite0': 'tf_efficientnet_lite0_imagenet_fp16.safetensors',
-            'warbirds:mobilenet': 'mobilenetv1_075_imagenet.safetensors'}
+MOBILENET = dict(arch='warbirds:mobilenet', weights='mobilenetv1_075_imagenet.safetensors')
+NETWORKS = [(NETWORK, SIZE), (MOBILENET, SIZE), (NETWORK, LARGER), (INCEPTION, PAPER_SIZE)] # and pixels
 
 def norms(model): return [m for m in model.modules() if isinstance(m, _BatchNorm)]
 
@@ -49,13 +50,13 @@ def main(
     photos:str, # Folder with data/ and weights/, as for `benchmarks/aircraft.py`
     out:str='results/aircraft', # Folder for the table
     work:str='.keep/aircraft', # Folder for the joined source pictures
-    size:int=SIZE, # Side of the pictures in pixels
 ):
     "Measure each network and write the table."
     photos,rows = Path(photos),[]
-    source = join_sources(photos, Path(work)/'imagenet')
+    joined,sample = join_sources(photos, Path(work)/'imagenet'),photos/'data/imagenet_sample'
     target = pick_split(read_aircraft(photos/'data/fgvc20'), 'train')
-    for arch,weights in NETWORKS.items():
-        rows += examine(arch, photos/'weights'/weights, source, target, size)
+    for network,size in NETWORKS:
+        source = sample if network is INCEPTION else joined           # its substitutes were fitted on the others
+        rows += examine(network['arch'], photos/'weights'/network['weights'], source, target, size)
         pd.DataFrame(rows).to_csv(Path(out)/'norm_statistics.csv', index=False, float_format='%.6g')
     print(pd.DataFrame(rows).to_string(index=False))

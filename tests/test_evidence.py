@@ -191,10 +191,10 @@ def test_one_layer_keeps_its_statistics(aircraft, tmp_path, monkeypatch, capsys)
 def test_statistics_of_the_target(aircraft, tmp_path, monkeypatch, capsys):
     "Without those of the target the accuracy is the source's; the model that lends its layers stays as it is"
     import norm_statistics
-    monkeypatch.setattr(norm_statistics, 'NETWORKS', dict(test_resnet='tiny.safetensors'))
+    monkeypatch.setattr(norm_statistics, 'NETWORKS', [(dict(arch='test_resnet', weights='tiny.safetensors'), 32)])
     monkeypatch.setattr(aircraft, 'STAGES', dict(main=[dict(arm='plain')]))
     before = call(aircraft, tmp_path, stages='main', seeds=1, size=32).before
-    norm_statistics.main(str(tmp_path), str(tmp_path/'out'), str(tmp_path/'work'), 32)
+    norm_statistics.main(str(tmp_path), str(tmp_path/'out'), str(tmp_path/'work'))
     rows = pd.read_csv(tmp_path/'out/norm_statistics.csv').set_index('layers')
     assert rows.accuracy['none']==pytest.approx(before[0], abs=1e-5) and rows.pictures.eq(4).all()
     assert rows.n_layers['all']==rows.n_layers.sum()/2>0
