@@ -18,7 +18,7 @@ repeated, and to measure a row anew remove it. Weights are random, and pictures 
 given. A rule is the better one for a shape and a device if its `images_s` is larger. On a CPU the script runs, too, but
 it is meant for a GPU. With `--tiny` the sizes are those of its test.
 """
-import gc, re, subprocess, sys, tempfile, time
+import gc, os, re, subprocess, sys, tempfile, time
 from contextlib import nullcontext
 from functools import partial
 from itertools import product
@@ -95,7 +95,8 @@ def tests(out):
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder)/'report.xml'
         command = [sys.executable, '-m', 'pytest', '-q', '-m', 'cuda', 'tests/test_cuda.py', f'--junitxml={report}']
-        subprocess.run(command, cwd=where)
+        threads = dict(OMP_NUM_THREADS='4')                        # beside other work more of them wait for each other
+        subprocess.run(command, cwd=where, env=os.environ | threads)
         if not report.exists(): return                             # such as without pytest
         cases = ElementTree.parse(report).iter('testcase')
         rows = [dict(test=o.get('name'), seconds=o.get('time'), ended=o[0].tag if len(o) else 'passed',
