@@ -215,7 +215,7 @@ def _fine_tune(out, size, weights, num_workers, **fields):
     run = Run(arm='fine-tuned', size=size, weights=weights or True, num_workers=None if num_workers<0 else num_workers,
               **fields)
     row = do_run(run, out, Path(out)/'sources')
-    if math.isnan(row['last' if run.valid else 'test']):
+    if math.isnan(row['last' if run.valid else 'test_last']):
         sys.exit('fgvc-finetune: the training diverged; try a smaller --lr')
     if not processes()[1]: _print_result(row, out)
     shutdown_processes()

@@ -210,10 +210,10 @@ def _named_model(name, pretrained):
 
 # %% ../nbs/learner.ipynb #87a518fa
 def _match_head(model, state):
-    "The model, with as many outputs as the head in the file has"
-    layer = _output_layer(model)
-    saved = layer and state.get(f'{layer}.weight')
-    if saved is None or len(saved)==n_outputs(model): return model
+    "The model, with the head that the file has: as many outputs, and without what `remake_head` leaves out"
+    own = [f'{n}.weight' for n in _head_layers(model)]
+    saved = next((state[n] for n in own[::-1] if n in state), None)
+    if saved is None or len(saved)==n_outputs(model) and all(n in state for n in own): return model
     return remake_head(model, len(saved))
 
 # %% ../nbs/learner.ipynb #ea42f96e
@@ -370,11 +370,13 @@ def head_names(
     return names
 
 # %% ../nbs/learner.ipynb #4f046e9e
-def _output_layer(model):
-    "The name of the linear or convolutional layer that makes the logits, or those of one head; None without a head"
+def _head_layers(model):
+    "The names of the linear and convolutional layers of the head, or of one of several"
     head = head_names(model)[0]
-    layers = [n for n,m in model.get_submodule(head).named_modules(prefix=head) if isinstance(m, (nn.Linear,nn.Conv2d))]
-    return layers[-1] if layers else None
+    return [n for n,m in model.get_submodule(head).named_modules(prefix=head) if isinstance(m, (nn.Linear,nn.Conv2d))]
+def _output_layer(model):
+    "The name of the layer that makes the logits, or those of one head; None without a head"
+    return next(reversed(_head_layers(model)), None)
 
 # %% ../nbs/learner.ipynb #2d5c0282
 def n_outputs(

@@ -162,11 +162,14 @@ def test_predictions_that_are_refused(break_it, named, tiny_done, drawn, tmp_pat
     assert said.code!=0 and 'Traceback' not in said.err and re.search(named, said.err), said.err
     assert not (tmp_path/'p.csv').exists()
 
-@pytest.mark.parametrize('pictures,named', [('nowhere', 'nowhere'), ('empty', 'no pictures'), ('text.txt', 'text.txt')])
+@pytest.mark.parametrize('pictures,named', [('nowhere', 'nowhere'), ('empty', 'no pictures'), ('text.txt', 'text.txt'),
+                                            ('photo.HEIC', 'photo.HEIC cannot'), ('a.csv x.jpg', 'a.csv is a table')])
 def test_pictures_that_are_refused(pictures, named, tiny_done, tmp_path):
     (tmp_path/'empty').mkdir()
     (tmp_path/'text.txt').write_text('no list')
-    said = shell('fgvc-predict', tiny_done, pictures, '--out', 'p.csv', cwd=tmp_path)
+    (tmp_path/'a.csv').write_text('path\nx.jpg\n')
+    for o in ('photo.HEIC','x.jpg'): (tmp_path/o).write_bytes(bytes(range(256)))
+    said = shell('fgvc-predict', tiny_done, *pictures.split(), '--out', 'p.csv', cwd=tmp_path)
     assert said.code!=0 and 'Traceback' not in said.err and named in said.err and not (tmp_path/'p.csv').exists()
 
 # One file, both tasks

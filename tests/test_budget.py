@@ -1,7 +1,7 @@
 "Measuring a training leaves no trace of it"
 import copy, re
 import pytest, timm, torch
-from fastai.callback.all import CSVLogger, EarlyStoppingCallback, SaveModelCallback
+from fastai.callback.all import CSVLogger, EarlyStoppingCallback, ProgressCallback, SaveModelCallback
 from fgvc_fisher.experiment.budget import TimeEstimate, estimate_time, picture_cost
 from fgvc_fisher.callback import L2SPFisherCallback
 from fgvc_fisher.data import aircraft_dls
@@ -50,6 +50,20 @@ def test_as_if_nothing_had_happened(drawn, workers, tmp_path):
     assert {type(o) for o in learn.cbs}=={type(o) for o in cbs}
     assert (estimate.n_train, estimate.n_valid)==(4,4) and 0<=estimate.waiting<=1
     with learn.no_bar(), learn.no_logging(): learn.fit(1, 0.02)
+
+@pytest.mark.parametrize('groups', [1, 4, 32])
+def test_operations_of_groups(groups):
+    "A training has two more products a layer, however many groups there are"
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 32, 1, bias=False), torch.nn.Conv2d(32, 32, 3, 1, 1, 1, groups, False))
+    cost = picture_cost(net.requires_grad_(False), 8)
+    assert cost['forward']==2*64*(3*32+9*32*32/groups) and cost['training']==3*cost['forward']
+
+def test_bars_stay_as_they_were(drawn):
+    learn = learner(drawn)
+    bars = [o for o in learn.cbs if isinstance(o, ProgressCallback)]
+    for _ in range(2): estimate_time(learn, 1, n_batches=1, skip=0)
+    assert [o for o in learn.cbs if isinstance(o, ProgressCallback)]==bars==[learn.progress]
+    with learn.no_bar(): assert not any(isinstance(o, ProgressCallback) for o in learn.cbs)
 
 def test_before_the_first_training(drawn):
     learn = learner(drawn)

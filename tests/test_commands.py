@@ -1,6 +1,7 @@
 "The commands, as somebody at a shell meets them"
 import json, re, shutil, subprocess, timm
 from dataclasses import fields
+from pathlib import Path
 import pandas as pd, pytest
 from safetensors.torch import load_file
 from fgvc_fisher.callback import STRENGTH
@@ -8,7 +9,7 @@ from fgvc_fisher.cli import _expanded, command, command_parser, estimate_command
 from fgvc_fisher.cli import fgvc_predict, fgvc_sweep
 from fgvc_fisher.data.forms import FORMS
 from fgvc_fisher.data.tables import LEVELS, pictures_in
-from fgvc_fisher.experiment.demo import demo
+from fgvc_fisher.experiment.demo import demo, draw_task
 from fgvc_fisher.experiment.predict import _table as predicted
 from fgvc_fisher.experiment.run import RECIPES, Run
 from fgvc_fisher.experiment.saved import read_header
@@ -130,6 +131,11 @@ def test_demo_is_the_same_for_the_same_seed(tmp_path):
     table,sentences = found[0]
     assert len(sentences)==3 and all(o.split(':')[0][:40] in page for o in sentences)
     assert table['runs',''].tolist()==[2]*7
+
+def test_a_source_network_for_each_size(tmp_path):
+    small = dict(n_variants=2, n_per_split=1, n_source=2, num_workers=0)
+    weights = [draw_task(tmp_path, size=o, **small)['weights'] for o in (32,48)]
+    assert len({Path(o).read_bytes() for o in weights})==2
 
 def damaged(tree, copy):
     "A copy of a tree in which the first picture is cut, and that picture"

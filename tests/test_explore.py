@@ -1,9 +1,9 @@
 "The five panels, driven without a browser; `make test-ipywidgets7` runs this with Colab's ipywidgets, too"
-import io, re
-from dataclasses import replace
+import copy, io, math, re
+from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from types import SimpleNamespace
-import numpy as np, pytest, torch
+import numpy as np, pytest, timm, torch
 from PIL import Image
 from torch.optim.swa_utils import update_bn
 from fgvc_fisher.explore import classifier as classifier_panel, fisher as fisher_panel, live, panels
@@ -15,6 +15,7 @@ from fgvc_fisher.explore import (
     explore_fisher, explore_penalty, explore_published, explore_training, try_classifier, try_run
 )
 from fgvc_fisher.fisher import DiagFisher
+from fgvc_fisher.learner import remake_head
 from fgvc_fisher.experiment.paper import published_summary
 from fgvc_fisher.experiment import read_runs
 from fgvc_fisher.experiment.results import style
@@ -81,6 +82,28 @@ def test_a_strength_means_the_same_for_a_fisher_of_another_scale(compromise):
     for p,q in zip(c.model(0., 0.1).parameters(), larger.model(0., 0.1).parameters()): assert torch.allclose(p, q)
     with pytest.raises(ValueError, match='zero'):
         Compromise(c.source, c.tuned, {k: 0*v for k,v in c.fishers[0].items()}, c.fishers[1], *batches)
+
+@pytest.mark.parametrize('n', [4, 3])
+def test_the_head_is_new_with_any_number_of_classes(n):
+    "The target keeps its own head, and it counts in no term, also where the source has as many classes"
+    torch.manual_seed(0)
+    source = timm.create_model('test_resnet', num_classes=4)
+    tuned = remake_head(copy.deepcopy(source), n)
+    fishers = [{k: torch.rand_like(p) for k,p in o.named_parameters()} for o in (source,tuned)]
+    def batches(c): return [(torch.randn(4,3,32,32), torch.randint(c, (4,)))]
+    c = Compromise(source, tuned, *fishers, batches(n), batches(n), batches(4))
+    body = torch.cat([v.flatten() for k,v in fishers[0].items() if not k.startswith('fc')])
+    assert c.beta_of_1==pytest.approx(1/body.mean().item(), rel=1e-5)
+    merged = c.model(0., 1e9)
+    assert torch.equal(merged.fc.weight, tuned.fc.weight)
+    assert torch.allclose(merged.conv1[0].weight, source.conv1[0].weight)
+    assert c.at(0., 1.)['layers'].loc['fc','beta']==0
+
+def test_a_fisher_that_is_not_finite(fisher):
+    for v in (math.nan, math.inf):
+        broken = DiagFisher({k: o.clone() for k,o in fisher.sums.items()}, 1, 'sampled')
+        broken.sums['fc.bias'][0] = v
+        with pytest.raises(ValueError, match='is not finite: estimate it again'): explore_fisher(broken)
 
 def test_the_point_is_where_the_numbers_are(compromise):
     view = penalty_panel._PenaltyView(compromise)
@@ -292,6 +315,25 @@ def test_the_rate_begins_with_the_tasks(task, tmp_path):
     p = explore_training(task | dict(lr=0.0123), tmp_path)
     assert training_panel._run_of(p.task, 2, **p.values).arm=='plain' and p.values['lr']==0.0123
     p.training.close()
+
+def test_only_the_strengths_of_an_arm_count(task, tmp_path):
+    "A task made of a run's fields may have others, and a rate, a seed, a step: the controls decide"
+    own = asdict(Run(arm='L2-SP-Fisher', strength=0.5, l2sp=0.1, step='grad', epochs=9, seed=5, **task))
+    for arm,used in (('plain',{}), ('L2',dict(alpha=5e-4)), ('as published',dict(beta=4e-4, l2sp=4e-3))):
+        values = dict(alpha=0., strength=0., beta=0., l2sp=0.) | used
+        run = training_panel._run_of(own, 1, arm, lr=0.05, seed=42, **values)
+        assert {o: getattr(run, o) for o in values}==values and (run.epochs,run.seed)==(1,42)
+        assert run.step==('published' if arm=='as published' else 'grad')
+
+def test_runs_of_every_control_are_found_again(task, tmp_path):
+    own = task | dict(seed=5, strength=0.5)
+    p = explore_training(own, tmp_path, epochs=1)
+    p.set(lr=0.1)
+    p.train()
+    assert all_done(p)
+    reopened = explore_training(own, tmp_path, epochs=2)
+    assert [o.arm for o in reopened.view.runs.values()]==['plain, lr = 0.1']
+    reopened.training.close()
 
 def test_without_source_pictures(task, tmp_path):
     p = explore_training(task | dict(source='', test=''), tmp_path, epochs=1)

@@ -1,8 +1,9 @@
 "The command, interrupted and in several processes; to the Hub and back through a server that answers as the Hub does"
-import base64, errno, importlib, json, os, re, sys, time, warnings
-from functools import partial
+import base64, copy, errno, importlib, json, math, os, re, signal, sys, time, warnings
+from functools import partial, partialmethod
 from hashlib import sha1
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import count
 from pathlib import Path
 from threading import Thread
 import pytest, timm, torch
@@ -11,6 +12,7 @@ from fgvc_fisher import cli
 from fgvc_fisher.experiment import do_run
 from fgvc_fisher.fisher import DiagFisher, estimate_fisher
 from fgvc_fisher.fisher.estimate import Estimate
+from fgvc_fisher.fisher.per_image import SquaredGradients
 from fgvc_fisher.learner import source_model
 from forks import Forked, shell, shells
 
@@ -92,6 +94,26 @@ def test_nothing_is_lost_when_the_fisher_cannot_be_written(do, tiny_run, tmp_pat
     assert sum(added)==wanted.n_images and not list(tmp_path.rglob('*.checkpoint*'))
     assert all(torch.equal(found.sums[k], v) for k,v in wanted.sums.items())
 
+def test_an_interrupt_waits_for_its_batch(tmp_path, monkeypatch):
+    "Ctrl-C in the middle of a batch: the same call ends as if there had been none; a second one loses the batch alone"
+    net,x = torch.nn.Linear(4,3).double(),torch.randn(4,24,4, dtype=torch.float64)
+    estimate = partial(estimate_fisher, net, x, checkpoint=tmp_path/'c', checkpoint_every=0, progress=False)
+    wanted,add_batch = estimate(),SquaredGradients.add_batch
+    def pressed(self, *args, times):
+        found = add_batch(self, *args)
+        pressed_now = times if next(calls)==4 else 0                   # in the second batch of three parts
+        for _ in range(pressed_now): signal.raise_signal(signal.SIGINT)
+        return found
+    for times,left in ((1,48), (2,24)):
+        calls = count()
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(SquaredGradients, 'add_batch', partialmethod(pressed, times=times))
+            estimate()
+        assert DiagFisher.load(tmp_path/'c').n_images==left
+        again = estimate()
+        assert again.n_images==96 and all(torch.equal(again[k], wanted[k]) for k in wanted)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
 def test_checkpoint_of_another_estimate(tmp_path):
     net,x = torch.nn.Linear(4,3),torch.randn(3,8,4)
     def broken():
@@ -161,6 +183,25 @@ def test_other_weights_are_warned_of(tmp_path):
     name = re.escape(str(file))
     with pytest.warns(UserWarning, match=f'{name}.*weights'): DiagFisher.load(file, torch.nn.Linear(3,2))
     with pytest.raises(ValueError, match=f'{name}.*Linear.*bias, weight'): DiagFisher.load(file, torch.nn.Linear(3,5))
+
+def test_the_same_weights_in_another_type(tmp_path, recwarn):
+    net = torch.nn.Sequential(torch.nn.Linear(3,2), torch.nn.BatchNorm1d(2)).eval()
+    file = estimate_fisher(net, torch.randn(1,4,3), progress=False).save(tmp_path/'f')
+    DiagFisher.load(file, copy.deepcopy(net).double())
+    assert not recwarn.list
+    net[1].running_mean += 1
+    with pytest.warns(UserWarning, match='other weights'): DiagFisher.load(file, net.double())
+
+def test_what_load_would_refuse_is_not_saved(tmp_path):
+    fisher = estimate_fisher(torch.nn.Linear(3,2), torch.randn(1,4,3), progress=False)
+    fisher.sums['bias'][0] = math.nan
+    with pytest.raises(ValueError, match='was not written.*not finite: bias'): fisher.save(tmp_path/'f')
+    assert not (tmp_path/'f').exists()
+
+def test_sums_of_which_one_does_not_tell_its_mass():
+    a = estimate_fisher(torch.nn.Linear(3,2), torch.randn(1,4,3), 'exact', mass=0.6, progress=False)
+    b = DiagFisher(a.sums, a.n_images, a.kind, {k: v for k,v in a.provenance.items() if k!='mass_left'}, a.moments)
+    assert 'mass_left' in (a+a).provenance and 'mass_left' not in (a+b+a).provenance
 
 def test_half_is_half(tmp_path):
     fisher = estimate_fisher(timm.create_model('test_resnet'), torch.randn(1,4,3,64,64), progress=False)

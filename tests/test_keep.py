@@ -341,3 +341,7 @@ def test_one_that_has_come_further_wins(run, drive, tmp_path):
     rows = sweep([run], tmp_path/'out', quiet=True, keep=drive.folder)
     same(tmp_path/'elsewhere/runs'/run.id, tmp_path/'out/runs'/run.id)
     assert len(rows)==1 and not (tmp_path/'out/runs'/run.id/'checkpoint.pt').exists()
+
+def test_a_network_that_cannot_be_made_takes_no_room(run):
+    "Its run fails, and says why; the others are done"
+    assert space_needed([run, replace(run, arch='nonexist')], jobs=1)[0]==space_needed([run])[0]

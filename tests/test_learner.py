@@ -256,3 +256,10 @@ def test_weights_are_used_by_a_model_that_has_kept_others(tmp_path):
     with torch.no_grad():
         model(x)
         assert torch.equal(load_weights(model, tmp_path/'w.safetensors')(x), new(x)) and not model.training
+
+def test_a_head_of_which_a_new_one_has_less(tmp_path):
+    "RepViT's second head goes when its classifier is made anew: such a model can be read again"
+    tuned = remake_head(timm.create_model('repvit_m0_9', num_classes=10), 4)
+    save_file(tuned.state_dict(), tmp_path/'a.safetensors')
+    again = source_model('repvit_m0_9', tmp_path/'a.safetensors')
+    assert n_outputs(again)==4 and again.state_dict().keys()==tuned.state_dict().keys()

@@ -1,5 +1,5 @@
 "The published recipe, logs and penalty, against what was published"
-import copy, inspect, pickle
+import copy, inspect, math, pickle
 from contextlib import nullcontext
 from collections import OrderedDict
 import numpy as np, pandas as pd, pytest, timm, torch, torch.nn.functional as F
@@ -322,3 +322,11 @@ def test_scalars_of_inception_v4(drawn):
     l2 = sum(p.double().square().sum().item() for p in upper)/2
     penalty = as_published_penalty(learn.model, dict(source.named_parameters()), scalars, alpha=1.)
     assert penalty.item()==pytest.approx(l2, rel=1e-4)
+
+@pytest.mark.parametrize('coefs', [dict(alpha=-1.), dict(beta=math.nan), dict(l2sp=-1e-3)])
+def test_coefficients_are_checked(coefs):
+    with pytest.raises(ValueError, match=next(iter(coefs))): AsPublished(torch.nn.Linear(2,2), **coefs)
+
+def test_scalars_of_a_frozen_source():
+    net = torch.nn.Linear(3,2).requires_grad_(False)
+    with pytest.raises(ValueError, match='weight is frozen'): published_scalars(net, torch.randn(4,3))

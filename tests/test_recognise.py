@@ -363,6 +363,19 @@ def test_seen_is_what_timm_would_show(learn, photo):
     assert seen.dtype==np.uint8 and seen.shape==(64,64,3)
     assert abs(seen.astype(int)-tfm(photo).permute(1,2,0).numpy()).max()<=2           # Pillow rounds in between
 
+def test_modes_without_read_upload(learn):
+    "16 bits and floats are scaled, transparency is white, a turned picture is upright, as in an upload"
+    recogniser,grey = Recogniser(learn),noise(64, 64, 'L')
+    wanted = recogniser(grey).seen
+    deep = Image.fromarray(np.asarray(grey).astype(np.uint16)*257)
+    real = Image.fromarray(np.asarray(grey).astype(np.float32)/255)
+    for img in (deep, real): assert abs(recogniser(img).seen.astype(int)-wanted).max()<=2
+    assert (recogniser(Image.new('LA', (64,64), (0,0))).seen==255).all()
+
+def test_pictures_that_are_not_normalised(learn):
+    learn.dls.valid.after_batch.fs = type(learn.dls.valid.after_batch.fs)()
+    with pytest.raises(ValueError, match='not normalised.*aircraft_learner'): Recogniser(learn)
+
 def test_heat_is_that_of_the_first_label(learn, photo):
     got = Recogniser(learn)(photo)
     dl = learn.dls.test_dl([photo], num_workers=0)

@@ -1,5 +1,6 @@
 "What the tables and figures make of experiments that are unfinished, failed, diverged or half measured"
 import json, math, re
+from itertools import product
 import numpy as np, pandas as pd, pytest
 from scipy import integrate, stats
 import matplotlib
@@ -600,3 +601,23 @@ class TestAtRetention:
     def test_what_is_not_there(self):
         for kw in (dict(target='test'), dict(retention='retention_source_bn')):
             with pytest.raises(ValueError, match=repr(*kw.values())): at_retention(self.curve('L2-SP'), 0.3, **kw)
+
+@pytest.mark.parametrize('measure,unit,needed', [('last', ' points', True), ('divergence_target_bn', ' nats', True),
+                                                 ('seconds', '', False), ('best_epoch', '', False)])
+def test_the_unit_of_a_conclusion(measure, unit, needed):
+    rows = [dict(arm=a, seed=s, last=0.5) | {measure: v+s*s/10} for a,v in (('plain',0.2),('x',0.4)) for s in (1,2,3)]
+    rows[-1][measure] += 0.1
+    said, = conclusions(rows, measures=measure)
+    scale,digits = dict(last=(100,1), divergence_target_bn=(1,3)).get(measure, (1,1))
+    assert f': {scale*(0.2+0.1/3):+.{digits}f}{unit} against plain (95' in said
+    assert ('seeds would show' in said)==needed
+
+def test_arms_that_are_numbers():
+    rows = [dict(arm=a, seed=s, last=0.5+a/10, retention_target_bn=0.4) for a in (1,2) for s in (1,2)]
+    assert table(rows).index.tolist()==['1','2'] and differences(rows, '1').index[0][0]=='2'
+    frontier(rows)
+
+def test_one_level():
+    cases = product('AB', (1,2), (0.3,0.5))
+    rows = [dict(arm=f'{a}, {k}', seed=seed, last=k, retention_target_bn=k) for a,seed,k in cases]
+    assert equal_retention(rows, 'A', 'B', 0.4, weakest=None).index.tolist()==[0.4]

@@ -3,7 +3,7 @@ import io, json, math, os, random, re, shutil, time
 from contextlib import redirect_stdout, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
-import pandas as pd, pytest, timm, torch
+import numpy as np, pandas as pd, pytest, timm, torch
 from fastai.callback import fp16
 from fastai.callback.core import Callback
 from filelock import FileLock
@@ -194,7 +194,7 @@ def test_the_same_values_make_the_same_run():
 
 def test_no_validation_is_no_divergence(run, sources, tmp_path):
     row = do_run(replace(run, train='trainval', valid=''), tmp_path/'run', sources, quiet=True)
-    assert math.isnan(row['best']) and row['test']==row['test_last']
+    assert math.isnan(row['best']) and math.isnan(row['test']) and 0<=row['test_last']<=1      # no epoch was chosen
 
 def test_tables_are_read_once(run, tmp_path, monkeypatch):
     "Also with a test split and a Fisher of the target"
@@ -623,3 +623,11 @@ def test_a_rate_that_the_recipe_ignores(tmp_path):
     (tmp_path/'grid.toml').write_text('data = "a"\nlr = 0.1\n[[arm]]\narm = "a"\nrecipe = "published"')
     with pytest.raises(ValueError, match="grid.toml: lr=0.1: recipe='published'"): read_grid(tmp_path/'grid.toml')
     with pytest.raises(ValueError, match="^lr=0.1: recipe='published'"): Run('a', recipe='published', lr=0.1)
+
+def test_strengths_and_seeds_in_arrays():
+    runs = grid([dict(arm='A', strength=np.array([0.25,1.]))], np.arange(2), data='x')
+    found = [(o.arm, o.strength, o.seed) for o in runs[:3]]
+    assert found==[('A, strength = 0.25', 0.25, 0), ('A, strength = 1', 1., 0), ('A, strength = 0.25', 0.25, 1)]
+    with pytest.raises(ValueError, match=r'seeds=5.*\[42, 43\]'): grid([dict(arm='A')], 5, data='x')
+    with pytest.raises(ValueError, match='strength=array'): Run('x', strength=np.array([0.25,1.]))
+    with pytest.raises(ValueError, match='list of runs'): sweep(Run('x'), 'out')

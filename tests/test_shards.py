@@ -5,7 +5,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 from types import SimpleNamespace
-import pytest, timm, torch
+import numpy as np, pytest, timm, torch
 from filelock import FileLock
 from fgvc_fisher.fisher import shards as on_shards
 from fgvc_fisher.data import read_pictures
@@ -190,6 +190,33 @@ def test_compressed(net, pictures, tars, tmp_path):
     assert list(TarShard((url,)))[1].data==pictures[1][0]
     Path(url).write_bytes(Path(url).read_bytes()[:-9])
     with pytest.raises((EOFError, tarfile.ReadError)): list(TarShard((url,)))
+
+@pytest.mark.parametrize('link', [tarfile.LNKTYPE, tarfile.SYMTYPE])
+def test_a_link_is_no_picture(link, net, pictures, tmp_path):
+    "It would be left out in silence"
+    write_tar(tmp_path/'a.tar', pictures[:2])
+    with tarfile.open(tmp_path/'a.tar', 'a') as tar:
+        info = tarfile.TarInfo('0002.jpg')
+        info.type,info.linkname = link,'0000.jpg'
+        tar.addfile(info)
+    with pytest.raises(RuntimeError, match='a.tar: 0002.jpg is a link.*hard-dereference'):
+        run(net, tar_shards(tmp_path/'a.tar'), tmp_path/'out', retries=0)
+
+@pytest.mark.parametrize('name,mode', [('a.tar', 'w:gz'), ('a.tar.bz2', 'w:bz2'), ('a.tar.xz', 'w:xz')])
+def test_compressed_in_another_way(name, mode, net, pictures, tmp_path):
+    write_tar(tmp_path/name, pictures[:2], mode=mode)
+    with pytest.raises(RuntimeError, match='not compressed as its name says'):
+        run(net, tar_shards(tmp_path/name), tmp_path/'out', retries=0)
+
+def test_gzip_in_capitals(net, pictures, tmp_path):
+    write_tar(tmp_path/'A.TAR.GZ', pictures[:2], mode='w:gz')
+    assert run(net, tar_shards(tmp_path/'A.TAR.GZ'), tmp_path/'out').n_images==2
+
+def test_labels_that_are_not_needed(net, pictures, tmp_path):
+    write_tar(tmp_path/'a.tar', [(data, 'airliner') for data,_ in pictures[:2]])
+    assert run(net, tar_shards(tmp_path/'a.tar'), tmp_path/'sampled').n_images==2
+    with pytest.raises(RuntimeError, match="0000: its label is no class number, but .*airliner"):
+        run(net, tar_shards(tmp_path/'a.tar'), tmp_path/'empirical', kind='empirical', retries=0)
 
 def test_empty_shards(net, pictures, tars, tmp_path):
     empty = TarShard((write_tar(tmp_path/'empty.tar', []),))
@@ -409,6 +436,30 @@ def test_invalid_arguments(net, tars, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match='torchrun'): run(net, shards, tmp_path/'a')
     assert not (tmp_path/'a').exists()
 
+def test_what_is_no_list_of_shards(net, tars, tmp_path):
+    shard, = drawn(tars, 1)
+    for o in (str(tars/'drawn-000000.tar'), shard, [tars/'drawn-000000.tar'], shard.urls):
+        with pytest.raises(ValueError, match='the list that tar_shards'): run(net, o, tmp_path/'a')
+    with pytest.raises(ValueError, match='out is empty'): run(net, [shard], '')
+    for size in (-3, '32', (32,32)):
+        with pytest.raises(ValueError, match='size='): run(net, [shard], tmp_path/'a', size=size)
+    with pytest.raises(ValueError, match='Flatten has no parameters'): run(torch.nn.Flatten(), [shard], tmp_path/'a')
+    assert not (tmp_path/'a').exists()
+
+def test_numbers_of_numpy(net, tars, tmp_path):
+    kw = dict(seed=3, n_samples=2, bs=4, size=32)
+    a,b = [run(net, drawn(tars, 2), tmp_path/'out', **{k: f(v) for k,v in kw.items()}) for f in (int, np.int64)]
+    assert close(a, b)
+
+def test_other_files_in_the_folder_stay(net, tars, tmp_path):
+    "A finished Fisher, somebody's log and a file without a number are not ours"
+    fisher = run(net, drawn(tars, 2), tmp_path)
+    fisher.save(tmp_path/'sum-all.safetensors')
+    for o in ('train.error', 'x.empty', '12.error'): (tmp_path/o).write_text('mine')
+    assert close(run(net, drawn(tars, 2), tmp_path), fisher)
+    assert close(DiagFisher.load(tmp_path/'sum-all.safetensors'), fisher)
+    assert all((tmp_path/o).read_text()=='mine' for o in ('train.error', 'x.empty', '12.error'))
+
 def test_what_cannot_be_sent(net, tars, tmp_path):
     class Local(torch.nn.Linear): pass
     model = torch.nn.Sequential(torch.nn.Flatten(), Local(3*32*32, 4))
@@ -435,6 +486,33 @@ def test_streams_of_other_kinds(drawn_source, tars, tmp_path):
     assert {o.label for o in stream_shards(some)[0]}=={label}
     with pytest.raises(ValueError, match=r'Image\(decode=False\)'):
         list(stream_shards(decoding.filter(lambda o: True))[0])
+
+def test_another_stream_in_the_same_folder(net, drawn_source, tars, tmp_path):
+    "Other files, columns or pictures, though of the same name; the same again is read from the folder, also after use"
+    datasets = pytest.importorskip('datasets')
+    data = [o.data for o in drawn(tars, 1)[0]]
+    def write(name, rows):
+        table = datasets.Dataset.from_list([dict(left=dict(bytes=o, path=None), right=dict(bytes=p, path=None))
+                                            for o,p in rows])
+        for o in ('left','right'): table = table.cast_column(o, datasets.Image())
+        table.to_parquet(tmp_path/name)
+        return dict(path='parquet', data_files=str(tmp_path/name), split='train', streaming=True)
+    a = datasets.load_dataset(**(of_a := write('a.parquet', [data, data[::-1]])))
+    b = datasets.load_dataset(**write('b.parquet', [data[:1]*2]))
+    first = run(net, stream_shards(a), tmp_path/'out')
+    for again in (a, datasets.load_dataset(**of_a)): assert close(run(net, stream_shards(again), tmp_path/'out'), first)
+    others = [stream_shards(o) for o in (b, a.take(1))] + [stream_shards(a, image='right')]
+    time.sleep(0.01)
+    write('a.parquet', [data])
+    others.append(stream_shards(datasets.load_dataset(**of_a)))
+    for shards in others:
+        with pytest.raises(ValueError, match='another estimate.*digest'): run(net, shards, tmp_path/'out')
+
+def test_what_is_no_stream():
+    datasets = pytest.importorskip('datasets')
+    table = datasets.Dataset.from_dict(dict(a=[1]))
+    for o in (table, datasets.IterableDatasetDict(train=table.to_iterable_dataset())):
+        with pytest.raises(ValueError, match='to_iterable_dataset'): stream_shards(o)
 
 def test_a_row_without_a_picture(net, drawn_source, tars, tmp_path):
     datasets = pytest.importorskip('datasets')

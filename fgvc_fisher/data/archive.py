@@ -141,7 +141,13 @@ def _download_and_install(url, dest, size, timeout, quiet, keep):
     "Download `url` and unpack it to `dest`. A local archive is unpacked and left where it is."
     kept = keep and keep/f'{NAME}.tar.gz'
     if kept and kept.is_file() and size in (None, kept.stat().st_size): url = kept
-    if Path(url).is_file(): return _install(Path(url), dest, quiet)
+    if Path(url).is_file():
+        if size not in (None, n := Path(url).stat().st_size):
+            raise ValueError(f"{url} has {n:,} bytes, and the archive {size:,}: it is another file, or incomplete")
+        try: return _install(Path(url), dest, quiet)
+        except ValueError as e:
+            advice = 'delete it there, and call again to download it anew' if url==kept else 'name another archive'
+            raise ValueError(f"{e}: {advice}") from e
     if not str(url).startswith(('http://','https://')):
         raise FileNotFoundError(f"{url} is neither a file nor an address that starts with http:// or https://")
     file = dest/f'{NAME}.tar.gz'

@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 # %% ../../nbs/experiment/budget.ipynb #e7278f19
-from fastai.callback.progress import CSVLogger
+from fastai.callback.progress import CSVLogger, ProgressCallback
 from fastai.callback.core import Callback, CancelFitException, CancelTrainException
 from fastai.learner import Learner
 from fastai.torch_core import no_random
@@ -38,10 +38,9 @@ def picture_cost(
     for layer in model.modules():
         if not list(layer.children()): layer.register_forward_hook(count)
     x = torch.zeros(2, 3, size, size, device='meta')    # two: BatchNorm cannot train on one
-    with FlopCounterMode(display=False) as forward: out = model(x)
-    with FlopCounterMode(display=False) as backward: out.sum().backward()
-    n_forward,n_backward = forward.get_total_flops(),backward.get_total_flops()
-    return dict(forward=n_forward/2, training=(n_forward+n_backward)/2, bytes=moved[0]/2)
+    with FlopCounterMode(display=False) as counter, torch.no_grad(): model(x)
+    forward = counter.get_total_flops()/2
+    return dict(forward=forward, training=3*forward, bytes=moved[0]/2)
 
 # %% ../../nbs/experiment/budget.ipynb #70488df0
 class _Stopwatch(Callback):
@@ -74,9 +73,9 @@ def _restored(learn):
     weights = copy.deepcopy(learn.model.state_dict())
     training = learn.model.training
     rngs = [copy.deepcopy(o.rng) for o in learn.dls.loaders]           # a loader shuffles with its own generator
-    loggers = learn.cbs.filter(risinstance(CSVLogger))
+    silent = learn.cbs.filter(risinstance((CSVLogger,ProgressCallback)))      # `no_bar` would put in another one
     try:
-        with no_random(reproducible=False), learn.no_bar(), learn.no_logging(), learn.removed_cbs(loggers):
+        with no_random(reproducible=False), learn.no_logging(), learn.removed_cbs(silent):
             learn.opt = None
             yield
     finally:

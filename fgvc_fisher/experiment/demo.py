@@ -56,7 +56,7 @@ def pretrain(
 
 # %% ../../nbs/experiment/demo.ipynb #d19dde5d
 def draw_task(
-    out:str|Path, # Folder for `source/`, `source.safetensors` and `aircraft/`; files that exist are kept
+    out:str|Path, # Folder for `source/`, the weights `source-64.safetensors` and `aircraft/`; what exists is kept
     n_variants:int=12, # Aircraft variants to draw; two of each family
     n_per_split:int=24, # Pictures of each variant in each split
     n_source:int=60, # Pictures of each source class in each split
@@ -68,7 +68,7 @@ def draw_task(
     "Draw a source, pretrain on it, draw the target: families of aircraft."
     out = Path(out)
     source = draw_source(out/'source', n_per_split=n_source, size=96, seed=seed)
-    weights = out/'source.safetensors'
+    weights = out/f'source-{size}.safetensors'
     if not weights.exists():
         save_weights(pretrain(read_pictures(source), size, EPOCHS, seed, num_workers, tick), weights)
     tree = draw_aircraft(out/'aircraft', n_variants, n_per_split, size=96, seed=seed)
@@ -94,7 +94,7 @@ def _at_equal_retention(rows):
     "A sentence that compares the two penalties at the middle one of the retentions that both reach with every seed"
     levels = [o/100 for o in range(1, 100)]
     both = equal_retention(rows, 'L2-SP', 'L2-SP-Fisher', levels, TARGET, RETENTION)
-    if both.empty: return 'The two penalties keep too different shares to be compared where they keep equally much.'
+    if both.empty: return 'There is no whole per cent of the source that both penalties keep with every seed.'
     d = both.iloc[len(both)//2]
     return (f'At strengths with which both keep {d.name:.0%} on the source, the accuracy on the aircraft is '
             f'{d["L2-SP"]:.1%} with L2-SP, and with L2-SP-Fisher it is {d["L2-SP-Fisher"]:.1%}, {_difference(d)}.')

@@ -23,8 +23,10 @@ from ..learner import source_model
 
 # %% ../../nbs/experiment/keep.ipynb #c600eb90
 def _bytes(arch):
-    "The size of a network's weights."
-    with no_random(): model = source_model(arch, None)
+    "The size of a network's weights; 0 for one that cannot be made, whose runs will fail and say why."
+    try:
+        with no_random(): model = source_model(arch, None)
+    except Exception: return 0
     return sum(o.numel()*o.element_size() for o in model.state_dict().values())
 
 # %% ../../nbs/experiment/keep.ipynb #7e43c54f

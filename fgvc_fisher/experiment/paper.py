@@ -29,7 +29,7 @@ from timm.scheduler import StepLRScheduler
 from ..callback import RecorderColumns
 from ..distributed.wrappers import shares_parameters, unwrap
 from ..learner import aircraft_learner, head_names
-from ..penalty.quadratic import is_upper_block, mismatched_parameters
+from ..penalty.quadratic import check_coefficients, is_upper_block, mismatched_parameters
 
 # %% ../../nbs/experiment/paper.ipynb #c06de9d2
 def published_logs(
@@ -123,6 +123,9 @@ def published_scalars(
     while n_elements<len(named):
         first.append(named[len(first)][1])
         n_elements += first[-1].numel()
+    if frozen := [n for n,p in named[:len(first)] if not p.requires_grad]:
+        raise ValueError(f"{frozen[0]} is frozen, and the published code differentiates by it: "
+                         "call source.requires_grad_()")
     grads = torch.autograd.grad(source(x).log_softmax(-1).sum(), first)
     flat = torch.cat([g.flatten() for g in grads])[:len(named)]**2/len(x)
     return dict(zip([n for n,_ in named], flat))
@@ -168,6 +171,7 @@ class AsPublished(RecorderColumns):
     ):
         self.source = unwrap(source)
         self.kw = dict(alpha=alpha, beta=beta, l2sp=l2sp)
+        check_coefficients({}, **self.kw)                    # its scalars are made from the batches
         self.values = []
     def begin(self):
         "Move the source to the model's device. `ValueError` if it is the model itself or has other parameters."

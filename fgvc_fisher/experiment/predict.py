@@ -87,13 +87,21 @@ def _pictures_of(folder):
     found = pictures_in(folder)
     if not found: raise FileNotFoundError(f"{folder} has no pictures, at any depth")
     return found
+_TABLES = '.csv','.tsv','.txt'
+def _is_text(file):
+    "Is a file a table, by its name or else by what it begins with?"
+    suffix = Path(file).suffix.lower()
+    if suffix in _TABLES or suffix in picture_suffixes(): return suffix in _TABLES
+    with open(file, 'rb') as f: return b'\0' not in f.read(1024)
 def _table(pictures):
     "A table of the pictures to ask about"
     if isinstance(pictures, pd.DataFrame): return read_table(pictures, label=None)
     if isinstance(pictures, (str,Path)):
-        if Path(pictures).suffix.lower() not in picture_suffixes() and Path(pictures).is_file():
-            return read_table(pictures, label=None)
+        if Path(pictures).is_file() and _is_text(pictures): return read_table(pictures, label=None)
         pictures = [pictures]
+    pictures = list(pictures)
+    if tables := [str(o) for o in pictures if Path(o).suffix.lower() in _TABLES]:
+        raise ValueError(f"{tables[0]} is a table among several paths: give it alone")
     found = [file for o in pictures for file in (_pictures_of(o) if Path(o).is_dir() else [o])]
     if not found: raise ValueError("there are no pictures to predict")
     return read_table(pd.DataFrame(dict(path=list(map(str, found)))), label=None)

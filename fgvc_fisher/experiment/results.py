@@ -123,6 +123,7 @@ def _finished(out):
         raise ValueError(f"The runs have no column `arm`, only {', '.join(map(str, runs))}. "
                          "Pass a folder or the table that `read_runs` returns.")
     if runs.arm.isna().any(): raise ValueError(f"{runs.arm.isna().sum()} of {len(runs)} runs have no `arm`.")
+    runs['arm'] = runs.arm.astype(str)
     _check_once(runs, ['arm','seed'], "`runs[runs.arch=='resnet50']` with `runs = read_runs(out)`")
     numbers = [o for o in (*MEASURES,'before') if o in runs]
     runs[numbers] = runs[numbers].apply(pd.to_numeric).astype(float)
@@ -219,16 +220,16 @@ def _sentence(arm, measure, d, control):
     title = f"{arm}, {_title(measure)}: "
     if not d.seeds or math.isnan(d.difference):
         return title + f"no seed in common with {control} that was measured, or an arm diverged."
-    scale,unit,digits = (1,'nats',3) if measure in DIVERGENCES else (100,'points',1)
+    scale,unit,digits,one = (100,' points',1,'one point') if measure in ACCURACIES else (1,'',1,'')
+    if measure in DIVERGENCES: unit,digits,one = ' nats',3,'0.01 nats'
     difference,low,high = [f'{scale*o:+.{digits}f}' for o in (d.difference, d.low, d.high)]
-    title += f"{difference} {unit} against {control}"
+    title += f"{difference}{unit} against {control}"
     if math.isnan(d.low):
         why = 'one seed' if d.seeds<2 else f'the same for all {d.seeds:.0f} seeds'
         return title + f" ({why}, so there is no interval)."
     verdict = 'no significant difference' if d.low<=0<=d.high else 'higher' if d.low>0 else 'lower'
-    one = '0.01 nats' if unit=='nats' else 'one point'
-    return (f"{title} (95 % interval {low} to {high}, {d.seeds:.0f} seeds): {verdict}. "
-            f"About {d.seeds_for_1:.0f} seeds would show a difference of {one}.")
+    needed = f" About {d.seeds_for_1:.0f} seeds would show a difference of {one}." if one else ''
+    return f"{title} (95 % interval {low} to {high}, {d.seeds:.0f} seeds): {verdict}.{needed}"
 
 # %% ../../nbs/experiment/results.ipynb #dff29a7d
 def conclusions(
@@ -306,7 +307,7 @@ def equal_retention(
         if o not in set(runs.family):
             raise ValueError(f"There is no family {o!r}, only {', '.join(runs.family.unique())}.")
     n_seeds = runs[runs.family.isin([first, second])].seed.nunique()
-    runs = runs[runs.family.isin([first, second, weakest])]
+    runs,levels = runs[runs.family.isin([first, second, weakest])],np.atleast_1d(levels).tolist()
     accuracies = _all_at(runs, levels, target, retention, weakest)
     rows = []
     for level in levels:

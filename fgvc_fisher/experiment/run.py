@@ -79,7 +79,7 @@ RECIPES = {'one-cycle': Recipe(aircraft_learner, _one_cycle),
 # %% ../../nbs/experiment/run.ipynb #6a03e9b2
 def _plain(field, v):
     "The value of a field as a plain number, string or bool. `ValueError` for another type, NaN and infinity."
-    if hasattr(v, 'item'): v = v.item()                              # a number of NumPy or PyTorch
+    if getattr(v, 'ndim', 1)==0: v = v.item()                        # a number of NumPy or PyTorch
     if isinstance(v, Path): v = str(v)
     if field.type is float and type(v) is int: v = float(v)          # 10 and 10. are the same run
     is_flag,may_be_flag = isinstance(v, bool),field.type in (bool, bool|str)
@@ -589,7 +589,8 @@ def _test_accuracies(run, learn, target):
     if not run.test or len(keep.rows)<run.epochs: return dict(test=math.nan, test_last=math.nan)
     dl = normalise(run_dls(run, target, run.test).valid, learn.model)
     last = accuracy_on(learn.model, dl)
-    if keep.best in (None, run.epochs-1): return dict(test=last, test_last=last)
+    if keep.best is None: return dict(test=math.nan, test_last=last)   # no epoch was chosen
+    if keep.best==run.epochs-1: return dict(test=last, test_last=last)
     chosen = copy_module(learn.model)
     file = keep.weights_of(keep.best)
     try: load_state(chosen, load_file(file), file)

@@ -53,6 +53,10 @@ def _check_arm(arm, common):
     if 'data' not in common|arm: raise ValueError(f"{arm['arm']}: `data`, the tree of pictures, is missing")
 
 # %% ../../nbs/experiment/sweeps.ipynb #fd21359c
+def _with_lists(arm):
+    "An arm with lists in place of arrays, such as NumPy's"
+    if not isinstance(arm, dict): return arm
+    return {k: v.tolist() if getattr(v, 'ndim', 0) else v for k,v in arm.items()}
 def _strengths(arm):
     "An arm for each combination of the values in its lists."
     lists = {k: v for k,v in arm.items() if isinstance(v, (list,tuple))}
@@ -68,7 +72,8 @@ def grid(
     **common # Fields of all runs, among them `data`
 )->list: # Of `Run`s, seed by seed, so that an interrupted sweep has complete comparisons
     "The runs of a comparison. Raises `ValueError` for an unknown field, a missing name and a run that occurs twice."
-    arms = list(arms)
+    arms = [_with_lists(arm) for arm in arms]
+    if not isinstance(seeds, Iterable): raise ValueError(f"seeds={seeds!r}: give a list, such as [42, 43]")
     for arm in arms: _check_arm(arm, common)
     runs = [Run(**common | one | dict(seed=seed)) for seed in seeds for arm in arms for one in _strengths(arm)]
     names = [(run.arm, run.seed) for run in runs]
@@ -299,6 +304,7 @@ def sweep(
     """Do the runs that are not finished yet. A run that fails is recorded in its `error.txt`, and the sweep continues.
     Raises `ValueError` for invalid arguments and for data that are not those of the runs that have begun, `OSError` if
     the disk is full or a copy did not arrive in `keep`."""
+    if not isinstance(runs, Iterable): raise ValueError(f"runs={runs!r}: give a list of runs, such as those of `grid`")
     runs = list(runs)
     cluster = dict(address=address, cpus=cpus, gpus=gpus, retries=retries)
     if not runs: raise ValueError("runs is empty: there is nothing to do")

@@ -9,7 +9,7 @@ __all__ = ['try_classifier', 'try_run']
 
 # %% ../../nbs/explore/classifier.ipynb #29ec712e
 from pathlib import Path
-import ipywidgets as widgets, numpy as np
+import ipywidgets as widgets, numpy as np, pandas as pd
 from torch import nn
 
 # %% ../../nbs/explore/classifier.ipynb #121889ea
@@ -115,6 +115,7 @@ def _examples(learn, examples, n=8):
     "Pairs of a text, and a path or a row of a table"
     if examples is not None: return [(Path(o).name, str(o)) for o in examples]
     rows = learn.dls.valid_ds.items
+    if isinstance(rows, pd.DataFrame): return []                       # fastai's column readers say where its files are
     def example(o):
         return (f'{o.label}: {Path(o.path).name}', o) if hasattr(o, 'label') else (Path(o).name, str(o))
     return [example(o) for o in rows[::max(1, len(rows)//n)][:n]]

@@ -26,9 +26,9 @@ from ..data.loaders import picture_dl
 from ..data.pictures import skip_bad
 from ..data.tables import is_labelled, pick_split, read_folder
 from ..fisher.estimate import estimate_fisher
-from ..learner import normalise, source_dl
+from ..learner import head_names, normalise, source_dl
 from ..penalty.merging import merge
-from ..penalty.quadratic import QuadraticPenalty, find_new
+from ..penalty.quadratic import QuadraticPenalty, is_new
 from ..retention import accuracy_on, source_parts, with_source_head
 from ..experiment.run import Run, do_run, read_target, run_source
 from ..experiment.predict import load_run
@@ -107,8 +107,9 @@ class Compromise:
     ):
         self.source,self.tuned = [copy_module(o).to(memory_format=torch.channels_last) for o in (source, tuned)]
         theta0 = dict(self.source.named_parameters())
-        new = find_new(self.tuned, self.source)
-        self.beta_of_1 = QuadraticPenalty(self.tuned, theta0, fisher_source, strength=1., new=new).beta
+        head = head_names(self.source)                         # new, also where both models have as many classes
+        self.new = [n for n,_ in self.tuned.named_parameters() if n not in theta0 or is_new(n, head)]
+        self.beta_of_1 = QuadraticPenalty(self.tuned, theta0, fisher_source, strength=1., new=self.new).beta
         self.training = _batches(training)
         self.target = _batches(target)
         self.fishers = fisher_source,fisher_target
@@ -136,7 +137,7 @@ class Compromise:
 def _made(self:Compromise, alpha, strength):
     "Make the merged model"
     beta = strength*self.beta_of_1
-    merged = merge(self.source, self.tuned, *self.fishers, beta=2*beta, alpha=2*alpha)
+    merged = merge(self.source, self.tuned, *self.fishers, beta=2*beta, alpha=2*alpha, new=self.new)
     return (yield from _update_bn(merged, self.training))
 
 # %% ../../nbs/explore/compromise.ipynb #4cf74ea1
@@ -165,7 +166,7 @@ def _layers(self:Compromise, model, alpha, strength):
 def _terms(self:Compromise, name, p, tuned, theta0, alpha, beta):
     "Of one parameter: squared distance from the source, merged and tuned, and both terms of the penalty"
     alpha_term = alpha*p.square().sum().item()
-    if theta0 is None or theta0.shape!=p.shape: return math.nan, math.nan, alpha_term, 0.
+    if name in self.new: return math.nan, math.nan, alpha_term, 0.
     theta0 = theta0.to(p)
     d = (p-theta0).square()
     beta_term = beta*(self.fishers[0][name].to(d)*d).sum().item()

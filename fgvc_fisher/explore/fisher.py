@@ -9,6 +9,7 @@ __all__ = ['explore_fisher']
 
 # %% ../../nbs/explore/fisher.ipynb #29ec712e
 from functools import lru_cache
+from textwrap import shorten
 import ipywidgets as widgets, numpy as np
 
 # %% ../../nbs/explore/fisher.ipynb #121889ea
@@ -26,6 +27,8 @@ class _FisherView:
     def __init__(self, fisher):
         self.fisher = fisher
         self.table = fisher.summary()
+        if bad := list(self.table.parameter[~np.isfinite(self.table['mean'])]):
+            raise ValueError(f"the Fisher of {shorten(', '.join(bad), 200)} is not finite: estimate it again")
         self.n = sum(v.numel() for v in fisher.sums.values())
         self.layers = Picture(4.9, 3.6)
         self.values = Picture(4.9, 3.6)

@@ -24,7 +24,6 @@ from captum.attr import LayerAttribution, LayerGradCam
 from fastai.data.all import Normalize, test_set
 from fastai.learner import Learner
 from fastai.torch_core import to_device
-from fastai.vision.all import PILImage
 from fastcore.basics import patch
 from ..data.pictures import to_rgb
 from ..data.tables import read_aircraft
@@ -93,7 +92,8 @@ def _batch(dls, picture):
     "A batch of one picture as the tuned model expects it, and its pixels, (H, W, 3), uint8"
     valid = dls.valid
     valid.before_iter()                                  # sets the transforms of validation
-    item = valid.after_item(test_set(valid.dataset, [PILImage.create(_middle(picture).convert('RGB'))])[0])
+    rgb,_ = to_rgb(_middle(picture).copy())
+    item = valid.after_item(test_set(valid.dataset, [rgb])[0])
     x = valid.after_batch(to_device(valid.do_batch([item]), valid.device))[0]
     norm = next(o for o in valid.after_batch.fs if isinstance(o, Normalize))
     x,mean,std = [o.as_subclass(Tensor) for o in (x, norm.mean.to(x.device), norm.std.to(x.device))]
@@ -200,6 +200,9 @@ class Recogniser:
         names:Sequence|None=None, # Of its classes, in order; default: ImageNet's if there are 1000, else 'class 0', ...
         kin:pd.DataFrame|None=None, # From `read_kin`; default: of the learner's tree, if its labels are variants
     ):
+        if not any(isinstance(o, Normalize) for o in learn.dls.valid.after_batch.fs):
+            raise ValueError("the Learner's pictures are not normalised (its DataLoaders have no fastai `Normalize`): "
+                             "use aircraft_learner, which adds it")
         self.learn = learn
         self.source = source
         self.lock = Lock()

@@ -31,6 +31,7 @@ _ARMS = {'plain': {}, 'L2': dict(alpha=5e-4), 'L2-SP': dict(l2sp=1e-2),
          'L2-SP-Fisher': dict(strength=STRENGTH, alpha=0.),
          'as published': dict(alpha=0., beta=4e-4, l2sp=4e-3)} # the usual strengths
 _STRENGTHS = 'alpha','strength','beta','l2sp'
+_CONTROLLED = *_STRENGTHS,'arm','epochs','lr','seed','step' # what the controls say, not the task
 # the marks of the arms as text, for the legend
 _MARKS = dict(o='●', s='■', D='◆', v='▼', P='✚', p='⬟', X='✖', **{'^': '▲', '<': '◀', '*': '★'})
 def _run_of(task, epochs, arm, alpha, strength, beta, l2sp, lr, seed):
@@ -38,8 +39,9 @@ def _run_of(task, epochs, arm, alpha, strength, beta, l2sp, lr, seed):
     strengths = {k: v for k,v in dict(alpha=alpha, strength=strength, beta=beta, l2sp=l2sp).items() if k in _ARMS[arm]}
     name = [arm, *[f'{k} = {v:g}' for k,v in strengths.items() if v]]
     if lr!=task.get('lr', Run.lr): name.append(f'lr = {lr:g}')
-    step = 'published' if arm=='as published' else task.get('step', 'prox')
-    return Run(**task | strengths | dict(arm=', '.join(name), epochs=epochs, lr=lr, seed=seed, step=step))
+    usual = 'grad' if task.get('step')=='grad' else 'prox'
+    own = dict(arm=', '.join(name), epochs=epochs, lr=lr, seed=seed, step='published' if arm=='as published' else usual)
+    return Run(**task | dict.fromkeys(_STRENGTHS, 0.) | strengths | own)
 
 # %% ../../nbs/explore/training.ipynb #c4bcb0e6
 class _TrainingView:
@@ -50,9 +52,9 @@ class _TrainingView:
         self.runs = {}
         self.looks = {}
         self.note = ''
-        of_task = asdict(Run(**task))
+        of_task = {k: v for k,v in asdict(Run(**task)).items() if k in task and k not in _CONTROLLED}
         for run in training.known().values():
-            if all(getattr(run, f)==of_task[f] for f in task): self.add(run)
+            if all(getattr(run, k)==v for k,v in of_task.items()): self.add(run)
         self.loss,self.accuracy,self.kept = self.pictures = [Picture(3.2, 2.9) for _ in range(3)]
         self.legend = widgets.HTML()
 

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import nn, Tensor
 from ..distributed.files import replace_file
 from ..distributed.sharded import check_whole, for_float64, is_sharded
-from ..distributed.wrappers import match_names, unwrap
+from ..distributed.wrappers import copy_module, match_names, unwrap
 
 # %% ../../nbs/fisher/diagonal.ipynb #426b7e33
 def differing_parameters(
@@ -40,6 +40,7 @@ def _merged_header(a, b):
         values = [str(o.provenance.get(k, 'unknown')) for o in (a,b)]
         return ' + '.join(dict.fromkeys(part for v in values for part in v.split(' + ')))
     header = {k: both(k) for k in a.provenance | b.provenance}
+    header.pop('mass_left', None)
     if all('mass_left' in o.provenance for o in (a,b)):
         mass = sum(float(o.provenance['mass_left'])*o.n_images for o in (a,b))
         header['mass_left'] = repr(mass/(a.n_images+b.n_images))
@@ -143,7 +144,7 @@ def _to_half(sums):
     "Parameter name -> float16 tensor and its scale, a power of two"
     halves = {}
     for k,v in sums.items():
-        largest = max(v.max().item(), 1e-30)
+        largest = max(v.max().item() if v.numel() else 0., 1e-30)
         scale = 2.**math.ceil(math.log2(largest/2**15))
         halves[k] = (v/scale).half(),scale
     return halves
@@ -166,8 +167,10 @@ def save(self:DiagFisher,
     path:str|Path, # File to write, usually '.safetensors'
     half:bool=False, # Store float16 with a scale per parameter, half the size?
 )->Path: # The same path
-    "Write the estimate to a safetensors file."
+    "Write the estimate to a safetensors file. `ValueError` if it is not finite, which `load` would refuse."
     path = Path(path)
+    try: _check_squares(self.sums)
+    except ValueError as e: raise ValueError(f"{path} was not written: this Fisher has {e}") from e
     provenance = dict(self.provenance)
     tensors = {k: v.contiguous() for k,v in self.sums.items()}
     header = dict(format=FORMAT, kind=self.kind, n_images=str(self.n_images), names=json.dumps(list(self)),
@@ -183,6 +186,10 @@ def save(self:DiagFisher,
     return path
 
 # %% ../../nbs/fisher/diagonal.ipynb #8f3833e5
+def _check_squares(sums):
+    "`ValueError` for sums that cannot be those of squares"
+    if bad := [k for k,v in sums.items() if not (v.is_floating_point() and v.isfinite().all() and (v>=0).all())]:
+        raise ValueError(f"not sums of squares, since negative or not finite: {shorten(', '.join(bad), 200)}")
 def _read(path):
     "Header, sums and moments of a file that `save` wrote. Raises `ValueError` if they do not fit"
     with safe_open(path, 'pt') as f:
@@ -198,8 +205,7 @@ def _read(path):
         scales = json.loads(header['scales'])
         tensors = {k: tensors[k].float()*s for k,s in zip(names, scales, strict=True)}
     sums = {k: tensors[k] for k in names}
-    if bad := [k for k,v in sums.items() if not (v.is_floating_point() and v.isfinite().all() and (v>=0).all())]:
-        raise ValueError(f"not sums of squares, since negative or not finite: {shorten(', '.join(bad), 200)}")
+    _check_squares(sums)
     if moments is not None and moments.shape!=(len(names)+1,):
         raise ValueError(f"moments have the shape {tuple(moments.shape)}, not ({len(names)+1},)")
     return header,sums,moments
@@ -226,6 +232,10 @@ def load(cls:DiagFisher,
     return self
 
 # %% ../../nbs/fisher/diagonal.ipynb #81d5e0d4
+def _has_weights(model, sha256):
+    "Is this hash that of the model's weights, in this or another floating-point type?"
+    if weights_sha256(model)==sha256: return True
+    return any(weights_sha256(copy_module(unwrap(model)).to(o))==sha256 for o in (*_TYPES,torch.float64))
 @patch
 def check(self:DiagFisher,
     model:nn.Module, # The network
@@ -236,8 +246,7 @@ def check(self:DiagFisher,
     if names := differing_parameters(match_names(self.sums, own), own):
         arch = self.provenance.get('arch', 'unnamed')
         raise ValueError(f"{name} is for another network ({arch}); these parameters differ: {names}")
-    sha256 = weights_sha256(model)
-    if self.provenance.get('weights_sha256', sha256)!=sha256:
+    if 'weights_sha256' in self.provenance and not _has_weights(model, self.provenance['weights_sha256']):
         warnings.warn(f"{name} was estimated with other weights than this model has (their hashes differ), so it may "
                       "not describe them: estimate it again, or load the weights it was made from")
 
@@ -287,7 +296,8 @@ def summary(self:DiagFisher): # A DataFrame: columns `parameter`, `shape`, `mean
     import pandas as pd
     n,totals = self.n_images,parameter_totals(self.sums)
     total = sum(totals)
-    rows = [(k, tuple(v.shape), v.mean().item()/n, v.max().item()/n, t/total if total else math.nan)
+    def largest(v): return v.max().item() if v.numel() else math.nan
+    rows = [(k, tuple(v.shape), v.mean().item()/n, largest(v)/n, t/total if total else math.nan)
             for (k,v),t in zip(self.sums.items(), totals)]
     table = pd.DataFrame(rows, columns=['parameter','shape','mean','max','share'])
     return table if self.moments is None else table.assign(error=self.error().relative.to_numpy()[:-1])

@@ -8,7 +8,7 @@ Docs: https://fgvc-fisher.github.io/fgvc_fisher/fisher/estimate.html.md"""
 __all__ = ['model_restored', 'draw_labels', 'most_probable', 'LabelPlan', 'Estimate', 'remove_checkpoint', 'estimate_fisher']
 
 # %% ../../nbs/fisher/estimate.ipynb #89e643a1
-import json, platform, random, time
+import json, platform, random, signal, threading, time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -146,7 +146,7 @@ class Estimate:
         provenance:dict, # How it is made, for the header; strings
     ):
         self.total,self.plan,self.provenance = SquaredGradients(model),plan,provenance
-        self.n_images,self.uncovered_mass = 0,0.
+        self.n_images,self.uncovered_mass,self.is_whole = 0,0.,True    # is_whole: no batch is half added
         self.moments = torch.zeros(len(self.total.params)+1, dtype=torch.float64, device='cpu')
 
     def _labels(self, logits, first, y):
@@ -160,6 +160,7 @@ class Estimate:
         first:int=0, # Number of the first image
     ):
         "Add a batch."
+        self.is_whole = False
         step = 8 if x.device.type=='cpu' else len(x)
         for a in range(0, len(x), step):
             part = slice(a, a+step)
@@ -167,6 +168,7 @@ class Estimate:
             lengths = self.total.add_batch(x[part], labels).cpu().double()
             self.moments += torch.cat([lengths, lengths.sum(1, keepdim=True)], 1).square().sum(0)
         self.n_images += len(x)
+        self.is_whole = True
 
     def fisher(self)->DiagFisher: # On the CPU
         "The estimate over the images so far."
@@ -303,11 +305,25 @@ def estimate_fisher(
 # %% ../../nbs/fisher/estimate.ipynb #e80152dc
 @contextmanager
 def _kept_if_interrupted(estimate, checkpoint):
-    "Write the checkpoint, if there is to be one, when the block is interrupted"
+    "Write the checkpoint, if there is to be one, when the block is interrupted, unless a batch is half added"
     try: yield
     except KeyboardInterrupt:
-        if checkpoint and estimate.n_images: estimate.fisher().save(checkpoint)
+        if checkpoint and estimate.n_images and estimate.is_whole: estimate.fisher().save(checkpoint)
         raise
+@contextmanager
+def _interrupts_wait():
+    "Let the first Ctrl-C wait until the block has ended; a second one does not wait"
+    usual,came = signal.getsignal(signal.SIGINT),[]
+    if threading.current_thread() is not threading.main_thread() or not callable(usual):
+        yield
+        return
+    def wait(*args):
+        came.append(args)
+        if len(came)>1: usual(*args)
+    signal.signal(signal.SIGINT, wait)
+    try: yield
+    finally: signal.signal(signal.SIGINT, usual)
+    if came: usual(*came[0])
 
 # %% ../../nbs/fisher/estimate.ipynb #dcc72498
 def _add_batches(estimate, batches, image_offset, target_error, checkpoint, checkpoint_every):
@@ -321,7 +337,7 @@ def _add_batches(estimate, batches, image_offset, target_error, checkpoint, chec
                                  "or remove the file")
             skip -= len(x)
         elif x is not None:
-            estimate.add(x, y, image_offset+first)
+            with _interrupts_wait(): estimate.add(x, y, image_offset+first)
             if checkpoint and time.monotonic()-written>=checkpoint_every:
                 estimate.fisher().save(checkpoint)
                 written = time.monotonic()

@@ -9,7 +9,7 @@ __all__ = ['LABEL', 'Sample', 'TarShard', 'tar_shards', 'StreamShard', 'stream_s
            'shard_fisher']
 
 # %% ../../nbs/fisher/shards.ipynb #1a51c53a
-import errno, gzip, importlib, json, os, time, traceback, warnings
+import copy, errno, gzip, importlib, json, os, re, tarfile, time, traceback, warnings
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from glob import glob
 from io import BytesIO
 from itertools import chain, count
+from numbers import Integral
 from pathlib import Path
 from textwrap import shorten
 from typing import Any, NamedTuple
@@ -54,7 +55,7 @@ class Sample(NamedTuple):
     "A picture of a shard."
     name:str # For error messages
     data:bytes # The picture's file, undecoded
-    label:int|None=None # Its class number
+    label:int|bytes|str|None=None # Its class number; anything else will do where labels are not needed
 
 # %% ../../nbs/fisher/shards.ipynb #f071fe72
 class _Blocks:
@@ -68,10 +69,11 @@ class _Blocks:
 
 # %% ../../nbs/fisher/shards.ipynb #0a5c0612
 LABEL = 'cls'
-def _class_number(text, name):
-    "The class number in a file of a shard"
-    try: return int(decode_text(text, name))
-    except ValueError as e: raise ValueError(f"{name}.{LABEL} has no class number, but {text[:40]!r}") from e
+def _class_number(sample):
+    "The class number of a sample; None if it has no label"
+    if sample.label is None or isinstance(sample.label, Integral): return sample.label
+    raise ValueError(f"{sample.name}: its label is no class number, but {str(sample.label)[:40]!r}; only "
+                     "kind='empirical' needs labels")
 
 def _tar_sample(files, url):
     "The files that WebDataset grouped, as a `Sample`"
@@ -82,16 +84,28 @@ def _tar_sample(files, url):
         names = ', '.join(k for k in files if k[:2]!='__')
         raise ValueError(f"{name} has {len(found)} pictures instead of one, among the files {names}")
     label = files.get(LABEL)
-    return Sample(name, files[found[0]], None if label is None else _class_number(label, name))
+    with suppress(ValueError): label = None if label is None else int(decode_text(label, name))
+    return Sample(name, files[found[0]], label)
 
 # %% ../../nbs/fisher/shards.ipynb #18b242a8
+def _tar_files(blocks, url):
+    "The files in a tar file, as `group_by_keys` takes them. Raises `OSError` for no tar file, `ValueError` for a link"
+    try: tar = tarfile.open(fileobj=blocks, mode='r|')
+    except tarfile.ReadError as e:
+        raise OSError(f"{url} is no tar file, or not compressed as its name says ({e}); read are .tar, .tar.gz and "
+                      ".tgz") from e
+    for member in tar:
+        if member.islnk() or member.issym():
+            raise ValueError(f"{url}: {member.name} is a link, so its picture or label would be missing: write the "
+                             "archive with tar --dereference --hard-dereference")
+        if member.isreg(): yield dict(fname=member.name, data=tar.extractfile(member).read(), __url__=url)
+        tar.members = []                                               # else it remembers all of them
 def _tar_samples(url):
     "The samples of one tar file. Raises `OSError` if it is not complete"
-    wds = _needs('webdataset.tariterators', 'streams')
+    group_by_keys = _needs('webdataset.tariterators', 'streams').group_by_keys
     with _needs('webdataset.gopen', 'streams').gopen(url) as f:
-        blocks = _Blocks(gzip.GzipFile(fileobj=f) if url.endswith(('.gz','.tgz')) else f)
-        files = (file | dict(__url__=url) for file in wds.tar_file_iterator(blocks))
-        for group in wds.group_by_keys(files): yield _tar_sample(group, url)
+        blocks = _Blocks(gzip.GzipFile(fileobj=f) if url.lower().endswith(('.gz','.tgz')) else f)
+        for group in group_by_keys(_tar_files(blocks, url)): yield _tar_sample(group, url)
         if blocks.last!=bytes(512): raise OSError(f"{url} is damaged or cut short: it does not end as a tar file does")
         rest = iter(lambda: blocks.f.read(2**20), b'')
         if any(block.strip(b'\0') for block in rest):
@@ -162,6 +176,7 @@ class StreamShard:
     name:str # Name of the dataset, and which part of it this is
     image:str # Column of pictures
     label:str|None=None # Column of class numbers
+    digest:str='' # Of what it reads: files with their dates, columns, maps
     def __str__(self): return self.name
     def __iter__(self):
         for i,row in enumerate(self.stream):
@@ -177,10 +192,18 @@ def _column(features, column, types, names):
     return column or next(iter(usual), None)
 
 # %% ../../nbs/fisher/shards.ipynb #8abd13f9
+def _digest(stream):
+    "A hash of what a stream reads and does, as `datasets` makes it for its cache; not of how far it has been read"
+    examples = copy.deepcopy(stream._ex_iterable)
+    examples._init_state_dict()
+    return _needs('datasets', 'streams').fingerprint.Hasher.hash(examples)
 def _load_stream(data, split, load):
     "A stream and its name. Raises `ValueError` that names the dataset, whatever the loader raised"
     datasets = _needs('datasets', 'streams')
     if isinstance(data, datasets.IterableDataset): return data,data.info.dataset_name or 'stream'
+    if not isinstance(data, (str,Path)):
+        raise ValueError(f"a {type(data).__name__} is no stream: pass its name, .to_iterable_dataset(), or one of its "
+                         "splits")
     name = ', '.join([str(data), split, *(f'{k}={v}' for k,v in sorted(load.items()))])
     try: return datasets.load_dataset(str(data), split=split, streaming=True, **load),name
     except Exception as e: raise ValueError(f"cannot open the dataset {name}: {type(e).__name__}: {e}") from e
@@ -207,7 +230,8 @@ def stream_shards(
         raise ValueError(f"{name} has no column of pictures, only {', '.join(stream.features)}: name one with image=")
     columns = [image, *([label] if label else [])]
     stream = stream.select_columns(columns).cast_column(image, datasets.Image(decode=False))
-    return [StreamShard(stream.shard(n, i), f'{name}, {i} of {n}', image, label) for i in range(n)]
+    digest = _digest(stream)
+    return [StreamShard(stream.shard(n, i), f'{name}, {i} of {n}', image, label, digest) for i in range(n)]
 
 # %% ../../nbs/fisher/shards.ipynb #c5a628fd
 def _open(sample, skipped):
@@ -246,6 +270,7 @@ def shard_batches(
     bs:int=32, # Batch size
     num_workers:int=1, # Threads that decode
     skipped:list|None=None, # Gets the names of pictures that cannot be decoded, which are left out; None: they raise
+    labels:bool=True, # Give class numbers? Without, y is None, and a label may be anything
 )->Iterator: # Batches `(x, y)` on the model's device: x (B, 3, size, size), normalised; y (B,), None without labels
     """The pictures of a shard in batches, as `source_dl` would make them. Raises `OSError` that names a picture that
     cannot be decoded."""
@@ -259,7 +284,7 @@ def shard_batches(
     def labelled():
         for sample,pixels in _map_ahead(decode, shard, num_workers, 2*bs):
             if pixels is None: skipped.append(sample.name)
-            else: yield pixels,sample.label
+            else: yield pixels,_class_number(sample) if labels else None
     for batch in chunked(labelled(), bs):
         x,y = zip(*batch)
         y = None if None in y else torch.tensor(y, device=device)
@@ -295,6 +320,9 @@ def _read_sum(file, read):
         return None
 
 # %% ../../nbs/fisher/shards.ipynb #11556836
+def _numbered(folder, suffix):
+    "Number of a shard -> its file with this suffix; other files are not ours"
+    return {int(o.stem): o for o in folder.glob(f'*.{suffix}') if re.fullmatch(r'\d{6,}', o.stem, re.ASCII)}
 class PartialSums:
     "The running sums of an estimate over shards, in the files of a folder."
     def __init__(self,
@@ -302,8 +330,8 @@ class PartialSums:
     ):
         self.folder = Path(folder)
 
-    def _files(self): return sorted(self.folder.glob('sum-*.safetensors'))
-    def _empty(self): return {int(file.stem) for file in self.folder.glob('*.empty')}
+    def _files(self): return sorted(self.folder.glob('sum-[0-9][0-9][0-9].safetensors'))
+    def _empty(self): return set(_numbered(self.folder, 'empty'))
     def _skipped_file(self, i): return self.folder/f'{i:06}.skipped'
 
     def done(self)->set: # Numbers of shards
@@ -386,8 +414,7 @@ class _Work:
     def error_file(self, i): return self.folder/f'{i:06}.error'
     def todo(self):
         "The shards that are neither done nor failed"
-        failed = {int(file.stem) for file in self.folder.glob('*.error')}
-        finished = self.sums.done() | failed
+        finished = self.sums.done() | set(_numbered(self.folder, 'error'))
         return [i for i in range(len(self.shards)) if i not in finished]
 
 # %% ../../nbs/fisher/shards.ipynb #f3c063c7
@@ -396,7 +423,8 @@ def _do_shard(work, i):
     began = time.perf_counter()
     shard,fisher = work.shards[i],None
     skipped = [] if work.on_bad=='skip' else None
-    batches = shard_batches(shard, work.model, work.size, work.bs, work.num_workers, skipped)
+    labels = work.settings['kind']=='empirical'
+    batches = shard_batches(shard, work.model, work.size, work.bs, work.num_workers, skipped, labels)
     if (first_batch := next(batches, None)) is not None:
         fisher = estimate_fisher(work.model, chain([first_batch], batches), **work.settings, image_offset=i<<32,
                                  progress=False, provenance=work.about)
@@ -426,7 +454,8 @@ def _mismatch(was, now):
 
 # %% ../../nbs/fisher/shards.ipynb #598cf388
 def _files_of(shard):
-    "All files of a shard, with the sizes of those on this disk; '' for other shards."
+    "All files of a shard, with the sizes of those on this disk; the digest of a stream; '' for other shards."
+    if isinstance(shard, StreamShard): return f'a stream with the digest {shard.digest}'
     def sized(url): return f'{url} ({Path(url).stat().st_size:,} bytes)' if Path(url).is_file() else url
     return ', '.join(map(sized, shard.urls)) if isinstance(shard, TarShard) else ''
 def _check_folder(work):
@@ -439,8 +468,8 @@ def _check_folder(work):
     file = work.folder/'estimate.json'
     with FileLock(work.folder/'estimate.lock'):
         if not file.exists(): write_text(file, json.dumps(now, indent=1))
-        try: was = json.loads(file.read_text(encoding='utf-8'))
-        except ValueError as e:
+        try: was = dict(json.loads(file.read_text(encoding='utf-8')))
+        except (TypeError, ValueError) as e:
             raise ValueError(f"{file} is not valid JSON ({e}): remove the folder, or name another one") from e
     if differs := _mismatch(was, now):
         raise ValueError(f"{work.folder} is for another estimate, with {differs}. Remove it, or name another folder.")
@@ -533,6 +562,15 @@ def _by_ray(work, address, cpus, gpus):
                 except Exception as e: _record_failure(work, i, getattr(e, 'cause', None) or e, str(e))
 
 # %% ../../nbs/fisher/shards.ipynb #df424665
+def _listed(shards):
+    "The shards as a list. Raises `ValueError` for what is no list of shards, such as a path"
+    if isinstance(shards, (str,bytes,Path,TarShard,StreamShard)):
+        raise ValueError(f"shards is a {type(shards).__name__}: pass the list that tar_shards or stream_shards returns")
+    shards = list(shards)
+    if paths := [o for o in shards if isinstance(o, (str,bytes,Path,Sample))]:
+        raise ValueError(f"shards has a {type(paths[0]).__name__}, which is no shard: pass the list that tar_shards or "
+                         "stream_shards returns")
+    return shards
 def _check_call(shards, jobs, engine, retries, bs, address, cpus, gpus, on_bad):
     "Raises `ValueError` for invalid arguments"
     if on_bad not in ('error','skip'): raise ValueError(f"unknown on_bad={on_bad!r}; choose 'error' or 'skip'")
@@ -541,8 +579,8 @@ def _check_call(shards, jobs, engine, retries, bs, address, cpus, gpus, on_bad):
     if not shards: raise ValueError("there are no shards: name at least one file")
     if engine not in ('processes','ray'): raise ValueError(f"engine {engine!r}: choose 'processes' or 'ray'")
     for name,n,low in (('jobs',jobs,1), ('retries',retries,0), ('bs',bs,1), ('cpus',cpus,1)):
-        if isinstance(n, bool) or not isinstance(n, int) or n<low:
-            raise ValueError(f"{name}={n!r}: choose an integer of at least {low}")
+        if isinstance(n, bool) or not isinstance(n, Integral) or n<low:
+            raise ValueError(f"{name}={n}: choose an integer of at least {low}")
     if engine=='ray' and jobs>1:
         raise ValueError(f"jobs={jobs} is for engine='processes'; with Ray, set cpus= and gpus= of one shard")
     if engine!='ray' and (address or gpus is not None):
@@ -593,15 +631,19 @@ def shard_fisher(
 )->DiagFisher: # The mean over the pictures of all shards, on the CPU
     """The diagonal Fisher information over shards. Raises `ValueError` for invalid arguments and for a folder of
     another estimate; `RuntimeError` that names a shard that failed, after all others are done."""
-    model,shards,out = unwrap(model),list(shards),Path(out).absolute()
-    LabelPlan(kind, seed, n_samples, mass)                              # raises ValueError before anything is read
+    if not str(out): raise ValueError("out is empty: name a folder for the running sums")
+    plan = LabelPlan(kind, seed, n_samples, mass)                       # raises ValueError before anything is read
+    model,shards,out = unwrap(model),_listed(shards),Path(out).absolute()
     _check_call(shards, jobs, engine, retries, bs, address, cpus, gpus, on_bad)
+    if next(model.parameters(), None) is None: raise ValueError(f"{type(model).__name__} has no parameters")
     workers = cpus if engine=='ray' else max(1, (os.cpu_count() or 1)//jobs)
-    settings = dict(kind=kind, n_samples=n_samples, mass=mass, seed=seed)
+    settings = dict(kind=kind, n_samples=int(plan.n_samples), mass=float(plan.mass), seed=int(plan.seed))
     size = size or picture_stats(model)['size']
+    if not isinstance(size, Integral) or size<1: raise ValueError(f"size={size!r}: give the side of a square in pixels")
+    size = int(size)
     work = _Work(model, shards, out, settings, size, bs, workers, retries, provenance or {}, quiet, on_bad)
     _check_folder(work)
-    for failure in out.glob('*.error'): failure.unlink(missing_ok=True)
+    for failure in _numbered(out, 'error').values(): failure.unlink(missing_ok=True)
     if engine=='ray': _by_ray(work, address, cpus, gpus)
     else: _by_processes(work, jobs)
     return _result(work)

@@ -14,27 +14,33 @@ from textwrap import shorten
 import torch
 from torch import nn
 from ..distributed.wrappers import copy_module, unwrap
-from .quadratic import mismatched_parameters, named_like, find_new, precise_type
+from fgvc_fisher.penalty.quadratic import (
+    check_new, find_new, is_new, mismatched_parameters, named_like, precise_type
+)
 
 # %% ../../nbs/penalty/merging.ipynb #a06b4cd1
-def _shared(source, tuned):
+def _shared(source, tuned, new):
     "The names of the parameters that both models have; `ValueError` if they are not a source and its fine-tuned model"
-    new = find_new(tuned, source)
-    return [n for n,_ in tuned.named_parameters() if n not in new]
+    new = [*find_new(tuned, source), *check_new(tuned, new)]
+    return [n for n,_ in tuned.named_parameters() if not is_new(n, new)]
 
 # %% ../../nbs/penalty/merging.ipynb #1edce9fc
 def _check_of(fisher, model, name):
     "`ValueError` if a Fisher does not belong to this model"
     if wrong := [f'{n} {difference}' for n,difference in mismatched_parameters(model, fisher)]:
         raise ValueError(f"fisher_{name} does not belong to the {name} model: {shorten(', '.join(wrong), 300)}")
+    values = named_like(fisher, model)
+    if bad := [n for n,v in values.items() if not (v.isfinite().all() and (v>=0).all())]:
+        raise ValueError(f"fisher_{name} has negative or non-finite values in {shorten(', '.join(bad), 300)}: "
+                         "estimate it again")
 
 # %% ../../nbs/penalty/merging.ipynb #05ed1d20
 @torch.no_grad()
-def _blend(source, tuned, fraction):
+def _blend(source, tuned, fraction, shared):
     "A copy of `tuned` whose shared parameters have moved by `fraction(name, parameter)` of the way to the source's"
     merged = copy_module(tuned)
     theta0,params = named_like(source, tuned),dict(merged.named_parameters())
-    for n in _shared(source, tuned): params[n].lerp_(theta0[n].to(params[n]), fraction(n, params[n]))
+    for n in shared: params[n].lerp_(theta0[n].to(params[n]), fraction(n, params[n]))
     return merged
 
 # %% ../../nbs/penalty/merging.ipynb #ddf87b80
@@ -56,7 +62,8 @@ def merge(
     fisher_target:Mapping, # Fisher of `tuned` on target pictures
     beta:float=1., # Weight of the source: 0 gives `tuned`, a very large one the source
     alpha:float=0., # Weight of zero, for every parameter including the head's
-)->nn.Module: # A new model with the head of `tuned`
+    new=(), # Names of parameters or modules that stay as they are in `tuned`, as those do that the source lacks
+)->nn.Module: # A new model with the head of `tuned`, unless the source's has its shape and `new` does not name it
     "Fisher-weighted average of two models. Raises `ValueError` for an invalid weight or a Fisher of another model."
     for name,weight in dict(beta=beta, alpha=alpha).items():
         if not (math.isfinite(weight) and weight>=0):
@@ -68,8 +75,9 @@ def merge(
     def fraction(name, p):
         ours,theirs = _beside(fisher_target[name], p),beta*_beside(fisher_source[name], p)
         return torch.where(theirs>0, 1/(1+ours/theirs), 0.).to(p)
-    merged = _blend(source, tuned, fraction)
-    if alpha: _shrink(merged, fisher_source, fisher_target, beta, alpha, _shared(source, tuned))
+    shared = _shared(source, tuned, new)
+    merged = _blend(source, tuned, fraction, shared)
+    if alpha: _shrink(merged, fisher_source, fisher_target, beta, alpha, shared)
     return merged
 
 # %% ../../nbs/penalty/merging.ipynb #b3d30a77
@@ -77,7 +85,9 @@ def interpolate(
     source:nn.Module, # The source model
     tuned:nn.Module, # The fine-tuned model, with its own head
     t:float=0.5, # Position between the source, 0, and the fine-tuned model, 1
-)->nn.Module: # A new model with the head of `tuned`
+    new=(), # As in `merge`
+)->nn.Module: # As from `merge`
     "Straight interpolation of two models, as in WiSE-FT. Raises `ValueError` for a `t` that is not from 0 to 1."
     if not 0<=t<=1: raise ValueError(f"t={t}: choose between 0, the source, and 1, the fine-tuned model")
-    return _blend(unwrap(source), unwrap(tuned), lambda name, p: 1-t)
+    source,tuned = unwrap(source),unwrap(tuned)
+    return _blend(source, tuned, lambda name, p: 1-t, _shared(source, tuned, new))
