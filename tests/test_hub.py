@@ -94,7 +94,14 @@ def test_nothing_is_lost_when_the_fisher_cannot_be_written(do, tiny_run, tmp_pat
     assert sum(added)==wanted.n_images and not list(tmp_path.rglob('*.checkpoint*'))
     assert all(torch.equal(found.sums[k], v) for k,v in wanted.sums.items())
 
-def test_an_interrupt_waits_for_its_batch(tmp_path, monkeypatch):
+@pytest.fixture
+def interruptible():
+    "A background job ignores Ctrl-C"
+    usual = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, usual)
+
+def test_an_interrupt_waits_for_its_batch(interruptible, tmp_path, monkeypatch):
     "Ctrl-C in the middle of a batch: the same call ends as if there had been none; a second one loses the batch alone"
     net,x = torch.nn.Linear(4,3).double(),torch.randn(4,24,4, dtype=torch.float64)
     estimate = partial(estimate_fisher, net, x, checkpoint=tmp_path/'c', checkpoint_every=0, progress=False)
@@ -112,7 +119,7 @@ def test_an_interrupt_waits_for_its_batch(tmp_path, monkeypatch):
         assert DiagFisher.load(tmp_path/'c').n_images==left
         again = estimate()
         assert again.n_images==96 and all(torch.equal(again[k], wanted[k]) for k in wanted)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 def test_checkpoint_of_another_estimate(tmp_path):
     net,x = torch.nn.Linear(4,3),torch.randn(3,8,4)
