@@ -6,6 +6,7 @@ All that can be tested without one is in `test_device`. These tests take some mi
 import copy, gc, warnings
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import cache
 from itertools import product
 import numpy as np, pandas as pd, pytest, timm, torch
 from PIL import Image
@@ -47,16 +48,22 @@ NETWORKS = {
     'vit': (named('vit_tiny_patch16_224', img_size=64, init_values=0.5), (4,3,64,64))}
 
 LAYOUTS = [torch.contiguous_format,torch.channels_last]
+@cache
+def on_the_cpu(name, dtype):
+    "A network, its pictures, and its Fisher on the CPU; made once for both layouts"
+    make,shape = NETWORKS[name]
+    model,data = randomised(make()).to(dtype),batches(shape, dtype=dtype)
+    return model,data,estimate_fisher(model, data, kind='empirical', progress=False)
+
 HARD_SWISH = 1e-4 # PyTorch's multiplies by a sixth in float32 on a GPU, also in float64
 
 @pytest.mark.parametrize('name,layout', [(name, layout) for name,(_,shape) in NETWORKS.items() for layout in LAYOUTS
                                          if len(shape)==4 or layout==torch.contiguous_format])
 def test_rules_in_float64(name, layout):
-    make,shape = NETWORKS[name]
-    model,data = randomised(make()),batches(shape)
-    wanted = estimate_fisher(model, data, kind='empirical', progress=False)
+    model,data,wanted = on_the_cpu(name, torch.float64)
     data = [(x.to(memory_format=layout),y) for x,y in data]
-    got = estimate_fisher(model.to(DEVICE, memory_format=layout), data, kind='empirical', progress=False)
+    there = copy.deepcopy(model).to(DEVICE, memory_format=layout)
+    got = estimate_fisher(there, data, kind='empirical', progress=False)
     agree(got, wanted, HARD_SWISH if name=='mobilenetv3' else 1e-9)
     assert got.coverage().equals(wanted.coverage())
 
@@ -68,11 +75,10 @@ def as_a_whole(a, b):
 @pytest.mark.parametrize('layout', LAYOUTS)
 @pytest.mark.parametrize('name', ['inception_v4','mobilenetv3','convnext','vit'])
 def test_float32_and_its_layouts(name, layout):
-    make,shape = NETWORKS[name]
-    model,data = randomised(make()).float(),batches(shape, dtype=torch.float32)
-    wanted = estimate_fisher(model, data, kind='empirical', progress=False)
+    model,data,wanted = on_the_cpu(name, torch.float32)
     data = [(x.to(memory_format=layout),y) for x,y in data]
-    got = estimate_fisher(model.to(DEVICE, memory_format=layout), data, kind='empirical', progress=False)
+    there = copy.deepcopy(model).to(DEVICE, memory_format=layout)
+    got = estimate_fisher(there, data, kind='empirical', progress=False)
     if name=='inception_v4': assert as_a_whole(got, wanted) < 1e-2             # its first layers' gradients are 1e-10
     else: agree(got, wanted, 1e-2)
 

@@ -132,6 +132,7 @@ def test_checkpoint_of_another_estimate(tmp_path):
     with pytest.raises(ValueError, match='kind sampled.*exact'): estimate(net, x, kind='exact')
     with pytest.raises(ValueError, match='weights_sha256'): estimate(torch.nn.Linear(4,3), x)
     with pytest.raises(ValueError, match='batch'): estimate(net, x.flatten(0,1).split(7))
+    with pytest.raises(ValueError, match=r'shape \(4,\), and these have \(5, 4\)'): estimate(net, torch.randn(3,8,5,4))
     assert estimate(net, x).n_images==24 and not (tmp_path/'c').exists()
 
 def test_command_says_what_is_wrong(made, tmp_path):

@@ -147,6 +147,7 @@ class Estimate:
     ):
         self.total,self.plan,self.provenance = SquaredGradients(model),plan,provenance
         self.n_images,self.uncovered_mass,self.is_whole = 0,0.,True    # is_whole: no batch is half added
+        self.shape = None                                              # of the pictures in the first batch
         self.moments = torch.zeros(len(self.total.params)+1, dtype=torch.float64, device='cpu')
 
     def _labels(self, logits, first, y):
@@ -160,7 +161,7 @@ class Estimate:
         first:int=0, # Number of the first image
     ):
         "Add a batch."
-        self.is_whole = False
+        self.is_whole,self.shape = False,self.shape or str(tuple(x.shape[1:]))
         step = 8 if x.device.type=='cpu' else len(x)
         for a in range(0, len(x), step):
             part = slice(a, a+step)
@@ -196,6 +197,15 @@ def resume(self:Estimate,
     for k,v in self.total.sums.items(): v.copy_(old.sums[k])
     self.n_images,self.moments,self.total.coverage = old.n_images,old.moments,old.rules
     self.uncovered_mass = float(old.provenance.get('mass_left', 0))*old.n_images
+    self.shape = old.provenance.get('shape')
+@patch
+def keep(self:Estimate,
+    path:str|Path, # A checkpoint
+):
+    "Write a checkpoint, from which `resume` goes on."
+    fisher = self.fisher()
+    fisher.provenance['shape'] = self.shape
+    fisher.save(path)
 
 # %% ../../nbs/fisher/estimate.ipynb #aacaa9c0
 @patch
@@ -308,7 +318,7 @@ def _kept_if_interrupted(estimate, checkpoint):
     "Write the checkpoint, if there is to be one, when the block is interrupted, unless a batch is half added"
     try: yield
     except KeyboardInterrupt:
-        if checkpoint and estimate.n_images and estimate.is_whole: estimate.fisher().save(checkpoint)
+        if checkpoint and estimate.n_images and estimate.is_whole: estimate.keep(checkpoint)
         raise
 @contextmanager
 def _interrupts_wait():
@@ -333,13 +343,16 @@ def _add_batches(estimate, batches, image_offset, target_error, checkpoint, chec
     for k,(first,x,y) in enumerate(batches):
         if x is not None and skip:
             if skip<len(x):
-                raise ValueError(f"the checkpoint {checkpoint} ends inside a batch: use the same batch size as before, "
-                                 "or remove the file")
+                raise ValueError(f"the checkpoint {checkpoint} ends inside a batch: use the batch size and n_images of "
+                                 "before, or remove the file")
+            if skip==estimate.n_images and estimate.shape!=(shape := str(tuple(x.shape[1:]))):
+                raise ValueError(f"the checkpoint {checkpoint} has pictures of the shape {estimate.shape}, and these "
+                                 f"have {shape}: remove it or choose another file")
             skip -= len(x)
         elif x is not None:
             with _interrupts_wait(): estimate.add(x, y, image_offset+first)
             if checkpoint and time.monotonic()-written>=checkpoint_every:
-                estimate.fisher().save(checkpoint)
+                estimate.keep(checkpoint)
                 written = time.monotonic()
         all_had_a_turn = k%n_processes==n_processes-1
         if target_error and all_had_a_turn and not skip and estimate.reached(target_error, n_processes): return
