@@ -94,7 +94,9 @@ def _at_equal_retention(rows):
     "A sentence that compares the two penalties at the middle one of the retentions that both reach with every seed"
     levels = [o/100 for o in range(1, 100)]
     both = equal_retention(rows, 'L2-SP', 'L2-SP-Fisher', levels, TARGET, RETENTION)
-    if both.empty: return 'There is no whole per cent of the source that both penalties keep with every seed.'
+    if both.empty:
+        return ('No whole per cent of the source is kept by both penalties with every seed, so they are not compared '
+                'where they keep equally much.')
     d = both.iloc[len(both)//2]
     return (f'At strengths with which both keep {d.name:.0%} on the source, the accuracy on the aircraft is '
             f'{d["L2-SP"]:.1%} with L2-SP, and with L2-SP-Fisher it is {d["L2-SP-Fisher"]:.1%}, {_difference(d)}.')
