@@ -221,7 +221,7 @@ def test_kept_in_a_folder_that_lasts(server, tmp_path, size):
         assert [o.name for o in drive.iterdir()]==[f'{NAME}.tar.gz'] and server.asked==[0]
     (drive/f'{NAME}.tar.gz').write_bytes(ARCHIVE[:-9])
     if size is None:
-        with pytest.raises(ValueError, match='drive.*damaged'):
+        with pytest.raises(ValueError, match='drive.*damaged.*delete it there'):
             untar_aircraft(tmp_path/'d', server.url, keep=str(drive))
     else:
         untar_aircraft(tmp_path/'d', server.url, size=size, quiet=True, keep=str(drive))
