@@ -6,8 +6,8 @@ Docs: https://fgvc-fisher.github.io/fgvc_fisher/learner.html.md"""
 
 # %% auto #0
 __all__ = ['SOURCE_PREFIX', 'nesterov', 'load_state', 'load_weights', 'source_model', 'picture_stats', 'channels_last',
-           'normalise', 'source_dl', 'head_names', 'n_outputs', 'remake_head', 'aircraft_splitter', 'check_logits',
-           'aircraft_learner', 'distributed_training', 'TerminateTogether']
+           'normalisation', 'normalise', 'source_dl', 'head_names', 'n_outputs', 'remake_head', 'aircraft_splitter',
+           'check_logits', 'aircraft_learner', 'distributed_training', 'TerminateTogether']
 
 # %% ../nbs/learner.ipynb #e5beb75e
 import difflib, inspect, pkgutil, re, socket, time, warnings
@@ -211,9 +211,11 @@ def _named_model(name, pretrained):
 # %% ../nbs/learner.ipynb #87a518fa
 def _match_head(model, state):
     "The model, with the head that the file has: as many outputs, and without what `remake_head` leaves out"
-    own = [f'{n}.weight' for n in _head_layers(model)]
+    layers = _head_layers(model)
+    own = [f'{n}.weight' for n in layers]
     saved = next((state[n] for n in own[::-1] if n in state), None)
-    if saved is None or len(saved)==n_outputs(model) and all(n in state for n in own): return model
+    fits = saved is None or len(saved)==len(model.get_submodule(layers[-1]).weight) and all(n in state for n in own)
+    if fits: return model
     return remake_head(model, len(saved))
 
 # %% ../nbs/learner.ipynb #ea42f96e
@@ -289,6 +291,13 @@ def _has_stats(norm, mean, std):
     pairs = (norm.mean, mean), (norm.std, std)
     return all(torch.equal(o.flatten().cpu(), torch.tensor(v, device='cpu')) for o,v in pairs)
 
+# %% ../nbs/learner.ipynb #bc88ef3f
+def normalisation(
+    dl:TfmdDL, # A `DataLoader`
+)->Normalize|None: # None if its batches are not normalised
+    "The normalisation of a `DataLoader`."
+    return next((o for o in dl.after_batch.fs if isinstance(o, Normalize)), None)
+
 # %% ../nbs/learner.ipynb #f7ea7611
 def normalise(
     dl:TfmdDL, # Changed in place
@@ -302,7 +311,7 @@ def normalise(
                          "them with folder_dls or table_dls, or train with `penalty.QuadraticPenalty` in your own loop")
     _check_channels(network)
     stats = picture_stats(network)
-    present = next((o for o in dl.after_batch.fs if isinstance(o, Normalize)), None)
+    present = normalisation(dl)
     if present is None: dl.after_batch.add(InPlaceNormalize.from_stats(stats['mean'], stats['std']))
     elif not any(_has_stats(present, *o) for o in ((stats['mean'], stats['std']), (MEAN, STD))):
         raise ValueError("these DataLoaders are normalised for another model, and this one expects a mean of "

@@ -48,6 +48,7 @@ NETWORKS = {
     'vit': (named('vit_tiny_patch16_224', img_size=64, init_values=0.5), (4,3,64,64))}
 
 LAYOUTS = [torch.contiguous_format,torch.channels_last]
+
 @cache
 def on_the_cpu(name, dtype):
     "A network, its pictures, and its Fisher on the CPU; made once for both layouts"

@@ -120,9 +120,7 @@ class Compromise:
         self.measures = MEASURED if labelled else AGREED
         self.before = accuracy_on(self.source, self.pictures['source'])
         self.tuned_is = _result(self._measured(self.tuned.eval()))
-        self.alphas = []
-        self.strengths = []
-        self.grid = {}
+        self.alphas,self.strengths,self.grid = [],[],{}
 
     def _measured(self, model):
         "Measure the `measures` of a model"

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 # %% ../../nbs/explore/recognise.ipynb #8ce9b569
 from captum.attr import LayerAttribution, LayerGradCam
-from fastai.data.all import Normalize, test_set
+from fastai.data.all import test_set
 from fastai.learner import Learner
 from fastai.torch_core import to_device
 from fastcore.basics import patch
@@ -30,7 +30,7 @@ from ..data.tables import read_aircraft
 from ..distributed.wrappers import unwrap
 from ..experiment.saved import class_names
 from ..fisher.estimate import model_restored
-from ..learner import n_outputs, picture_stats
+from ..learner import n_outputs, normalisation, picture_stats
 from ..retention import with_source_head
 from ..data.tables import LEVELS
 
@@ -95,7 +95,7 @@ def _batch(dls, picture):
     rgb,_ = to_rgb(_middle(picture).copy())
     item = valid.after_item(test_set(valid.dataset, [rgb])[0])
     x = valid.after_batch(to_device(valid.do_batch([item]), valid.device))[0]
-    norm = next(o for o in valid.after_batch.fs if isinstance(o, Normalize))
+    norm = normalisation(valid)
     x,mean,std = [o.as_subclass(Tensor) for o in (x, norm.mean.to(x.device), norm.std.to(x.device))]
     pixels = ((x*std+mean)*255).round().clamp(0, 255)[0]
     return x, pixels.permute(1,2,0).byte().cpu().numpy()
@@ -200,7 +200,7 @@ class Recogniser:
         names:Sequence|None=None, # Of its classes, in order; default: ImageNet's if there are 1000, else 'class 0', ...
         kin:pd.DataFrame|None=None, # From `read_kin`; default: of the learner's tree, if its labels are variants
     ):
-        if not any(isinstance(o, Normalize) for o in learn.dls.valid.after_batch.fs):
+        if normalisation(learn.dls.valid) is None:
             raise ValueError("the Learner's pictures are not normalised (its DataLoaders have no fastai `Normalize`): "
                              "use aircraft_learner, which adds it")
         self.learn = learn

@@ -23,6 +23,7 @@ from torch import nn, Tensor
 from ..distributed.files import replace_file
 from ..distributed.sharded import check_whole, for_float64, is_sharded
 from ..distributed.wrappers import copy_module, match_names, unwrap
+from ..penalty.quadratic import not_squares
 
 # %% ../../nbs/fisher/diagonal.ipynb #426b7e33
 def differing_parameters(
@@ -188,7 +189,7 @@ def save(self:DiagFisher,
 # %% ../../nbs/fisher/diagonal.ipynb #8f3833e5
 def _check_squares(sums):
     "`ValueError` for sums that cannot be those of squares"
-    if bad := [k for k,v in sums.items() if not (v.is_floating_point() and v.isfinite().all() and (v>=0).all())]:
+    if bad := not_squares(sums):
         raise ValueError(f"not sums of squares, since negative or not finite: {shorten(', '.join(bad), 200)}")
 def _read(path):
     "Header, sums and moments of a file that `save` wrote. Raises `ValueError` if they do not fit"

@@ -571,8 +571,11 @@ def _listed(shards):
         raise ValueError(f"shards has a {type(paths[0]).__name__}, which is no shard: pass the list that tar_shards or "
                          "stream_shards returns")
     return shards
-def _check_call(shards, jobs, engine, retries, bs, address, cpus, gpus, on_bad):
+def _check_call(model, shards, size, jobs, engine, retries, bs, address, cpus, gpus, on_bad):
     "Raises `ValueError` for invalid arguments"
+    if next(model.parameters(), None) is None: raise ValueError(f"{type(model).__name__} has no parameters")
+    if size and (not isinstance(size, Integral) or size<1):
+        raise ValueError(f"size={size!r}: give the side of a square in pixels")
     if on_bad not in ('error','skip'): raise ValueError(f"unknown on_bad={on_bad!r}; choose 'error' or 'skip'")
     if int(os.environ.get('WORLD_SIZE', 1))>1:
         raise ValueError("start shard_fisher once, without torchrun or accelerate launch: jobs= starts more processes")
@@ -634,13 +637,10 @@ def shard_fisher(
     if not str(out): raise ValueError("out is empty: name a folder for the running sums")
     plan = LabelPlan(kind, seed, n_samples, mass)                       # raises ValueError before anything is read
     model,shards,out = unwrap(model),_listed(shards),Path(out).absolute()
-    _check_call(shards, jobs, engine, retries, bs, address, cpus, gpus, on_bad)
-    if next(model.parameters(), None) is None: raise ValueError(f"{type(model).__name__} has no parameters")
+    _check_call(model, shards, size, jobs, engine, retries, bs, address, cpus, gpus, on_bad)
     workers = cpus if engine=='ray' else max(1, (os.cpu_count() or 1)//jobs)
     settings = dict(kind=kind, n_samples=int(plan.n_samples), mass=float(plan.mass), seed=int(plan.seed))
-    size = size or picture_stats(model)['size']
-    if not isinstance(size, Integral) or size<1: raise ValueError(f"size={size!r}: give the side of a square in pixels")
-    size = int(size)
+    size = int(size or picture_stats(model)['size'])
     work = _Work(model, shards, out, settings, size, bs, workers, retries, provenance or {}, quiet, on_bad)
     _check_folder(work)
     for failure in _numbered(out, 'error').values(): failure.unlink(missing_ok=True)

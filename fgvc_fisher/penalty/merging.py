@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from ..distributed.wrappers import copy_module, unwrap
 from fgvc_fisher.penalty.quadratic import (
-    check_new, find_new, is_new, mismatched_parameters, named_like, precise_type
+    check_new, find_new, is_new, mismatched_parameters, named_like, not_squares, precise_type
 )
 
 # %% ../../nbs/penalty/merging.ipynb #a06b4cd1
@@ -29,8 +29,7 @@ def _check_of(fisher, model, name):
     "`ValueError` if a Fisher does not belong to this model"
     if wrong := [f'{n} {difference}' for n,difference in mismatched_parameters(model, fisher)]:
         raise ValueError(f"fisher_{name} does not belong to the {name} model: {shorten(', '.join(wrong), 300)}")
-    values = named_like(fisher, model)
-    if bad := [n for n,v in values.items() if not (v.isfinite().all() and (v>=0).all())]:
+    if bad := not_squares(named_like(fisher, model)):
         raise ValueError(f"fisher_{name} has negative or non-finite values in {shorten(', '.join(bad), 300)}: "
                          "estimate it again")
 

@@ -6,7 +6,7 @@ Docs: https://fgvc-fisher.github.io/fgvc_fisher/penalty/quadratic.html.md"""
 
 # %% auto #0
 __all__ = ['CHOICES', 'BUNCH', 'named_like', 'mismatched_parameters', 'is_new', 'find_new', 'parameter_kinds', 'is_upper_block',
-           'check_coefficients', 'check_new', 'QuadraticPenalty', 'precise_type']
+           'check_coefficients', 'check_new', 'not_squares', 'QuadraticPenalty', 'precise_type']
 
 # %% ../../nbs/penalty/quadratic.ipynb #05e33da9
 import math, re, warnings
@@ -196,6 +196,13 @@ def _clone_shared(model, source, name, new, dtype, device):
         kw = dict(dtype=stored, device=device, requires_grad=False, pin_memory=on_cpu and p.is_cuda)
         return torch.empty_like(local_tensor(p), **kw).copy_(matching_shard(value.detach(), p))
     return {n: clone(p.detach(), source[n]) for n,p in model.named_parameters() if not is_new(n, new)}
+
+# %% ../../nbs/penalty/quadratic.ipynb #524f26e5
+def not_squares(
+    fisher:Mapping, # Parameter name -> tensor
+)->list: # Names
+    "The parameters whose values cannot be those of a Fisher: not floating-point, negative or not finite."
+    return [n for n,v in fisher.items() if not (v.is_floating_point() and v.isfinite().all() and (v>=0).all())]
 
 # %% ../../nbs/penalty/quadratic.ipynb #75c5033b
 def _max_values(stored, params, lowest, name, advice):
