@@ -65,7 +65,7 @@ $(READY): settings.ini pyproject.toml setup.py
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet --no-compile --editable '.[dev]'
-	$(BIN)/python -m compileall -qq -j 0 .venv/lib || true    # by all cores; pip takes one
+	$(BIN)/python -m compileall -qq -j 0 -x '/tests?/' .venv/lib || true    # by all cores; pip takes one
 	touch $@
 
 $(BROWSER_READY): $(READY)

@@ -1,7 +1,7 @@
 """Does retention cost accuracy? Ways to fine-tune with and without penalties, on real photographs, with several seeds.
 
-    python benchmarks/evidence.py --photos PHOTOS --jobs 2  # runs, then tables and pictures; resumes if interrupted
-    python benchmarks/evidence.py                           # only tables and pictures, from `results/evidence`
+    python benchmarks/evidence.py --photos PHOTOS --jobs 2  # runs, then tables; resumes if interrupted
+    python benchmarks/evidence.py                           # only tables, from `results/evidence`
 
 PHOTOS contains `data/warbirds30`, `data/airliners17` (FGVC-Aircraft trees), `data/imagenet_sample` (pictures with a
 `labels.csv`) and the weights of MobileNet-v1 0.75 and SqueezeNet in `weights/`. Half of the ImageNet pictures estimate
@@ -15,12 +15,12 @@ the conclusions. On Linux a MobileNet step is about a fifth shorter if the alloc
 import dataclasses, time
 from itertools import product
 from pathlib import Path
-import matplotlib.pyplot as plt, pandas as pd
+import pandas as pd
 from fastcore.script import call_parse
 from filelock import FileLock
 from torch.optim.swa_utils import update_bn
 from fgvc_fisher.data import picture_dl, pick_split, read_aircraft
-from fgvc_fisher.experiment import differences, frontier, grid, load_run, read_runs, show_table, sweep, table
+from fgvc_fisher.experiment import differences, grid, load_run, read_runs, show_table, sweep, table
 from fgvc_fisher.experiment.run import run_source
 from fgvc_fisher.fisher import estimate_fisher
 from fgvc_fisher.learner import normalise
@@ -154,29 +154,20 @@ def collect(runs, work, out):
               if o.arm=='plain' and (file := work/'runs'/o.id/'merged.csv').exists()]
     if merged: add_rows(pd.concat(merged), out/'merged.csv', ['tree','network','arm','seed'])
 
-MAIN = 'plain', 'L2', 'L2-SP', 'L2-SP-Fisher', 'last layer only', 'linear probe first', 'WiSE-FT', 'Fisher merging'
-FISHERS = 'plain', 'L2-SP', 'L2-SP-Fisher', 'exact Fisher', 'target Fisher'
-
-def chosen(rows, families): return rows[[o.split(',')[0] in families for o in rows.arm]]
-
 def report(out):
-    "For every tree and network: a table, the differences from plain fine-tuning, and two frontiers"
+    "For every tree and network: a table, and the differences from plain fine-tuning"
     rows = pd.concat([pd.read_csv(out/o) for o in ('runs.csv','merged.csv') if (out/o).exists()])
     for (tree,network),r in rows.groupby(['tree','network'], sort=False):
         name = f'{tree}-{network}'
         shown = show_table(table(r))
         shown.to_csv(out/f'table-{name}.csv')
         differences(r).to_csv(out/f'differences-{name}.csv', float_format='%.4f')
-        for kind,families in (('frontier', MAIN), ('fishers', FISHERS)):
-            if not {o.split(',')[0] for o in r.arm} > set(FISHERS) and kind=='fishers': continue
-            frontier(chosen(r, families)).figure.savefig(out/f'{kind}-{name}.png', dpi=100)
         print(f'\n{name}\n{shown.to_string()}')
-    plt.close('all')
 
 @call_parse
 def main(
-    photos:str='', # Folder with data/ and weights/; default: only make the tables and pictures
-    out:str='results/evidence', # Folder for the rows, tables and pictures
+    photos:str='', # Folder with data/ and weights/; default: only make the tables
+    out:str='results/evidence', # Folder for the rows and tables
     work:str='.keep/evidence', # Folder for the runs, outside version control
     jobs:int=1, # Parallel processes
     seeds:int=3, # Runs per arm

@@ -1,7 +1,7 @@
 """Does one strength of the Fisher term mean the same for four networks? A scan of each.
 
     python benchmarks/strength.py --photos PHOTOS            # resumes if interrupted
-    python benchmarks/strength.py                            # only the table and the pictures, from `results/strength`
+    python benchmarks/strength.py                            # only the table, from `results/strength`
 
 PHOTOS contains `data/fgvc20` (an FGVC-Aircraft tree), `data/imagenet_sample` (pictures with a `labels.csv`) and the
 weights of EfficientNet-Lite0, MobileNet-v1 0.75 and SqueezeNet in `weights/`. EfficientNet-Lite0 is fine-tuned on
@@ -14,7 +14,7 @@ from pathlib import Path
 import pandas as pd
 from fastcore.script import call_parse
 from evidence import settings
-from fgvc_fisher.experiment import Run, frontier, grid, read_runs, sweep
+from fgvc_fisher.experiment import Run, grid, read_runs, sweep
 from fgvc_fisher.experiment.demo import draw_task
 from fgvc_fisher.experiment.run import run_source
 from fgvc_fisher.learner import head_names
@@ -47,7 +47,7 @@ def of_evidence(name, photos, work, **kwargs):
     return rows.assign(strength=rows.beta*mean, mean_fisher=mean)
 
 def report(out):
-    "The table and a frontier of each network"
+    "The table"
     rows = pd.read_csv(out/'runs.csv')
     shown = {'mean_fisher': 'mean F', 'last': 'target', 'retention_target_bn': 'retention',
              'retention_source_bn': "retention, source's BatchNorm", 'before': 'before'}
@@ -55,9 +55,6 @@ def report(out):
     t.insert(1, 'beta', t.index.get_level_values('strength')/t['mean F'])
     t = t.sort_index(level=['network','strength'])
     t.to_csv(out/'table.csv', float_format='%.4g')
-    for name,r in rows.groupby('network', sort=False):
-        file = f"frontier-{name.lower().replace(' ', '-')}.png"
-        frontier(r).figure.savefig(out/file, dpi=80, bbox_inches='tight')
     return t
 
 @call_parse

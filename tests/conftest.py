@@ -12,6 +12,7 @@ from ray_cluster import ray_cluster  # noqa: F401, a fixture
 POSIX = ['accelerator', 'archive', 'cluster', 'commands', 'docs', 'evidence', 'explore', 'hub', 'keep', 'live', 'loops',
          'pictures', 'processes', 'runs', 'sharded', 'shards', 'walkthrough']
 def pytest_collection_modifyitems(items):
+    items.sort(key=lambda o: o.path.stem!='test_walkthrough')    # long ones at the end would leave processes idle
     for o in items:
         if o.path.stem in [f'test_{name}' for name in POSIX]: o.add_marker('posix')
 

@@ -192,6 +192,7 @@ def kill_all(runs, out, cluster):
     return [here[:2], there[:2], *resumed]
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)        # alone 100 s; beside other tests Ray's workers begin three times as slowly
 @pytest.mark.xdist_group('ray')
 def test_a_sweep_of_which_everything_is_killed(ray_cluster, common, alone, tmp_path, capfd):
     "The next sweep goes on, also when one run fails and another one's process dies, and has the local engine's table"

@@ -122,7 +122,7 @@ def test_what_is_wrong_is_said_in_a_sentence(args, named, drawn, drawn_source, t
     assert named in said.err
 
 def test_demo_is_the_same_for_the_same_seed(tmp_path):
-    small = dict(n_variants=2, n_per_split=6, n_source=2, epochs=1, size=32, n_seeds=2, jobs=1)
+    small = dict(n_variants=2, n_per_split=4, n_source=2, epochs=1, size=32, n_seeds=2, jobs=1)
     found = [demo(tmp_path/o, seed=3, **small) for o in 'ab']
     assert found[0][0].equals(found[1][0]) and found[0][1]==found[1][1]
     page = (tmp_path/'a/report.html').read_text()
