@@ -541,7 +541,10 @@ class _TimmDistributedTrainer(DistributedTrainer):
         if torch.cuda.is_available(): self.learn.model = convert_sync_batchnorm(self.learn.model)
         super().before_fit()
     def _wrap_dl(self, dl):
-        return dl if isinstance(dl, _SharedDL) else _SharedDL(dl, device=process_state().device)
+        if isinstance(dl, _SharedDL): return dl
+        lacks_batch = hasattr(dl, 'bs') and dl.drop_last and -(-dl.n//processes()[0])<dl.bs
+        if lacks_batch: dl = dl.new(drop_last=False)                      # or a process would train on nothing
+        return _SharedDL(dl, device=process_state().device)
 
 # %% ../nbs/learner.ipynb #8a56c24a
 @contextmanager
@@ -553,12 +556,14 @@ def distributed_training(
     if world_size<2:
         yield learn
         return
-    metrics = list(learn.metrics)
+    metrics,recorder = list(learn.metrics),learn.recorder
+    loss = recorder.loss
     bars = [cb for cb in learn.cbs if isinstance(cb, ProgressCallback) and rank]
     learn.metrics = [_over_all_processes(metric) for metric in metrics]
+    recorder.loss = AccumMetric(lambda *o: learn.loss_func(*o), flatten=False)   # AvgLoss counts some pictures twice
     try:
         with learn.added_cbs(_TimmDistributedTrainer()), learn.removed_cbs(bars): yield learn
-    finally: learn.metrics = metrics
+    finally: learn.metrics,recorder.loss = metrics,loss
 
 # %% ../nbs/learner.ipynb #ff34a73b
 class TerminateTogether(TerminateOnNaNCallback):

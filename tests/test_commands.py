@@ -157,6 +157,7 @@ def test_a_bad_picture_in_a_training(where, drawn, drawn_source, tiny_weights, t
     said = shell('fgvc-finetune', *options, '--on-bad', 'skip')
     assert said.code==0, said.err
     assert 'fgvc-finetune: skipping 1 of ' in said.err
+    assert ('; 1 that cannot be decoded are left out' in said.out)==(where=='data')
     assert said.err.count(bad.name)==1 and json.loads((tmp_path/'out/result.json').read_text())['on_bad']=='skip'
 
 def test_a_bad_picture_in_a_sweep(drawn, tiny_weights, tmp_path):

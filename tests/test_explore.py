@@ -1,13 +1,18 @@
 "The five panels, driven without a browser; `make test-ipywidgets7` runs this with Colab's ipywidgets, too"
-import copy, io, math, re
+import copy, io, math, os, re
 from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from types import SimpleNamespace
-import numpy as np, pytest, timm, torch
+import numpy as np, pandas as pd, pytest, timm, torch
+from matplotlib import rcParams
+from matplotlib.font_manager import findfont, get_font
 from PIL import Image
+from torch import nn
 from torch.optim.swa_utils import update_bn
+from torch.utils.data import DataLoader, TensorDataset
 from fgvc_fisher.explore import classifier as classifier_panel, fisher as fisher_panel, live, panels
 from fgvc_fisher.explore import penalty as penalty_panel, published, training as training_panel
+from fgvc_fisher.explore.training import _finding, _labels
 from fgvc_fisher.explore.compromise import Compromise, MEASURED, read_compromise
 from fgvc_fisher.data import read_aircraft
 from fgvc_fisher.experiment import Run, draw_task
@@ -15,7 +20,7 @@ from fgvc_fisher.explore import (
     explore_fisher, explore_penalty, explore_published, explore_training, try_classifier, try_run
 )
 from fgvc_fisher.fisher import DiagFisher
-from fgvc_fisher.learner import remake_head
+from fgvc_fisher.learner import n_outputs, remake_head
 from fgvc_fisher.experiment.paper import published_summary
 from fgvc_fisher.experiment import read_runs
 from fgvc_fisher.experiment.results import style
@@ -98,6 +103,49 @@ def test_the_head_is_new_with_any_number_of_classes(n):
     assert torch.equal(merged.fc.weight, tuned.fc.weight)
     assert torch.allclose(merged.conv1[0].weight, source.conv1[0].weight)
     assert c.at(0., 1.)['layers'].loc['fc','beta']==0
+
+def small_compromise(training=None, target=None, pictures=None, tuned_pictures=None, wrap=nn.Sequential):
+    "Of models without a hidden layer, whose answer is the brightest channel; every label is the right one"
+    def net(n):
+        layer = nn.Linear(3, n)
+        with torch.no_grad():
+            layer.weight.copy_(torch.eye(n, 3))
+            layer.bias.zero_()
+        return nn.Sequential(nn.Conv2d(3,3,1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), layer)
+    source = net(3)
+    with torch.no_grad():
+        source[0].weight.copy_(torch.eye(3)[:,:,None,None])
+        source[0].bias.zero_()
+    tuned = copy.deepcopy(source)
+    fishers = [{k: torch.ones_like(p) for k,p in source.named_parameters()} for _ in range(2)]
+    given = [right_pictures() if o is None else o for o in (training, target, pictures)]
+    return Compromise(wrap(source), wrap(tuned), *fishers, *given, tuned_pictures)
+
+def right_pictures(n=30, **kwargs):
+    "A loader of pictures with a bright channel, and its number as the label"
+    y = torch.arange(n)%3
+    x = torch.eye(3)[y][:,:,None,None].repeat(1,1,4,4)
+    return DataLoader(TensorDataset(x, y), batch_size=10, **kwargs)
+
+def test_every_argument_is_read_once():
+    "A loader that shuffles has another order the second time, and a generator nothing"
+    torch.manual_seed(0)
+    mixed = [right_pictures(shuffle=True) for _ in range(4)]
+    for o in (mixed, [iter(right_pictures()) for _ in range(4)], mixed[:3]):
+        found = small_compromise(*o)
+        assert found.before==1 and found.tuned_is==dict.fromkeys(MEASURED, 1.)
+    images = [[x for x,_ in right_pictures()], DataLoader(torch.randn(30,3,4,4), 10, shuffle=True)]
+    assert small_compromise(pictures=images[1]).before==1              # it agrees with itself in any order
+    with pytest.raises(ValueError, match='same order'): small_compromise(pictures=images[0], tuned_pictures=images[1])
+
+@pytest.mark.parametrize('name', ['training','target','pictures','tuned_pictures'])
+def test_an_argument_without_pictures_is_named(name):
+    for none in ([], right_pictures(n=3, drop_last=True), iter(()), [(torch.zeros(0,3,4,4), torch.zeros(0))]):
+        with pytest.raises(ValueError, match=f'^{name}: there are no pictures'): small_compromise(**{name: none})
+
+def test_models_in_wrappers():
+    found = small_compromise(wrap=nn.DataParallel)
+    assert found.at(0., 1.)['last']==1 and found.new==['3.weight','3.bias']
 
 def test_a_fisher_that_is_not_finite(fisher):
     for v in (math.nan, math.inf):
@@ -201,6 +249,27 @@ def test_fisher_with_a_dead_parameter(fisher):
         p.controls['parameter'].value,p.controls['axis'].value = dead,axis
         assert dead in p.text and '0.00%' in p.text
 
+@pytest.mark.parametrize('axis', ['log','linear'])
+@pytest.mark.parametrize('values', [[.0303929839,.0303929877]*24, [3.]*5, [1e-45]*4, [1e-45,0.,1e-44], [5e-324,1e-323]],
+                         ids=['nearly equal','equal','denormal','denormal and zero','denormal float64'])
+def test_values_that_hardly_differ_have_a_histogram(values, axis):
+    dtype = torch.float64 if max(values)<1e-300 else torch.float32
+    v = torch.tensor(values, dtype=dtype, requires_grad=True)
+    p = explore_fisher(DiagFisher(dict(a=v, b=torch.ones(2)), 1, 'exact'))
+    p.set(parameter='a', axis=axis)
+    counts,edges,zeros = fisher_panel._FisherView(DiagFisher(dict(a=v), 1, 'exact'))._histogram('a', axis)
+    assert zeros==values.count(0) and counts.sum()==len(values)-zeros*(axis=='log') and 'a: ' in p.text
+    assert edges[0]<=v.min() or axis=='log' and zeros
+    assert edges[-1]>=v.max()*0.999
+
+def test_a_fisher_that_is_zero_or_empty():
+    p = explore_fisher(DiagFisher(dict(a=torch.zeros(2), b=torch.zeros(3)), 1, 'exact'))
+    for name in p.controls['parameter'].options:
+        for axis in ('log','linear'):
+            p.set(parameter=name, axis=axis, measure='share')
+            assert 'zero everywhere' in p.text and 'nan' not in p.text
+    with pytest.raises(ValueError, match='no parameters'): explore_fisher(DiagFisher({}, 1, 'exact'))
+
 # The published runs
 
 @pytest.mark.parametrize('epoch', ['best','last','last5'])
@@ -292,8 +361,9 @@ def test_stop_and_go_on(training, tmp_path):
     run = training.training.run
     shown_until(training, lambda: training.training.batches(run.id))
     training.train()                                   # a second press of the button
-    assert f'{run.arm}, seed {run.seed}' in training.text
+    assert 'still in training' in training.text
     training.stop()
+    assert 'still in training' not in training.text
     assert training.training.run is None and '1000' in training.finish()
     assert not list(tmp_path.glob('runs/*/result.json'))
 
@@ -316,6 +386,19 @@ def test_the_rate_begins_with_the_tasks(task, tmp_path):
     assert training_panel._run_of(p.task, 2, **p.values).arm=='plain' and p.values['lr']==0.0123
     p.training.close()
 
+def test_the_controls_begin_with_the_tasks_values(task, tmp_path):
+    "Its arm by its family, strengths between those of the sliders, its seed and its epochs; else the usual ones"
+    own = dict(arm='L2-SP-Fisher, strength = 0.123', strength=0.123, alpha=1e-4, l2sp=9., seed=2**32-1, epochs=3)
+    for given,expected in ((task | own, dict(arm='L2-SP-Fisher', strength=0.123, alpha=1e-4, l2sp=0., seed=2**32-1)),
+                           (task | dict(arm='L2'), dict(arm='L2', strength=0., alpha=5e-4, l2sp=0., seed=42)),
+                           (task | dict(arm='LwF', strength=0.5), dict(arm='plain', strength=0., alpha=0., seed=42))):
+        p = explore_training(given, tmp_path)
+        assert p.values.items()>=expected.items() and p.epochs==given.get('epochs', 6)
+        p.training.close()
+    p = explore_training(task | own, tmp_path, epochs=5)
+    assert p.epochs==5
+    p.training.close()
+
 def test_only_the_strengths_of_an_arm_count(task, tmp_path):
     "A task made of a run's fields may have others, and a rate, a seed, a step: the controls decide"
     own = asdict(Run(arm='L2-SP-Fisher', strength=0.5, l2sp=0.1, step='grad', epochs=9, seed=5, **task))
@@ -334,6 +417,41 @@ def test_runs_of_every_control_are_found_again(task, tmp_path):
     reopened = explore_training(own, tmp_path, epochs=2)
     assert [o.arm for o in reopened.view.runs.values()]==['plain, lr = 0.1']
     reopened.training.close()
+
+def view_of(task, *runs):
+    "The view of a folder with some runs, without a process"
+    training = SimpleNamespace(known=lambda: {o.id: o for o in runs}, run=None, stage='ready', problems=[],
+                               batches=lambda id: [], result=lambda id: None, epochs=lambda id: pd.DataFrame())
+    return training_panel._TrainingView(training, task)
+
+def test_only_runs_of_the_task_are_shown():
+    "Whatever the task leaves out has its default value; a folder may be written in several ways"
+    run = Run('pictures', seed=7, lr=0.3, epochs=9, source='source', weights='w.safetensors')
+    others = [replace(run, **{k: v}) for k,v in dict(size=64, bs=7, freeze_bn=True, data='other', source='').items()]
+    for data in ('pictures', 'pictures/', './pictures', os.path.abspath('pictures')):
+        view = view_of(dict(data=data, source=os.path.abspath('source'), weights='./w.safetensors'), run, *others)
+        assert list(view.runs.values())==[run]
+
+def ended(run, **last):
+    return run, pd.DataFrame([dict(epoch=i, **last) for i in range(run.epochs)])
+
+def test_runs_of_an_arm_and_seed_are_told_apart():
+    "In the legend, in the list and in the sentence"
+    short,long,other = Run('x', epochs=1), Run('x', epochs=3), Run('x', epochs=3, lr=0.5)
+    both = _labels([short, long, Run('x', seed=1)])
+    assert list(both.values())==['plain, seed 42, 1 epoch','plain, seed 42, 3 epochs','plain, seed 1']
+    assert _labels([long, other])[other.id]=='plain, seed 42, lr = 0.5'
+    for best in (short, long):
+        drawn = [ended(o, accuracy=0.9 if o is best else 0.5) for o in (short, long)]
+        assert _finding(drawn, 'retention_target_bn')==f'Highest accuracy: {both[best.id]} (90.0%).'
+    view = view_of(dict(data='x'), short, long)
+    view.draw()
+    assert all(o in view.legend.value for o in list(both.values())[:2])
+
+def test_a_tie_names_all():
+    drawn = [ended(Run('x', arm), accuracy=a) for arm,a in (('plain',0.5), ('L2',0.5), ('L2-SP',0.25))]
+    text = 'Highest accuracy: plain, seed 42 and L2, seed 42 (50.0%).'
+    assert _finding(drawn, 'retention_target_bn')==text
 
 def test_without_source_pictures(task, tmp_path):
     p = explore_training(task | dict(source='', test=''), tmp_path, epochs=1)
@@ -366,6 +484,12 @@ def test_runs_of_an_arm_have_dashes_of_their_own(training):
     training.view.add(new := training_panel._run_of(training.task, 2, 'L2-SP-Fisher', 0., 1000., 0., 0., 0.1, 1))
     assert [training.view.looks[o.id] for o in runs]==looks and training.view.looks[new.id] not in looks
     assert all(panels.DASHES[o['ls']] in training_panel._key(o) for o in looks)
+
+def test_a_note_ends_with_its_run(training):
+    training.train()
+    training.train()                                   # refused
+    assert 'still in training' in training.text
+    assert 'still in training' not in training.finish() and 'Done' in training.text
 
 def test_a_run_that_diverged_is_a_dash(task, tmp_path):
     p = explore_training(task | dict(lr=1e6), tmp_path, epochs=2)
@@ -444,6 +568,32 @@ def test_classifier_without_source(compromise, run, home):
     p = try_classifier(load_run(home/'runs'/run.id, pictures=True))
     assert len(p.pictures)==2 and 'source' not in p.text
 
+def test_try_run_takes_every_argument(compromise, run, home):
+    folder = home/'runs'/run.id
+    assert len(try_run(folder, source=None).pictures)==2
+    n = n_outputs(compromise.source)
+    p = try_run(folder, names=[f'thing {i}' for i in range(n)])
+    assert 'Its source predicts thing' in p.text
+    assert 'Its source predicts thing' in try_run(folder, source=compromise.source, names=['thing']*n).text
+
+def test_answers_that_are_nan_are_said(compromise, run, home):
+    from fgvc_fisher.experiment import load_run
+    learn = load_run(home/'runs'/run.id, pictures=True)
+    broken = copy.deepcopy(compromise.source)
+    with torch.no_grad(): next(broken.parameters()).fill_(math.nan)
+    assert "source model's answers are NaN" in try_classifier(learn, broken).text
+    with torch.no_grad(): next(learn.model.parameters()).fill_(math.nan)
+    for source in (None, compromise.source):
+        assert "fine-tuned model's answers are NaN" in try_classifier(learn, source).text
+
+def test_one_example_and_a_folder(compromise, run, home, says_which, tmp_path):
+    folder,file = home/'runs'/run.id,tmp_path/'red.jpg'
+    file.write_bytes(content())
+    for one in (str(file), file):
+        p = try_run(folder, examples=one)
+        assert [o for o,_ in p.controls['example'].options]==['choose one','red.jpg'] and says_which(p.text)
+    assert f'{tmp_path} is a folder' in try_run(folder, examples=[file, tmp_path][1:]).text
+
 def test_try_run_names_what_is_missing(tmp_path):
     with pytest.raises(FileNotFoundError, match='run.json'): try_run(tmp_path)
 
@@ -460,3 +610,16 @@ def test_dollars_in_a_label_are_no_mathematics():
     view = classifier_panel._ClassifierView(SimpleNamespace(source=None))
     view._bars(view.variants.axes, [r'$\frac$', '$'], [np.array([0.6,0.4])], ['k'], 'title')
     view.variants.show()
+
+def test_names_are_drawn_in_a_font_that_has_them(recwarn):
+    "As far as one is installed: here a sign that of matplotlib's own fonts only STIX has"
+    own,other = [set(get_font(findfont(o)).get_charmap()) for o in ('DejaVu Sans','STIXGeneral')]
+    sign = chr(max(o for o in other-own if chr(o).isprintable()))
+    assert classifier_panel._families('plain')==rcParams['font.family']
+    found = classifier_panel._families(f'A {sign}')
+    assert len(found)==1+len(rcParams['font.family']) and 'Last Resort' not in found[-1]
+    view = classifier_panel._ClassifierView(SimpleNamespace(source=None))
+    view._bars(view.variants.axes, [f'A {sign}','B'], [np.array([0.6,0.4])], ['k'], 'title')
+    view.variants.show()
+    assert not [o for o in recwarn if 'missing from' in str(o.message)]
+    classifier_panel._families('中文')                  # with or without a font for it

@@ -7,10 +7,14 @@ import pandas as pd, pytest, torch
 from fastai.callback.core import Callback
 from fastai.data.load import DataLoader as FastaiLoader
 from fastai.distributed import DistributedDL
+from fastai.learner import Learner
+from fastai.losses import CrossEntropyLossFlat
+from fastai.metrics import accuracy
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
-from fgvc_fisher.data import read_pictures
+from fgvc_fisher.data import read_aircraft, read_pictures
+from fgvc_fisher.data.loaders import split_dls
 from fgvc_fisher.fisher import DiagFisher, estimate_fisher
-from fgvc_fisher.learner import source_model
+from fgvc_fisher.learner import distributed_training, source_model
 from fgvc_fisher.distributed.ranks import shutdown_processes, processes
 from fgvc_fisher.retention import accuracy_on
 from fgvc_fisher.experiment import do_run, load_run
@@ -88,6 +92,59 @@ def test_each_needs_a_loader_of_all_pictures(tmp_path):
         whole,*divided,shuffled = (tmp_path/rank).read_text().splitlines()
         assert whole=='10 images' and len(divided)==3 and 'without shuffling' in shuffled
         assert all('before it was divided' in o for o in divided)
+
+def few(run, folder):
+    do_run(run, folder, quiet=True)
+    shutdown_processes()
+
+def test_fewer_pictures_than_a_batch_for_each(run, tmp_path):
+    "They train on the one smaller batch, as a single process does"
+    succeed(ranks(few, replace(run, bs=16, fraction=0.75, epochs=1), tmp_path/'run'))
+    curve = pd.read_csv(tmp_path/'run/curve.csv')
+    assert curve.train_loss.notna().all() and (curve.distance>0).all()
+
+def validated(drawn, folder):
+    "The loss and the accuracy on 15 pictures, by two processes and by each alone"
+    table = read_aircraft(drawn).drop(index=0)
+    dls = split_dls(table[table.split!='test'], drawn, train='val', valid='train', size=32, bs=4, num_workers=0)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3*32*32, 4))
+    learn = Learner(dls, model, loss_func=CrossEntropyLossFlat(), metrics=accuracy)
+    with distributed_training(learn), learn.no_bar(), learn.no_logging(): learn.fit(1, 0.)
+    _,*found = learn.recorder.values[-1]
+    with learn.no_bar(): torch.testing.assert_close(torch.tensor(found), torch.tensor(list(learn.validate())))
+    (folder/str(processes()[1])).write_text(str(len(dls.valid_ds)))
+    shutdown_processes()
+
+def test_a_validation_loss_counts_each_picture_once(drawn, tmp_path):
+    succeed(ranks(validated, drawn, tmp_path))
+    assert {(tmp_path/o).read_text() for o in '01'}=={'15'}
+
+def until_reached(folder, target, last):
+    "An estimate up to an error, of which one of two processes dies before batch `last`"
+    torch.manual_seed(0)
+    model,x = torch.nn.Linear(4, 3),torch.randn(48, 4)
+    class Batches:
+        def __iter__(self):
+            for i,o in enumerate(x.split(2)):
+                if i==last and processes()[1]==1: os._exit(1)
+                yield o,torch.zeros(2)
+    fisher = estimate_fisher(model, Batches(), target_error=target, checkpoint=folder/'f', checkpoint_every=0,
+                             progress=False)
+    if not processes()[1]: fisher.save(folder/'fisher.safetensors')
+    shutdown_processes()
+
+@pytest.mark.parametrize('target', [0.001, 0.2])
+def test_an_estimate_up_to_an_error_resumes(tmp_path, target):
+    "Though one process had come further than the other: it ends where it would have ended"
+    for o in ('whole','resumed'): (tmp_path/o).mkdir()
+    succeed(ranks(until_reached, tmp_path/'whole', target, None))
+    assert ranks_end(ranks(until_reached, tmp_path/'resumed', target, 7))
+    succeed(ranks(until_reached, tmp_path/'resumed', target, None))
+    one,two = [DiagFisher.load(tmp_path/o/'fisher.safetensors') for o in ('whole','resumed')]
+    assert one.n_images==two.n_images and (one.n_images<48)==(target==0.2)
+    for k,v in one.items(): torch.testing.assert_close(two[k], v)
+
+def ranks_end(processes): return all([o.wait() for o in processes])
 
 def test_if_one_dies_the_run_ends_and_can_be_resumed(run, together, tmp_path):
     folder = tmp_path/'run'
@@ -168,6 +225,12 @@ def test_a_failed_run_ends_a_sweep_and_the_next_sweep_does_the_rest(run, tmp_pat
 def test_what_several_processes_cannot_do(run, monkeypatch, kw, named):
     monkeypatch.setattr('fgvc_fisher.experiment.run.processes', lambda: (2,0))
     with pytest.raises(ValueError, match=named): make_learner(replace(run, **kw), source_model(run.arch, run.weights))
+
+def test_a_part_that_cannot_be_mixed_in_pairs(run, monkeypatch):
+    monkeypatch.setattr('fgvc_fisher.experiment.run.processes', lambda: (4,0))
+    odd = replace(run, bs=32, fraction=0.75, transforms='published')
+    model = source_model(run.arch, run.weights)
+    with pytest.raises(ValueError, match='bs=32.*4 processes has 3'): make_learner(odd, model)
 
 def skip(table, folder):
     "Leaves out bad pictures, and writes down which of them this process opened"

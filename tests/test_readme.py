@@ -41,10 +41,10 @@ def test_plain_pytorch(step, drawn_source):
     source = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3))
     batches = [(torch.randn(8, 4), torch.randint(3, (8,))) for _ in range(3)]
     model = nn.Sequential(*source[:2], nn.Linear(5, 2))
-    names = dict(source_model=source, fisher=estimate_fisher(source, batches, progress=False), model=model,
+    names = dict(model=source, fisher=estimate_fisher(source, batches, progress=False), tuned=model,
                  batches=[(x, y%2) for x,y in batches], loss_fn=nn.functional.cross_entropy,
                  optimizer=dict(sgd=torch.optim.SGD, adam=torch.optim.Adam)[step](model.parameters(), 0.01))
-    exec(code('from fgvc_fisher.penalty', {"new=['head']": "new=['2']"}), names)
+    exec(code('from fgvc_fisher.penalty', {"new=['fc']": "new=['2']"}), names)
     assert names['penalty'].distance()>0
 
 def test_it_is_short_and_its_pictures_are_here():

@@ -167,7 +167,20 @@ class TestTable:
         t = table([dict(arm='a', last=0.5), dict(arm='a', last=0.5)])
         assert show_table(t).values.tolist() == [['50.0 ± 0.0','2']]
 
+    @pytest.mark.parametrize('seed', [None, math.nan, ''])
+    def test_empty_seeds(self, seed):
+        t = table([dict(arm='a', seed=seed, last=0.5), dict(arm='a', seed=seed, last=0.5)] + rows('a', [1], 0.49))
+        assert show_table(t).values.tolist() == [['50.0 ± 0.0','3']]
+
+    def test_the_same_rows_twice(self, out):
+        for f,t in ((table, read_runs(out)), (curves, read_curves(out))):
+            with pytest.raises(ValueError, match=r"'plain'.*\b0\b.*\b2\b.*drop_duplicates") as e: f(pd.concat([t, t]))
+            assert 'different' not in str(e.value)
+            f(pd.concat([t, t]).drop_duplicates())
+
     def test_two_experiments_in_one(self):
+        with pytest.raises(ValueError, match=r"'plain'.*\b0\b.*different arch\b"):
+            table(rows(arch='a') + rows(arch=None))
         with pytest.raises(ValueError, match=r"'plain'.*\b1\b.*\b2\b.*arch, epochs"):
             table(rows(seeds=[0,1], arch='a', epochs=4) + rows(seeds=[1], arch='b', epochs=8))
         with pytest.raises(ValueError, match=r"'plain'.*\b0\b.*\b2\b.*results"): table(rows() + rows(last=0.9))
@@ -331,6 +344,24 @@ class TestFrontier:
         assert list(texts(ax)) == ['beta = 10']
         with pytest.raises(ValueError, match='`curves`'): frontier(runs[-1:])
         with pytest.raises(ValueError, match='`curves`'): frontier([runs[0], dict(arm='plain', seed=7, last=None)])
+
+    def test_not_measured(self, out):
+        "An arm that is not drawn is named, with the reason"
+        gone = [dict(arm='L2, lost', seed=0, last=None)]
+        half = rows('L2, half', retention_target_bn=0.3) + rows('L2, half', [1])
+        ax = frontier(read_runs(out).to_dict('records') + gone + half + rows('L2, none'))
+        assert ax.get_xlabel().splitlines()[1:]==['not shown, diverged: L2, lost',
+                                                  'not shown, not measured in every run: L2, half; L2, none']
+        assert list(texts(ax))==['beta = 10']
+
+    @pytest.mark.parametrize('a,b,chosen', [
+        (dict(last=0.5), dict(last=0.5, test_last=0.4), 'last'),
+        (dict(test_last=0.5), dict(last=0.5, test_last=0.4), 'test_last'),
+        (dict(last=0.5, test_last=0.4), dict(last=0.5, test_last=0.4), 'test_last'),
+        (dict(last=0.5), dict(test_last=0.4), 'test_last')])
+    def test_the_target_that_all_arms_have(self, a, b, chosen):
+        found = [dict(arm=arm, seed=0, retention_target_bn=0.2) | o for arm,o in (('plain',a),('L2',b),('lost',{}))]
+        assert ACCURACIES[chosen] in frontier(found).get_ylabel()
 
     def test_no_retention(self):
         with pytest.raises(ValueError, match='retention'): frontier(rows())
@@ -608,9 +639,69 @@ def test_the_unit_of_a_conclusion(measure, unit, needed):
     rows = [dict(arm=a, seed=s, last=0.5) | {measure: v+s*s/10} for a,v in (('plain',0.2),('x',0.4)) for s in (1,2,3)]
     rows[-1][measure] += 0.1
     said, = conclusions(rows, measures=measure)
-    scale,digits = dict(last=(100,1), divergence_target_bn=(1,3)).get(measure, (1,1))
+    scale,digits = dict(last=(100,1), seconds=(1,1)).get(measure, (1,3))
     assert f': {scale*(0.2+0.1/3):+.{digits}f}{unit} against plain (95' in said
     assert ('seeds would show' in said)==needed
+
+@pytest.mark.parametrize('values,shown', [
+    ((0.612,0.614), '0.613 ± 0.013'), ((0.05,0.11), '0.080 ± 0.381'), ((1234,1236), '1235 ± 13'),
+    ((0,0), '0.00 ± 0.00'), ((0.00612,), '0.00612'), ((0.6,None), '–')])
+def test_the_digits_of_other_columns(values, shown):
+    t = show_table(table([dict(arm='a', seed=i, last=0.5, f1=o) for i,o in enumerate(values)], 'f1'))
+    assert t.f1.tolist()==[shown]
+
+def test_a_small_difference_is_not_zero():
+    f1 = dict(plain=(0.61,0.62,0.65), x=(0.59,0.59,0.60))
+    said, = conclusions([dict(arm=a, seed=i, f1=o) for a,v in f1.items() for i,o in enumerate(v)], measures='f1')
+    assert ': -0.0333 against plain (95 % interval -0.0713 to +0.0046, 3 seeds)' in said
+
+class TestText:
+    "Rows as `csv.DictReader` reads them: all values are text"
+    def text(self, t): return [{k: '' if pd.isna(v) else str(v) for k,v in o.items()} for o in t.to_dict('records')]
+
+    def test_the_same_as_numbers(self, out):
+        runs = read_runs(out).assign(f1=lambda t: t['last']/2)
+        for f in (table, differences):
+            for measures in (None, ['f1','beta']):
+                pd.testing.assert_frame_equal(f(self.text(runs), measures=measures), f(runs, measures=measures))
+        family = runs.assign(arm=[f'b, {o}' for o in runs.beta], retention_target_bn=runs.retention_target_bn/2)
+        pd.testing.assert_frame_equal(at_retention(self.text(family), 0.1, 'f1'), at_retention(family, 0.1, 'f1'))
+
+    def test_curves(self, out):
+        c = read_curves(out)
+        published = c[c.id=='z0'].rename(columns=dict(valid_loss='val_loss', id='run'))
+        a,b = [lines(curves(f(c), pd.DataFrame(f(published)))) for f in (lambda t: t, self.text)]
+        assert [o.get_xydata().tolist() for o in a.values()]==[o.get_xydata().tolist() for o in b.values()]
+
+    @pytest.mark.parametrize('name', ['alpha','l2sp','beta','strength'])
+    def test_joined_by_strength(self, name):
+        at = [{'arm': f'L2, {o}', name: o, 'seed': '0', 'last': '0.7', 'retention_target_bn': str(int(o)/200)}
+              for o in ('100','20','3')]
+        joined, = [o for o in frontier(at).lines if len(o.get_xdata())==3]
+        assert joined.get_xdata()==pytest.approx([0.015,0.1,0.5])
+
+    def test_seeds(self):
+        with pytest.raises(ValueError, match=r"'plain'.*\b0\b.*\b2\b"):
+            table(rows() + [dict(arm='plain', seed='0', last=0.8)])
+        assert differences(rows() + [dict(arm='b', seed='0', last='0.6')]).seeds.tolist()==[1]
+        named = [dict(arm=a, seed=o, last=0.7) for a in ('plain','b') for o in ('first','second')]
+        assert differences(named).seeds.tolist()==[2]
+
+    @pytest.mark.parametrize('column,value', [('last','80%'), ('f1','high'), ('beta','0,5'), ('accuracy','x'),
+                                              ('epoch','one'), ('seconds',[1,2])])
+    def test_no_number(self, out, column, value):
+        if column in ('accuracy','epoch'): f,t = curves,read_curves(out)
+        else: f,t = (frontier if column=='beta' else lambda o: table(o, ['last','f1','seconds'])),read_runs(out)
+        broken = t.to_dict('records')
+        broken[1][column] = value
+        with pytest.raises(ValueError, match=f"'{column}'.*{re.escape(repr(value))}"): f(broken)
+
+def test_names_with_an_underscore_are_in_the_legends():
+    c = pd.DataFrame(curve(3)).assign(arm='_mine, 1')
+    arms = rows('_mine, 1', retention_target_bn=0.1) + rows('b', retention_target_bn=0.2)
+    for legend,name in ((curves(c).legends[0], '_mine, 1'), (frontier(arms).get_legend(), '_mine')):
+        legend.figure.draw_without_rendering()
+        assert name in [o.get_text().lstrip('\u200b') for o in legend.get_texts()]
 
 def test_arms_that_are_numbers():
     rows = [dict(arm=a, seed=s, last=0.5+a/10, retention_target_bn=0.4) for a in (1,2) for s in (1,2)]

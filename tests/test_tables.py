@@ -8,6 +8,7 @@ from fgvc_fisher.data import (
     class_weights, hold_out, pick_split, read_aircraft, read_data, read_folder, read_image_folder, read_pictures,
     read_table, take_fraction
 )
+from fgvc_fisher.data.forms import checked_splits
 from fgvc_fisher.data.loaders import open_item
 from fgvc_fisher.learner import aircraft_learner
 from fgvc_fisher.data.tables import crop_to_boxes, picture_suffixes, read_lines, split_name
@@ -102,6 +103,11 @@ def test_hold_out():
     assert set(hold_out(alone).query("label=='x'").split)=={'train'}
     with pytest.raises(ValueError, match='fraction=1'): hold_out(table, 1)
 
+def test_class_weights_of_true_and_false(flowers):
+    labels = [False]*4+[True]*2
+    table = read_table(pd.DataFrame({'path': sorted(flowers.rglob('*.png'))[:6], 'label': labels}))
+    assert class_weights(table).tolist()==[0.75,1.5]
+
 def test_class_weights():
     from sklearn.utils.class_weight import compute_class_weight
     table = random_table(4)
@@ -153,7 +159,8 @@ def test_csv(flowers, splits):
     assert [o.path for o in again.valid_ds.items]==[o.path for o in dls.valid_ds.items]
 
 @pytest.mark.parametrize('column,values', [('Split', 'ab'), ('set', 'ab'), ('subset', 'ab'), ('is_valid', [True,False]),
-                                           ('part', ['train','Validation']), ('fold', ['test','train'])])
+                                           ('part', ['train','Validation']), ('fold', ['test','train']),
+                                           ('is_test', '01'), ('is_training_image', [1,0]), ('valid', ['yes','no'])])
 def test_a_column_of_splits_by_another_name(flowers, column, values):
     "It is not left out in silence"
     files = sorted(flowers.rglob('*.png'))[:2]
@@ -162,6 +169,15 @@ def test_a_column_of_splits_by_another_name(flowers, column, values):
     for o in (table, flowers/'list.csv'):
         with pytest.raises(ValueError, match=f"'{column}' looks like its column of splits.*--split"): read_table(o)
         assert len(read_table(o, split=column))==2 and len(read_table(o, label=None))==2
+
+def test_other_columns_may_hold_anything(flowers):
+    "Lists, arrays, two columns of one name, a split that is categorical"
+    table = pd.DataFrame({'path': sorted(flowers.rglob('*.png'))[:4], 'label': list('abab')})
+    boxes = table.assign(box=[[1,2]]*4, array=[np.ones(2)]*4, valid_pixels=[3,4,5,6])
+    for o in (boxes, pd.concat([boxes, boxes[['box']]], axis=1)): assert len(read_table(o))==4
+    splits = table.assign(split=pd.Categorical(['trainval']*4))
+    assert set(checked_splits(read_table(splits), 'flowers').split)=={'train','val'}
+    with pytest.raises(ValueError, match='no column 2; its columns are path, label'): read_table(table, label=2)
 
 def test_csv_with_numbers_for_labels(flowers):
     "In the order of the numbers, not of their digits"

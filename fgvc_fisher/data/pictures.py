@@ -23,7 +23,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from fastai.vision.all import PILImage, defaults
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2.functional import resize
-from .tables import read_aircraft
+from .tables import is_copies, is_hidden, read_aircraft
 from ..distributed.files import remove_parts, replace_file
 from ..distributed.ranks import on_rank0, processes, progress_bar
 
@@ -218,11 +218,20 @@ def common_folder(
 
 # %% ../../nbs/data/pictures.ipynb #f9670bce
 def _copies_folder(common, table, short_side, dest):
-    "The folder for copies of the pictures in `common`"
+    "The folder for copies of the pictures in `common`. `ValueError` if that is the root, and there is no `dest`"
     suffix = '_box' if 'crop' in table else ''
     if 'credit' in table and table.credit.any(): suffix += f'_cut{table.credit.max()}'
-    folder = common if dest is None else Path(dest)/common.relative_to(common.anchor)
-    return folder.with_name(f'{common.name}_{short_side}{suffix}')
+    if common.name: folder = common if dest is None else Path(dest)/common.relative_to(common.anchor)
+    elif dest is not None: folder = Path(dest)/'root'
+    else: raise ValueError(f"the pictures have only {common} in common: name a folder for copies with dest= or cache=")
+    return folder.with_name(f'{folder.name}_{short_side}{suffix}')
+
+# %% ../../nbs/data/pictures.ipynb #e71be06a
+def _check_copies(folder):
+    "`ValueError` if this folder has something else than smaller copies, such as pictures that somebody resized"
+    if not folder.is_dir() or is_copies(folder) or all(is_hidden(o.name) for o in folder.iterdir()): return
+    raise ValueError(f"smaller copies would be written to {folder}, which has other files; choose another folder with "
+                     "dest= or cache=, or rename this one")
 
 # %% ../../nbs/data/pictures.ipynb #c185c902
 def _make_copies(jobs, manifest, n_workers, quiet):
@@ -255,8 +264,10 @@ def _copy_name(name, common):
 def _plan_copies(table, cuts, common, folder, short_side, entries):
     "The paths to use for the pictures of a table, and the missing copies, `name: (made_from, arguments of _shrink)`"
     paths,jobs = [],{}
+    usual = max((credit for _,credit in cuts), default=0)          # the folder is named after it
     for source,(crop,credit) in zip(table.path, cuts):
         name = os.path.relpath(os.path.abspath(source), common)
+        if crop is not None or credit!=usual: name += f".{'-'.join(map(str, (*(crop or ()), credit)))}"
         target = folder/_copy_name(name, common)
         made_from = _made_from(source, crop, credit)
         entry = entries.get(name)
@@ -279,6 +290,7 @@ def cache_table(
         raise ValueError(f"short_side={short_side!r} must be a whole number of pixels above 0")
     cuts = _cuts(table)                                              # before there is a folder
     folder = _copies_folder(common, table, short_side, dest)
+    _check_copies(folder)
     try: folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         message = f"cannot write smaller copies to {folder} ({e}); choose another folder with dest= or cache="

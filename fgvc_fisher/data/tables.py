@@ -227,7 +227,7 @@ def with_validation(
     unknown = {o for o in present-{train} if not split_name(str(o))}            # one of them may be for validation
     if split_name(valid)!='val' or 'val' in present or unknown: return table
     if split_name(train)=='train' and 'trainval' in present and train not in present:
-        table = table.assign(split=table.split.replace('trainval', 'train'))
+        table = table.assign(split=table.split.astype(object).replace('trainval', 'train'))
     own = train if train in present else split_name(train)
     chosen = (table.split==own).to_numpy()
     if not chosen.any(): return table                                # `pick_split` says which splits there are
@@ -245,7 +245,7 @@ def class_weights(
 )->torch.Tensor: # (C,) float32, in the order of the class numbers
     """Weights in inverse proportion to the size of each class, 1 if all are of equal size. Raises `ValueError` for
     an empty class."""
-    n = table.label.value_counts().loc[table.label.cat.categories]
+    n = table.label.value_counts().reindex(table.label.cat.categories)
     empty = n.index[n==0]
     if len(empty): raise ValueError(f"{len(empty)} classes have no picture: {shorten(', '.join(map(str, empty)), 400)}")
     return torch.tensor((len(table)/len(n)/n).to_numpy(), dtype=torch.float)
@@ -267,7 +267,9 @@ def is_hidden(
     return name.startswith('.') or name in ('__MACOSX', '@eaDir')
 
 # %% ../../nbs/data/tables.ipynb #2946a36f
-def _is_copies(folder):
+def is_copies(
+    folder:Path, # Any folder
+)->bool:
     "Is it a folder of smaller copies, with the manifest that `cache_table` writes: a list `[name, ...]` in each line?"
     manifest = folder/'manifest.jsonl'
     if not manifest.is_file(): return False
@@ -290,7 +292,7 @@ def pictures_in(
         real = {o: Path(os.path.realpath(os.path.join(root, o))) for o in sorted(folders) if not is_hidden(o)}
         folders[:] = []
         for name,target in real.items():
-            if target in entered or _is_copies(target): continue
+            if target in entered or is_copies(target): continue
             entered.add(target)
             folders.append(name)
         found += [(root, o) for o in names if not is_hidden(o) and Path(o).suffix.lower() in suffixes]
@@ -307,7 +309,7 @@ def _is_written(folder, pictures):
 def _subfolders(folder):
     "Each folder in it that is not hidden, in order, with its pictures; those that a training has written are left out"
     folders = [o for o in sorted(Path(folder).iterdir()) if o.is_dir() and not is_hidden(o.name)]
-    folders = [o for o in folders if not _is_copies(o) and not _leads_up(o)]
+    folders = [o for o in folders if not is_copies(o) and not _leads_up(o)]
     found = {o: pictures_in(o) for o in folders}
     return {o: files for o,files in found.items() if not _is_written(o, files)}
 
@@ -421,13 +423,16 @@ def _name_splits(splits, where):
     return splits if all(k==v for k,v in names.items()) else splits.astype(object).map(lambda o: names.get(o, o))
 
 # %% ../../nbs/data/tables.ipynb #e3fdd4d9
+_MARKED = {'0','1','0.0','1.0','True','False','true','false','yes','no'} # Of a column such as `is_test`
 def _check_no_splits(others, split, label, name):
     "`ValueError` if the named column of splits is missing, or if another one of a list with labels looks like one"
     if split!='split': raise ValueError(f"{name} has no column {split} of splits")
-    def is_one(column):
-        named = str(column).casefold() in ('split','splits','set','subset','is_valid')
-        return named or len(values := others[column].dropna().unique()) and all(map(split_name, values))
-    if label and (likely := [o for o in others.columns if is_one(o)]):
+    def is_one(column, values):
+        name = re.sub(r'^is_|_(image|img)$', '', str(column).casefold())
+        found = {str(o) for o in values.dropna()}                    # as text: a cell may be a list
+        marks = split_name(name) and found<=_MARKED
+        return name in ('split','splits','set','subset') or marks or found and all(map(split_name, found))
+    if label and (likely := [name for name,values in others.items() if is_one(name, values)]):
         raise ValueError(f"{name}: {likely[0]!r} looks like its column of splits: name it with split (in a "
                          "shell --split), or rename it if it means something else")
 def _has_cuts(table):
@@ -454,9 +459,9 @@ def read_table(
     else: _check_once(table.columns, (path, label, split), name)
     needed = [path] if label is None else [path, label]
     if missing := set(needed)-set(table.columns):
-        columns = ', '.join(map(str, table.columns))
-        raise ValueError(f"{name} has no column {', '.join(sorted(missing))}; its columns are {columns}: name those of "
-                         "the paths and labels with path and label")
+        missing,columns = [', '.join(map(str, o)) for o in (sorted(missing, key=str), table.columns)]
+        raise ValueError(f"{name} has no column {missing}; its columns are {columns}: name those of the paths and "
+                         "labels with path and label")
     if not len(table): raise ValueError(f"{name} lists no pictures")
     is_empty = table[needed].isna().any(axis=1)
     if is_empty.any():

@@ -26,9 +26,10 @@ from ..distributed.files import read_json, replace_file
 from .seeds import interval, paired, seeds_needed
 
 # %% ../../nbs/experiment/results.ipynb #6e446a2c
+_STRENGTHS = 'alpha','l2sp','beta','strength' # Columns with the strength of a penalty
 def _sort_key(run):
     "Sort runs by the strength of the penalty, then by name and seed"
-    strengths = [run.get(o) or 0 for o in ('alpha','l2sp','beta','strength')]
+    strengths = [run.get(o) or 0 for o in _STRENGTHS]
     names = [str(run.get(o) or '') for o in ('step','arm')]
     return *strengths, *names, run['seed']
 def _folders(out):
@@ -104,17 +105,38 @@ MEASURES = *ACCURACIES,*DIVERGENCES,'seconds' # The columns that `table` can sho
 def _check_once(t, keys, example):
     "Raise `ValueError` if two rows have the same `keys`; `example` shows how to select rows"
     if not set(keys)<=set(t): return
-    repeated = t[t.duplicated(keys, keep=False)]
+    known = t.dropna(subset=keys)                                      # what has no seed cannot have the same one
+    repeated = known[known.duplicated(keys, keep=False)]
     if repeated.empty: return
     same = repeated[(repeated[keys]==repeated[keys].iloc[0]).all(axis=1)]
     ignored = *MEASURES,'best_epoch','step_s','machine'
-    differ = [o for o in same if o not in ignored and same[o].astype(str).nunique()>1]
-    raise ValueError(f"arm {same.arm.iloc[0]!r} with seed {same.seed.iloc[0]} occurs {len(same)} times, with different "
-                     f"{', '.join(differ) or 'results'}. Select one experiment first, for example {example}.")
+    differ = [o for o in same if same[o].astype(str).nunique(dropna=False)>1]
+    occurs = f"arm {same.arm.iloc[0]!r} with seed {same.seed.iloc[0]} occurs {len(same)} times"
+    if not differ: raise ValueError(f"{occurs}, always as the same row. Call `drop_duplicates()` on the table first.")
+    raise ValueError(f"{occurs}, with different {', '.join(o for o in differ if o not in ignored) or 'results'}. "
+                     f"Select one experiment first, for example {example}.")
+
+# %% ../../nbs/experiment/results.ipynb #221960ec
+def _number(value, column):
+    "A value of a table as a number; NaN if it is empty. `ValueError` names the column"
+    try: return math.nan if pd.isna(value) or value=='' else float(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"column {column!r}: expected a number such as 0.8, not {value!r}.") from None
+def _with_numbers(t, columns):
+    "A copy of a table with numbers in those of `columns` that it has, and in its seeds unless they are names"
+    t = t.copy()
+    for o in columns:
+        if o in t: t[o] = np.array([_number(value, o) for value in t[o]], dtype=float)
+    if 'seed' in t:
+        numbers = pd.to_numeric(t.seed, errors='coerce')
+        t['seed'] = numbers.where(numbers.notna(), t.seed.mask(t.seed==''))
+    return t
 
 # %% ../../nbs/experiment/results.ipynb #dc51b152
-def _finished(out):
-    "The runs of a folder, a table or a list of dicts, with a column `diverged`; diverged runs have no accuracies"
+def _finished(out, columns=()):
+    """The runs of a folder, a table or a list of dicts, with a column `diverged`; diverged runs have no accuracies.
+
+    The measures and `columns` are numbers."""
     is_folder = isinstance(out, (str,os.PathLike))
     runs = read_runs(out) if is_folder else pd.DataFrame(out).reset_index(drop=True)
     if runs.empty:
@@ -124,12 +146,11 @@ def _finished(out):
                          "Pass a folder or the table that `read_runs` returns.")
     if runs.arm.isna().any(): raise ValueError(f"{runs.arm.isna().sum()} of {len(runs)} runs have no `arm`.")
     runs['arm'] = runs.arm.astype(str)
+    runs = _with_numbers(runs, [*MEASURES,'before',*columns])
     _check_once(runs, ['arm','seed'], "`runs[runs.arch=='resnet50']` with `runs = read_runs(out)`")
-    numbers = [o for o in (*MEASURES,'before') if o in runs]
-    runs[numbers] = runs[numbers].apply(pd.to_numeric).astype(float)
     last = [o for o in ('last','test_last') if o in runs]               # without a validation split only `test_last`
     runs['diverged'] = runs[last].isna().all(axis=1) if last else False
-    runs.loc[runs.diverged, [o for o in numbers if o in ACCURACIES | DIVERGENCES]] = math.nan
+    runs.loc[runs.diverged, [o for o in ACCURACIES | DIVERGENCES if o in runs]] = math.nan
     return runs
 def _check_seeds(runs):
     "Raise `ValueError` for runs that cannot be paired"
@@ -152,7 +173,7 @@ def table(
     measures:str|list|None=None, # Columns of the runs, those that no run has are left out; None: see above
 )->pd.DataFrame: # By arm: `(measure, 'mean')` and `(measure, '±')` in the unit of the runs; how many `runs`, `diverged`
     "Mean over seeds and half the width of its 95 % interval. `ValueError` if no run has finished."
-    runs = _finished(out)
+    runs = _finished(out, listify(measures))
     rows = {}
     for arm,r in runs.groupby('arm', sort=False):
         row = {(o,part): v for o in _measured(runs, measures) for part,v in zip(('mean','±'), interval(r[o]))}
@@ -162,14 +183,21 @@ def table(
 
 # %% ../../nbs/experiment/results.ipynb #821b4801
 def _title(measure): return (ACCURACIES | DIVERGENCES).get(measure, measure)
+def _decimals(measure, values):
+    "How many decimals to show; the scale of a column of the user's own is known only from its `values`"
+    if measure in DIVERGENCES: return 3
+    if measure in ACCURACIES or measure=='seconds': return 1
+    largest = max((abs(o) for o in values if o and not math.isnan(o)), default=1)
+    return max(0, 2-math.floor(math.log10(largest)))                   # three significant digits
 
 # %% ../../nbs/experiment/results.ipynb #8e62fe64
 def show_table(
     t:pd.DataFrame, # From `table`
 )->pd.DataFrame: # Strings such as '80.2 ± 0.4', in per cent; a dash where there is no mean. Seconds and nats stay these
-    "Format the means and 95 % intervals of `table` for reading."
-    def text(mean, half, digits):
+    "Format the means and 95 % intervals of `table` for reading, columns of your own with three significant digits."
+    def text(measure, mean, half):
         if math.isnan(mean): return '–'
+        digits = _decimals(measure, (mean, half))
         return f'{mean:.{digits}f}' if math.isnan(half) else f'{mean:.{digits}f} ± {half:.{digits}f}'
     shown = {}
     for measure in t.columns.get_level_values(0).unique():
@@ -178,8 +206,7 @@ def show_table(
             shown[measure] = t[measure,''].astype(str)
             continue
         scale = 100 if measure in ACCURACIES else 1
-        digits = 3 if measure in DIVERGENCES else 1
-        shown[_title(measure)] = [text(*scale*o, digits) for o in t[measure].to_numpy(float)]
+        shown[_title(measure)] = [text(measure, *scale*o) for o in t[measure].to_numpy(float)]
     return pd.DataFrame(shown, index=t.index)
 
 # %% ../../nbs/experiment/results.ipynb #b6887fb1
@@ -203,7 +230,7 @@ def differences(
 
     `seeds` is the number of common seeds, `seeds_for_1` how many would show a difference of 0.01, or of 0.01 nats. The
     interval is NaN for one seed, and if all differences are equal. `ValueError` if the control or a seed is missing."""
-    runs = _finished(out)
+    runs = _finished(out, listify(measures))
     _check_seeds(runs)
     arms = {k: r.set_index('seed') for k,r in runs.groupby('arm', sort=False)}
     if control not in arms: raise ValueError(f"control: there is no arm {control!r}, only {', '.join(arms)}.")
@@ -220,9 +247,10 @@ def _sentence(arm, measure, d, control):
     title = f"{arm}, {_title(measure)}: "
     if not d.seeds or math.isnan(d.difference):
         return title + f"no seed in common with {control} that was measured, or an arm diverged."
-    scale,unit,digits,one = (100,' points',1,'one point') if measure in ACCURACIES else (1,'',1,'')
-    if measure in DIVERGENCES: unit,digits,one = ' nats',3,'0.01 nats'
-    difference,low,high = [f'{scale*o:+.{digits}f}' for o in (d.difference, d.low, d.high)]
+    scale,unit,one = (100,' points','one point') if measure in ACCURACIES else (1,'','')
+    if measure in DIVERGENCES: unit,one = ' nats','0.01 nats'
+    values = d.difference,d.low,d.high
+    difference,low,high = [f'{scale*o:+.{_decimals(measure, values)}f}' for o in values]
     title += f"{difference}{unit} against {control}"
     if math.isnan(d.low):
         why = 'one seed' if d.seeds<2 else f'the same for all {d.seeds:.0f} seeds'
@@ -252,7 +280,7 @@ def _read_off(r, levels, target, retention):
     return found
 def _with_families(out, *columns):
     "The runs with a column `family`. `ValueError` if one of `columns` is missing"
-    runs = _finished(out)
+    runs = _finished(out, columns)
     for o in columns:
         if o not in runs: raise ValueError(f"The runs have no column {o!r}, only {', '.join(runs)}.")
     _check_seeds(runs)
@@ -334,6 +362,9 @@ def style(
 
 # %% ../../nbs/experiment/results.ipynb #4aba4515
 def _percent(value, _): return f'{100*value:.4g}%'
+def _legend_label(name):
+    "A name as matplotlib shows it: labels that start with an underscore are left out, so a space of no width precedes"
+    return '\u200b'+name if name.startswith('_') else name
 _DASHES = '-','--','-.',(0,(6,1.5,1,1.5,1,1.5))
 def _draw_arm(axs, arm, c, dashes):
     "Draw one arm in both panels, loss and accuracy"
@@ -343,7 +374,7 @@ def _draw_arm(axs, arm, c, dashes):
     line = dict(style(arm), ls=dashes, ms=4, markevery=max(1, len(mean)//10))
     axs[0].plot(epochs, mean.train_loss, ls=':', lw=1, color=line['color'])
     for ax,name in zip(axs, ('valid_loss','accuracy')):
-        ax.plot(epochs, mean[name], label=arm, **line)
+        ax.plot(epochs, mean[name], label=_legend_label(arm), **line)
         ax.fill_between(epochs, low[name], high[name], color=line['color'], alpha=0.15, lw=0)
 def _draw_published(axs, run, c, dashes):
     "Draw one published run in both panels"
@@ -369,10 +400,14 @@ def curves(
 )->Figure: # Two panels: loss, accuracy
     "Loss and accuracy by epoch: mean and range over seeds of each arm. `ValueError` if there is nothing to draw."
     c = read_curves(out) if isinstance(out, (str,os.PathLike)) else pd.DataFrame(out)
-    _check_columns(c, ['epoch','arm','train_loss','valid_loss','accuracy'], 'curves')
+    numbers = ['epoch','train_loss','valid_loss','accuracy']
+    _check_columns(c, ['arm',*numbers], 'curves')
+    c = _with_numbers(c, numbers)
     _check_once(c, ['arm','seed','epoch'], "`c[c.id.isin(runs.id)]` with `c = read_curves(out)`")
     if published is not None:
-        _check_columns(published, ['run','epoch','train_loss','val_loss','accuracy'], 'published')
+        numbers = ['epoch','train_loss','val_loss','accuracy']
+        _check_columns(published, ['run',*numbers], 'published')
+        published = _with_numbers(published, numbers)
     fig,axs = plt.subplots(1, 2, figsize=(10,4.4), layout='constrained', dpi=100)
     if published is not None:
         for i,(run,p) in enumerate(published.groupby('run', sort=False)):
@@ -412,7 +447,10 @@ def _target_column(runs, target):
     if runs.groupby('arm').diverged.any().all():
         raise ValueError("Every arm has a run that diverged, so there is nothing to draw. `curves` shows the epoch.")
     available = _measured(runs, tuple(ACCURACIES))
-    target = target or ('test_last' if 'test_last' in available else 'last')
+    candidates = [o for o in ('test_last','last') if o in available]
+    drawable = runs[~runs.groupby('arm').diverged.transform('any')]
+    had_by_all = [o for o in candidates if _has(drawable, o).all()]
+    target = target or next(iter(had_by_all+candidates), 'last')
     if target not in available: raise ValueError(f"target: no run has {target!r}, only {', '.join(available)}.")
     return target
 
@@ -430,7 +468,7 @@ def _label(ax, labels, marks):
 # %% ../../nbs/experiment/results.ipynb #104c0de9
 def _connect(ax, runs, t, columns, target, color):
     "A thin line through the arms of a family, from weak to strong; dotted for the source's BatchNorm statistics"
-    strengths = [o for o in ('alpha','l2sp','beta','strength') if o in runs]
+    strengths = [o for o in _STRENGTHS if o in runs]
     by_arm = runs.groupby('arm')[strengths].first().loc[t.index].sum(axis=1) if strengths else pd.Series(0, t.index)
     if not by_arm.is_unique: return
     t = t.loc[by_arm.sort_values().index]
@@ -443,7 +481,7 @@ def _draw_family(ax, family, t, columns, target):
     x,y = t[columns[0]],t[target]
     ax.errorbar(x['mean'], y['mean'], y['±'].fillna(0), x['±'].fillna(0), fmt='none', ecolor=style(family)['color'],
                 alpha=0.35, lw=1, zorder=1)
-    ax.scatter(x['mean'], y['mean'], s=55, label=family, zorder=3, **style(family))
+    ax.scatter(x['mean'], y['mean'], s=55, label=_legend_label(family), zorder=3, **style(family))
     for name in columns[1:]:
         ax.scatter(t[name,'mean'], y['mean'], s=55, facecolors='none', zorder=3, **style(family))
 
@@ -462,10 +500,11 @@ def _mark_points(runs, t, columns, target):
     "Where there are markers and dots: an (n, 2) array of retention and accuracy"
     means = [t[[(o,'mean'),(target,'mean')]].dropna().to_numpy() for o in columns]
     return np.concatenate([*means, runs[[columns[0],target]].dropna().to_numpy()])
-def _describe(ax, columns, target, diverged):
-    "Labels and title of the axes"
+def _describe(ax, columns, target, missing):
+    "Labels and title of the axes; `missing` has the arms that are not shown, by reason"
     source = columns[0].partition('_')[0]
-    note = textwrap.fill(f"not shown, diverged: {'; '.join(diverged)}", 80) if len(diverged) else ''
+    notes = [f"not shown, {why}: {'; '.join(arms)}" for why,arms in missing.items() if len(arms)]
+    note = '\n'.join(textwrap.fill(o, 80) for o in notes)
     ax.set(xlabel=f"{SOURCE_LABELS[source]}\n{note}".strip(), ylabel=f'accuracy on the target ({_title(target)})',
            title=f"Accuracy on the target against {ACCURACIES[columns[0]]}"
                  + (len(columns)>1)*"\n(hollow, dotted: with the source's BatchNorm statistics)")
@@ -475,14 +514,14 @@ def _describe(ax, columns, target, diverged):
 # %% ../../nbs/experiment/results.ipynb #cc60a86f
 def frontier(
     out, # Folder of the experiment, or its runs as a table or a list of dicts
-    target:str|None=None, # Column with the accuracy on the target; None: 'test_last' if the runs have it, else 'last'
+    target:str|None=None, # Column with the accuracy on the target; None: 'test_last' if all arms have it, else 'last'
     before:float|None=None, # Accuracy of the source model on the source, drawn as a line; None: from the runs
     ax:Axes|None=None, # Axes to draw into; None: a new figure
     source:str|None=None, # 'retention', or 'agreement' with the source; None: what more of the runs have
 )->Axes: # One marker per arm: filled with the target's BatchNorm statistics, hollow with the source's
     """Accuracy on the target against retention, or agreement with the source. `ValueError` if the runs have neither or
     no such accuracy."""
-    runs = _finished(out)
+    runs = _finished(out, _STRENGTHS)
     target = _target_column(runs, target)
     columns = _source_columns(runs, source)
     if ax is None: ax = plt.subplots(figsize=(8.5,4.8), layout='constrained', dpi=100)[1]
@@ -496,7 +535,9 @@ def frontier(
     for family,f in shown.groupby(lambda arm: arm.split(',')[0], sort=False):
         _connect(ax, runs, f, columns, target, style(family)['color'])
         _draw_family(ax, family, f, columns, target)
-    _describe(ax, columns, target, t.index[t['diverged','']>0])
+    diverged = t.index[t['diverged','']>0]
+    unmeasured = t.index.difference(shown.index.union(diverged), sort=False)
+    _describe(ax, columns, target, {'diverged': diverged, 'not measured in every run': unmeasured})
     positions = zip(shown.index, shown[columns[0],'mean'], shown[target,'mean'])
     labels = [(x, y, arm.partition(',')[2].strip(), style(arm)['color']) for arm,x,y in positions]
     _label(ax, [o for o in labels if o[2]], _mark_points(runs, shown, columns, target))

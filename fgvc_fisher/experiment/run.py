@@ -231,6 +231,7 @@ def _usable(run, own):
     for split in {run.valid, run.test}-{''}: check_splits(train, pick_split(table, split))
     named_transforms(run.transforms, run.size, True, 2)
     about = own.attrs['about']
+    if len(table)<len(own): about += f'; {len(own)-len(table):,} that cannot be decoded are left out'
     if run.fraction<1:
         taken = set(take_fraction(train, run.fraction, run.seed).path)
         table = table[~table.path.isin(set(train.path)-taken)].reset_index(drop=True)
@@ -263,8 +264,13 @@ def run_dls(
     if run.bs%n: raise ValueError(f"bs={run.bs}: {n} processes cannot share a batch equally; use a multiple of {n}")
     num_workers = max(1, num_cpus()//n) if run.num_workers is None and n>1 else run.num_workers
     path = Path(run.data) if Path(run.data).is_dir() else Path(run.data).parent
-    return split_dls(read_table(target), path, train=run.train, valid=valid, size=run.size, bs=run.bs//n,
-                     transforms=run.transforms, cache=run.cache, num_workers=num_workers)
+    dls = split_dls(read_table(target), path, train=run.train, valid=valid, size=run.size, bs=run.bs//n,
+                    transforms=run.transforms, cache=run.cache, num_workers=num_workers)
+    share = -(-len(dls.train_ds)//n)
+    if n>1 and run.transforms=='published' and share<run.bs//n and share%2:
+        raise ValueError(f"bs={run.bs}: transforms='published' mixes the pictures of a batch in pairs, and each of {n} "
+                         f"processes has {share}; use a smaller batch, whose part for each process is even")
+    return dls
 
 # %% ../../nbs/experiment/run.ipynb #67f49610
 class _NoValidation(Callback):

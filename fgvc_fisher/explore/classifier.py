@@ -8,8 +8,11 @@ Docs: https://fgvc-fisher.github.io/fgvc_fisher/explore/classifier.html.md"""
 __all__ = ['try_classifier', 'try_run']
 
 # %% ../../nbs/explore/classifier.ipynb #29ec712e
+from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 import ipywidgets as widgets, numpy as np, pandas as pd
+from matplotlib import font_manager, rcParams
 from torch import nn
 
 # %% ../../nbs/explore/classifier.ipynb #121889ea
@@ -34,6 +37,12 @@ def _kin(row):
     "Family and manufacturer of a row, where they are known"
     known = isinstance(getattr(row, 'family', None), str)
     return f' ({row.family}, {row.manufacturer})' if known else ''
+def _check_answers(found):
+    "Raises `ValueError` for answers that are NaN"
+    if found.variants.probability.isna().any():
+        raise ValueError("The fine-tuned model's answers are NaN: its training diverged; try a smaller learning rate.")
+    if found.source is not None and found.source[['before','after']].isna().any(axis=None):
+        raise ValueError("The source model's answers are NaN: load its weights again, or pass another source.")
 class _ClassifierView:
     "Draws what a `Recogniser` returns"
     def __init__(self, recogniser):
@@ -51,6 +60,7 @@ class _ClassifierView:
     def draw(self, picture, note=''):
         "Draw all pictures; returns the sentence"
         found = self.recogniser(picture)
+        _check_answers(found)
         self.clear()
         self.seen.axes.imshow(heat_picture(found))
         title = 'Where the network looked' if found.heat.any() else 'Input of the network'
@@ -63,6 +73,21 @@ class _ClassifierView:
         return ' '.join(o for o in (note, self._say(found)) if o)
 
 # %% ../../nbs/explore/classifier.ipynb #00470a5f
+@lru_cache(1000)
+def _families(text):
+    "Font families for a text: matplotlib's own, then installed ones with the characters that it lacks"
+    families = list(rcParams['font.family'])
+    own = font_manager.get_font(font_manager.findfont(font_manager.FontProperties(family=families)))
+    missing = {ord(o) for o in text if not own.get_char_index(ord(o))}
+    for font in font_manager.fontManager.ttflist:
+        if not missing: break
+        if font.name.startswith('Last Resort'): continue               # its glyphs are empty boxes
+        with suppress(RuntimeError, OSError):
+            file = font_manager.get_font(font.fname)
+            found = {o for o in missing if file.get_char_index(o)}
+            if found: families.append(font.name)
+            missing -= found
+    return families
 @patch
 def _bars(self:_ClassifierView, ax, names, values, colors, title):
     "A group of bars per name"
@@ -73,7 +98,8 @@ def _bars(self:_ClassifierView, ax, names, values, colors, title):
     for i,(v,color,label,hatch) in enumerate(looks):
         bars = ax.barh(y+(i+0.5)*height, v, height, color=color, label=label, hatch=hatch, edgecolor='white')
         ax.bar_label(bars, [f'{o:.0%}' for o in v], padding=2, fontsize=7)
-    for i,name in enumerate(names): ax.text(0.01, i-0.04, _short(name), fontsize=7.5, parse_math=False)
+    for i,name in enumerate(map(_short, names)):
+        ax.text(0.01, i-0.04, name, fontsize=7.5, parse_math=False, fontfamily=_families(name))
     ax.set_title(title, fontsize=10)
     ax.set(xlim=(0,1.1), ylim=(-0.4,len(names)-0.3), xlabel='probability', xticks=[0,0.5,1], yticks=[])
     ax.xaxis.set_major_formatter(PERCENT)
@@ -113,6 +139,7 @@ def _either(upload, example):
 # %% ../../nbs/explore/classifier.ipynb #c9c5b635
 def _examples(learn, examples, n=8):
     "Pairs of a text, and a path or a row of a table"
+    if isinstance(examples, str|Path): examples = [examples]
     if examples is not None: return [(Path(o).name, str(o)) for o in examples]
     rows = learn.dls.valid_ds.items
     if isinstance(rows, pd.DataFrame): return []                       # fastai's column readers say where its files are
@@ -122,6 +149,8 @@ def _examples(learn, examples, n=8):
 def _opened(upload, example):
     "The chosen picture, and a note about it"
     if upload: return read_upload(*_uploaded(upload))
+    if isinstance(example, str) and Path(example).is_dir():
+        raise ValueError(f"{example} is a folder: give the files of pictures as examples")
     if isinstance(example, str): return read_upload(Path(example).read_bytes(), Path(example).name)
     return open_item(example), ''
 
@@ -130,7 +159,7 @@ def try_classifier(
     learn:Learner, # From `aircraft_learner` or `load_run`
     source:nn.Module|None=None, # The source model with its head; default: no source model is shown
     names:list|None=None, # Names of the source's classes, see `Recogniser`
-    examples:list|None=None, # Paths of pictures to choose from; default: some of the validation split
+    examples:list|str|Path|None=None, # Paths of pictures, or one; default: some of the validation split
 )->Panel: # Controls `upload` and `example`
     "Upload a photograph, or choose an example, and see the predictions of both models."
     view = _ClassifierView(Recogniser(learn, source, names))
@@ -166,6 +195,7 @@ def try_run(
     run = read_run(folder)
     has_pictures = Path(run.data).exists()
     learn = load_run(folder, pictures=has_pictures)
-    if not has_pictures: kwargs = dict(examples=[]) | kwargs
-    names = read_header(folder/'model.safetensors').source_classes
-    return try_classifier(learn, _source_of(run), names, **kwargs)
+    usual = dict(names=read_header(folder/'model.safetensors').source_classes)
+    if not has_pictures: usual['examples'] = []
+    if 'source' not in kwargs: usual['source'] = _source_of(run)
+    return try_classifier(learn, **(usual | kwargs))

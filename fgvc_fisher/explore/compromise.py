@@ -19,9 +19,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 # %% ../../nbs/explore/compromise.ipynb #68fef7df
 from fastcore.basics import patch
-from ..data.batches import has_labels, read_batch
+from ..data.batches import check_batches, has_labels, is_shuffled, read_batch
 from ..distributed.ranks import progress_bar
-from ..distributed.wrappers import copy_module
+from ..distributed.wrappers import copy_module, match_names, unwrap
 from ..data.loaders import picture_dl
 from ..data.pictures import skip_bad
 from ..data.tables import is_labelled, pick_split, read_folder
@@ -50,6 +50,13 @@ MEASURED = 'last','retention_target_bn','retention_source_bn'
 AGREED = 'last','agreement_target_bn','agreement_source_bn'        # if the source pictures have no labels
 
 # %% ../../nbs/explore/compromise.ipynb #d03d9101
+def _listed(batches, name):
+    "The batches of an argument, read once: a loader that shuffles has others the next time"
+    check_batches(batches, name)
+    batches = list(batches)
+    if not any(len(read_batch(o, labels=False)[0]) for o in batches):
+        raise ValueError(f"{name}: there are no pictures: it is empty, or leaves out an incomplete batch (drop_last)")
+    return batches
 def _batches(batches, labels=None, pixels=400_000):
     "Small batches, so that a pause is never far, with channels last in memory: twice as fast on a CPU"
     x = torch.cat([read_batch(o, labels=False)[0] for o in batches])
@@ -93,34 +100,44 @@ def _update_bn(model, batches):
 # %% ../../nbs/explore/compromise.ipynb #d74017be
 class Compromise:
     """Models between a source and a model that was fine-tuned from it, measured at any `alpha` and `strength`.
-    `beta_of_1` is the beta at strength 1. Raises `ValueError` if the Fisher of the shared parameters is zero."""
+    `beta_of_1` is the beta at strength 1. Raises `ValueError` if the Fisher of the shared parameters is zero, and if
+    there are no pictures."""
     def __init__(self,
         source:nn.Module, # The source model
         tuned:nn.Module, # The fine-tuned model
         fisher_source:Mapping, # Fisher of `source` on source pictures, parameter name -> tensor
         fisher_target:Mapping, # Fisher of `tuned` on target pictures, parameter name -> tensor
-        training:list, # Batches (x, y) of the target, for BatchNorm's statistics
-        target:list, # Batches (x, y) of the target, not trained on, to measure on
-        pictures:list, # Batches of the source, with labels or without, not used for its Fisher, to measure on
-        tuned_pictures:list|None=None, # `pictures` as the tuned model expects them; default: `pictures`
+        training:Iterable, # Batches (x, y) of the target, for BatchNorm's statistics
+        target:Iterable, # Batches (x, y) of the target, not trained on, to measure on
+        pictures:Iterable, # Batches of the source, with labels or without, not used for its Fisher, to measure on
+        tuned_pictures:Iterable|None=None, # `pictures` as the tuned model expects them; default: `pictures`
         labelled:bool=True, # Use the labels of `pictures` if there are any? False if they mean nothing
     ):
-        self.source,self.tuned = [copy_module(o).to(memory_format=torch.channels_last) for o in (source, tuned)]
+        models = [copy_module(unwrap(o)) for o in (source, tuned)]
+        self.source,self.tuned = [o.to(memory_format=torch.channels_last) for o in models]
         theta0 = dict(self.source.named_parameters())
         head = head_names(self.source)                         # new, also where both models have as many classes
         self.new = [n for n,_ in self.tuned.named_parameters() if n not in theta0 or is_new(n, head)]
         self.beta_of_1 = QuadraticPenalty(self.tuned, theta0, fisher_source, strength=1., new=self.new).beta
-        self.training = _batches(training)
-        self.target = _batches(target)
-        self.fishers = fisher_source,fisher_target
-        tuned_pictures = pictures if tuned_pictures is None else tuned_pictures
-        labelled = labelled and all(map(has_labels, pictures))
-        answers = None if labelled else _answers(self.source, pictures)
-        self.pictures = dict(target=_batches(tuned_pictures, answers), source=_batches(pictures, answers))
+        self.training = _batches(_listed(training, 'training'))
+        self.target = _batches(_listed(target, 'target'))
+        self.fishers = match_names(fisher_source, theta0),fisher_target
+        labelled = self._read_pictures(pictures, tuned_pictures, labelled)
         self.measures = MEASURED if labelled else AGREED
         self.before = accuracy_on(self.source, self.pictures['source'])
         self.tuned_is = _result(self._measured(self.tuned.eval()))
         self.alphas,self.strengths,self.grid = [],[],{}
+
+    def _read_pictures(self, pictures, tuned_pictures, labelled):
+        "Read the source pictures in both forms; returns whether their own labels are used"
+        both = [pictures] if tuned_pictures is None or tuned_pictures is pictures else [pictures,tuned_pictures]
+        listed = [_listed(o, name) for o,name in zip(both, ('pictures','tuned_pictures'))]
+        labelled = labelled and all(map(has_labels, listed[0]))
+        if not labelled and len(both)>1 and any(map(is_shuffled, both)):
+            raise ValueError("pictures and tuned_pictures must be in the same order: use loaders that do not shuffle")
+        answers = None if labelled else _answers(self.source, listed[0])
+        self.pictures = dict(target=_batches(listed[-1], answers), source=_batches(listed[0], answers))
+        return labelled
 
     def _measured(self, model):
         "Measure the `measures` of a model"

@@ -25,6 +25,7 @@ _ALL = 'all parameters'
 class _FisherView:
     "Draws a Fisher information"
     def __init__(self, fisher):
+        if not len(fisher): raise ValueError("this Fisher has no parameters: make one with estimate_fisher, or load it")
         self.fisher = fisher
         self.table = fisher.summary()
         if bad := list(self.table.parameter[~np.isfinite(self.table['mean'])]):
@@ -38,10 +39,13 @@ class _FisherView:
     def _histogram(self, parameter, axis):
         "Counts, edges, and the number of zeros, of the values of one parameter tensor or of all"
         tensors = self.fisher.values() if parameter==_ALL else [self.fisher[parameter]]
-        values = np.concatenate([v.flatten().float().numpy() for v in tensors])
+        values = np.concatenate([v.detach().flatten().double().numpy() for v in tensors])
         positive = values[values>0]
         n_zero = len(values)-len(positive)
         if not len(positive): return np.array([n_zero*(axis=='linear')]), np.array([1e-3,1.]), n_zero
+        counted = values if axis=='linear' else positive
+        low,high = counted.min(),counted.max()
+        if high-low<max(1e-6*high, 1e-300): return np.array([len(counted)]), np.array([0.9*low,1.1*high]), n_zero
         if axis=='linear': return *np.histogram(values, 60), n_zero
         counts,edges = np.histogram(np.log10(positive), 60)
         return counts, 10**edges, n_zero
@@ -68,8 +72,8 @@ def draw(self:_FisherView, parameter, axis, measure):
     row = self.table[self.table.parameter==parameter]
     self._draw_layers(row, axis, measure)
     self._draw_values(parameter, axis)
+    if not self.table.share.notna().any(): return f"{self.n:,} parameters, and their Fisher is zero everywhere."
     if parameter==_ALL:
-        if not self.table.share.notna().any(): return f"{self.n:,} parameters, and their Fisher is zero everywhere."
         top = self.table.nlargest(3, 'share')
         where = ', '.join(f'{o.parameter} ({o.share:.0%})' for o in top.itertuples())
         return f"{self.n:,} parameters, {self.fisher.n_images:,} images. Largest shares of the Fisher: {where}."

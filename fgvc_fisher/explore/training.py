@@ -8,7 +8,7 @@ Docs: https://fgvc-fisher.github.io/fgvc_fisher/explore/training.html.md"""
 __all__ = ['TrainingPanel', 'explore_training']
 
 # %% ../../nbs/explore/training.ipynb #29ec712e
-import html, math, time
+import html, math, os, time
 from dataclasses import asdict
 from pathlib import Path
 import ipywidgets as widgets
@@ -42,6 +42,11 @@ def _run_of(task, epochs, arm, alpha, strength, beta, l2sp, lr, seed):
     usual = 'grad' if task.get('step')=='grad' else 'prox'
     own = dict(arm=', '.join(name), epochs=epochs, lr=lr, seed=seed, step='published' if arm=='as published' else usual)
     return Run(**task | dict.fromkeys(_STRENGTHS, 0.) | strengths | own)
+def _uncontrolled(run):
+    "The fields that no control sets, with absolute paths: equal for runs of the same task"
+    values = {k: v for k,v in asdict(run).items() if k not in (*_CONTROLLED,'num_workers')}
+    files = {k: values[k] for k in ('data','source','weights') if values[k] and isinstance(values[k], str)}
+    return values | {k: os.path.abspath(v) for k,v in files.items()}
 
 # %% ../../nbs/explore/training.ipynb #c4bcb0e6
 class _TrainingView:
@@ -52,9 +57,10 @@ class _TrainingView:
         self.runs = {}
         self.looks = {}
         self.note = ''
-        of_task = {k: v for k,v in asdict(Run(**task)).items() if k in task and k not in _CONTROLLED}
+        self.noted_during = None
+        of_task = _uncontrolled(Run(**task))
         for run in training.known().values():
-            if all(getattr(run, k)==v for k,v in of_task.items()): self.add(run)
+            if _uncontrolled(run)==of_task: self.add(run)
         self.loss,self.accuracy,self.kept = self.pictures = [Picture(3.2, 2.9) for _ in range(3)]
         self.legend = widgets.HTML()
 
@@ -120,38 +126,52 @@ def _key(look):
     mark = f'<text x="23" y="12" text-anchor="middle" fill="{color}">{_MARKS[look["marker"]]}</text>'
     return f'<svg width="46" height="14" aria-hidden="true"><line {line}/>{mark}</svg>'
 @patch
-def _entry(self:_TrainingView, run, epochs, kept):
+def _entry(self:_TrainingView, run, epochs, kept, label):
     "A row of the legend, in HTML"
     last = epochs.iloc[-1] if len(epochs) else {}
     measured = [_number(last.get(o)) for o in ('accuracy',kept)]
     diverged = ', diverged' if self.training.result(run.id) and len(epochs)<run.epochs else ''
-    cells = [f'{run.arm}, seed {run.seed}', f'{len(epochs)} of {run.epochs}{diverged}']
+    cells = [label, f'{len(epochs)} of {run.epochs}{diverged}']
     cells += ['–' if math.isnan(o) else f'{o:.1%}' for o in measured]
     columns = ''.join(f'<td style="padding:0 .8em 0 .3em">{html.escape(o)}</td>' for o in cells)
     return f'<tr><td>{_key(self.looks[run.id])}</td>{columns}</tr>'
 
 # %% ../../nbs/explore/training.ipynb #c7fe131f
+def _labels(runs):
+    "Run id -> the run's arm and seed, and in what it differs from the others of that arm and seed"
+    labels = {}
+    for run in runs:
+        alike = [o for o in runs if (o.arm,o.seed)==(run.arm,run.seed)]
+        differing = {k: v for k,v in asdict(run).items() if any(getattr(o, k)!=v for o in alike)}
+        epochs = differing.pop('epochs', None)
+        more = [f'{epochs} epoch{"s"*(epochs>1)}'] if epochs else []
+        labels[run.id] = ', '.join([run.arm, f'seed {run.seed}', *more, *[f'{k} = {v}' for k,v in differing.items()]])
+    return labels
 def _finding(drawn, kept):
     "The complete runs with the highest accuracy and retention or agreement, if there are at least two"
-    ends = {f'{run.arm}, seed {run.seed}': epochs.iloc[-1] for run,epochs in drawn if len(epochs)==run.epochs}
+    labels = _labels([run for run,_ in drawn])
+    ends = {labels[run.id]: epochs.iloc[-1] for run,epochs in drawn if len(epochs)==run.epochs}
     sentences = []
     for label,column in {'Highest accuracy': 'accuracy', f"Highest {kept.partition('_')[0]}": kept}.items():
         values = {name: row[column] for name,row in ends.items() if not math.isnan(_number(row.get(column)))}
         if len(values)<2: continue
-        best = max(values, key=values.get)
-        sentences.append(f'{label}: {best} ({values[best]:.1%}).')
+        highest = max(values.values())
+        best = [name for name,v in values.items() if math.isclose(v, highest, rel_tol=1e-6)]    # float32 is not exact
+        sentences.append(f"{label}: {' and '.join(best)} ({highest:.1%}).")
     return ' '.join(sentences)
 
 # %% ../../nbs/explore/training.ipynb #26933f31
 @patch
 def draw(self:_TrainingView, **values):
     "Draw all runs; returns the sentence"
+    if self.note and self.training.run!=self.noted_during: self.note = ''   # it was about a run that has ended
     drawn = [(run,self._epochs(run)) for run in list(self.runs.values())]
     kept = next((o for o in _KEPT if any(o in epochs for _,epochs in drawn)), 'retention_target_bn')
     self._axes(max([run.epochs for run,_ in drawn], default=1), kept)
     for o in drawn: self._draw_run(*o, kept)
     self._cut_off([o.train_loss.iloc[0] for _,o in drawn if len(o)])
-    lines = [self._entry(*o, kept) for o in drawn]
+    labels = _labels([run for run,_ in drawn])
+    lines = [self._entry(run, epochs, kept, labels[run.id]) for run,epochs in drawn]
     titles = '', 'run', 'epochs', 'accuracy', kept.partition('_')[0]
     head = ''.join(f'<th style="text-align:left;padding:0 .8em 0 .3em">{o}</th>' for o in titles)
     rows = [f'<tr>{head}</tr>', *lines] if lines else []
@@ -165,6 +185,7 @@ def draw(self:_TrainingView, **values):
 def train(self:_TrainingView, epochs, **values):
     "Start the run that the controls describe, and add it to the chart"
     self.note = ''
+    self.noted_during = self.training.run
     try:
         run = _run_of(self.task, epochs, **values)
         self.training.start(run)
@@ -181,14 +202,17 @@ def _round(low, high):
     "Round numbers from 10**low to 10**high"
     return [float(f'{m}e{k}') for k in range(low, high) for m in (1,2,3,4,5,7)] + [10.**high]
 def _training_controls(task):
-    "The controls by name"
-    def strength(name, low, high): return slider(name, [0., *_round(low, high)], 0.)
-    rate = task.get('lr', Run.lr)
-    seed = widgets.BoundedIntText(value=42, min=0, max=10**6, description='seed', **control_layout({}))
-    return dict(arm=choice('arm', list(_ARMS)), seed=seed, alpha=strength('alpha', -6, -1),
-                strength=strength('strength', -4, 2), beta=strength('beta, as published', -5, 0),
-                l2sp=strength('l2sp', -4, 1),
-                lr=slider('learning rate', sorted({*_round(-4, 0), rate}), rate))
+    "The controls by name; they begin with the task's own values"
+    family = task.get('arm', Run.arm).split(',')[0]
+    arm = family if family in _ARMS else 'plain'
+    own = {k: task.get(k, usual) for k,usual in _ARMS[arm].items()}
+    def with_value(label, values, v): return slider(label, sorted({*values, v}), v)
+    def strength(k, label, low, high): return with_value(label, [0., *_round(low, high)], own.get(k, 0.))
+    seed = dict(value=task.get('seed', Run.seed), min=0, max=2**32-1, description='seed')
+    return dict(arm=choice('arm', list(_ARMS), value=arm), seed=widgets.BoundedIntText(**seed, **control_layout({})),
+                alpha=strength('alpha', 'alpha', -6, -1), strength=strength('strength', 'strength', -4, 2),
+                beta=strength('beta', 'beta, as published', -5, 0), l2sp=strength('l2sp', 'l2sp', -4, 1),
+                lr=with_value('learning rate', _round(-4, 0), task.get('lr', Run.lr)))
 def _button(label): return widgets.Button(description=label, tooltip=label, layout=widgets.Layout(width='auto'))
 
 # %% ../../nbs/explore/training.ipynb #fc1baf3c
@@ -236,7 +260,7 @@ def _drawn(self:TrainingPanel, **values):
     for k in _STRENGTHS: self.controls[k].disabled = k not in _ARMS[values['arm']]
     self.buttons['train'].disabled = in_training
     self.buttons['stop'].disabled = not in_training
-    options = [(f'{run.arm}, seed {run.seed}', id) for id,run in list(self.view.runs.items())]
+    options = [(label,id) for id,label in _labels(list(self.view.runs.values())).items()]
     if list(self.chosen.options)!=options:
         self.chosen.value = ()                         # a browser could not find it among fewer options
         self.chosen.options = options
@@ -272,8 +296,9 @@ def remove(self:TrainingPanel):
 def explore_training(
     task:dict|None=None, # Fields of a `Run`: `data`, `arch`, `source`, ...; default: drawn aircraft and a small network
     out:str|Path='explored', # Folder of the experiment, for the results and the drawn pictures
-    epochs:int=6, # Passes over the training split
+    epochs:int|None=None, # Passes over the training split; default: the task's, or 6
 )->TrainingPanel: # Controls `arm`, `seed`, `alpha`, `strength`, `beta`, `l2sp`, `lr`
     """Train with any strengths and watch the curves. A process waits in the background for the next run; it ends when
     the notebook ends, or by `close()` of the panel's `training`."""
-    return TrainingPanel(draw_task(out) if task is None else task, out, epochs)
+    task = draw_task(out) if task is None else task
+    return TrainingPanel(task, out, task.get('epochs', 6) if epochs is None else epochs)

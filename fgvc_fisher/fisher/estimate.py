@@ -224,15 +224,16 @@ def gather(self:Estimate):
 def reached(self:Estimate,
     target_error:float, # A relative standard error, such as 0.05
     n_processes:int=1, # Over how many processes; all of them must ask
+    skip:int=0, # Images from a checkpoint that this process has still to pass; it is not reached while any has some
 )->bool:
     "Is the relative standard error of the total below `target_error`, after thirty images at least?"
-    numbers = [sum(parameter_totals(self.total.sums)), self.moments[-1].item(), self.n_images]
+    numbers = [sum(parameter_totals(self.total.sums)), self.moments[-1].item(), self.n_images, skip]
     numbers = torch.tensor(numbers, dtype=torch.float64, device='cpu')
     if n_processes>1:
         from accelerate.utils import reduce
         numbers = reduce(numbers.to(next(iter(self.total.sums.values())).device), 'sum').cpu()
-    total,moment,n = numbers.tolist()
-    return n>=30 and standard_error(total, moment, n) < target_error*total/n
+    total,moment,n,skip = numbers.tolist()
+    return not skip and n>=30 and standard_error(total, moment, n) < target_error*total/n
 
 # %% ../../nbs/fisher/estimate.ipynb #624288e7
 def _provenance(model, plan, image_offset, more):
@@ -355,7 +356,7 @@ def _add_batches(estimate, batches, image_offset, target_error, checkpoint, chec
                 estimate.keep(checkpoint)
                 written = time.monotonic()
         all_had_a_turn = k%n_processes==n_processes-1
-        if target_error and all_had_a_turn and not skip and estimate.reached(target_error, n_processes): return
+        if target_error and all_had_a_turn and estimate.reached(target_error, n_processes, skip): return
     if skip:
         raise ValueError(f"the checkpoint {checkpoint} has {estimate.n_images} images, {skip} more than there are now: "
                          "it belongs to other data, so remove it or choose another file")
