@@ -341,6 +341,7 @@ def test_hash_is_that_of_imagehash(tree, first):
 def test_show_names_the_pictures(tree, first, capsys):
     import matplotlib.pyplot as plt
     plt.switch_backend('agg')
+    plt.close('all')
     check(tree).show()
     assert capsys.readouterr().out and not plt.get_fignums(), "nothing to see is said, not drawn"
     c = twin(tree, first, ImageOps.mirror)
