@@ -14,9 +14,9 @@ def pytest_collection_modifyitems(items):
     for o in items:
         if Path(__file__).parent in o.path.parents: o.add_marker('browser')
 
-@pytest.fixture(scope='session')
+@pytest.fixture(scope='package')
 def browser():
-    "Headless Chromium; root may not use its sandbox"
+    "Headless Chromium, until the tests of this folder end: an open one takes time; root may not use its sandbox"
     try: from playwright.sync_api import sync_playwright
     except ImportError: pytest.fail("playwright is not installed: `make browser` installs it, and a Chromium")
     found = runpy.run_path(str(SHOTS.parent/'tools/browser.py'))['find']()
@@ -62,7 +62,7 @@ def serve(name, args, cwd, env, seconds=60):
 def answers(port):
     with socket.socket() as s: return s.connect_ex(('127.0.0.1', port))==0
 
-@pytest.fixture(scope='session')
+@pytest.fixture(scope='package')
 def voila(kernel_env, tmp_path_factory):
     "`voila(notebook)` is the address of a notebook below pytest's temporary folder; one Voila serves all of them"
     root = tmp_path_factory.getbasetemp()
@@ -72,7 +72,7 @@ def voila(kernel_env, tmp_path_factory):
     with serve('voila', args, root, kernel_env) as url:
         yield lambda notebook: f'{url}/voila/render/{notebook.relative_to(root)}'
 
-@pytest.fixture(scope='session')
+@pytest.fixture(scope='package')
 def lab(kernel_env, tmp_path_factory):
     "`lab(notebook)` is a notebook's address in JupyterLab, below pytest's temporary folder; one JupyterLab has all"
     root = tmp_path_factory.getbasetemp()
