@@ -7,7 +7,7 @@ Docs: https://fgvc-fisher.github.io/fgvc_fisher/learner.html.md"""
 # %% auto #0
 __all__ = ['SOURCE_PREFIX', 'nesterov', 'load_state', 'load_weights', 'source_model', 'picture_stats', 'channels_last',
            'normalisation', 'normalise', 'source_dl', 'head_names', 'n_outputs', 'remake_head', 'aircraft_splitter',
-           'check_logits', 'aircraft_learner', 'distributed_training', 'TerminateTogether']
+           'check_logits', 'aircraft_learner', 'pictures_each', 'distributed_training', 'TerminateTogether']
 
 # %% ../nbs/learner.ipynb #e5beb75e
 import difflib, inspect, pkgutil, re, socket, time, warnings
@@ -514,6 +514,12 @@ def aircraft_learner(
     return learn.add_cb(_ClassOfMixed()) if mixes else learn
 
 # %% ../nbs/learner.ipynb #729e9c82
+def pictures_each(
+    n:int, # Pictures in all
+)->int:
+    "How many pictures each of the processes gets; all get equally many, so some pictures may occur twice."
+    return -(-n//processes()[0])
+
 class _SharedDL(DistributedDL):
     "A loader of one process's share of the batches"
     def _broadcast(self, t, rank):
@@ -525,7 +531,7 @@ class _SharedDL(DistributedDL):
         if self.fake_l.num_workers: time.sleep(0.02)           # let PyTorch's threads finish before workers are forked
         return found
     def __len__(self):
-        n = -(-self.dl.n//self.world_size)
+        n = pictures_each(self.dl.n)
         return n//self.bs if self.drop_last else -(-n//self.bs)
 
 # %% ../nbs/learner.ipynb #15af2eb0
@@ -542,7 +548,7 @@ class _TimmDistributedTrainer(DistributedTrainer):
         super().before_fit()
     def _wrap_dl(self, dl):
         if isinstance(dl, _SharedDL): return dl
-        lacks_batch = hasattr(dl, 'bs') and dl.drop_last and -(-dl.n//processes()[0])<dl.bs
+        lacks_batch = hasattr(dl, 'bs') and dl.drop_last and pictures_each(dl.n)<dl.bs
         if lacks_batch: dl = dl.new(drop_last=False)                      # or a process would train on nothing
         return _SharedDL(dl, device=process_state().device)
 

@@ -138,13 +138,11 @@ def test_an_estimate_up_to_an_error_resumes(tmp_path, target):
     "Though one process had come further than the other: it ends where it would have ended"
     for o in ('whole','resumed'): (tmp_path/o).mkdir()
     succeed(ranks(until_reached, tmp_path/'whole', target, None))
-    assert ranks_end(ranks(until_reached, tmp_path/'resumed', target, 7))
+    assert all([o.wait() for o in ranks(until_reached, tmp_path/'resumed', target, 7)])
     succeed(ranks(until_reached, tmp_path/'resumed', target, None))
     one,two = [DiagFisher.load(tmp_path/o/'fisher.safetensors') for o in ('whole','resumed')]
     assert one.n_images==two.n_images and (one.n_images<48)==(target==0.2)
     for k,v in one.items(): torch.testing.assert_close(two[k], v)
-
-def ranks_end(processes): return all([o.wait() for o in processes])
 
 def test_if_one_dies_the_run_ends_and_can_be_resumed(run, together, tmp_path):
     folder = tmp_path/'run'
@@ -227,7 +225,7 @@ def test_what_several_processes_cannot_do(run, monkeypatch, kw, named):
     with pytest.raises(ValueError, match=named): make_learner(replace(run, **kw), source_model(run.arch, run.weights))
 
 def test_a_part_that_cannot_be_mixed_in_pairs(run, monkeypatch):
-    monkeypatch.setattr('fgvc_fisher.experiment.run.processes', lambda: (4,0))
+    for o in ('experiment.run','learner'): monkeypatch.setattr(f'fgvc_fisher.{o}.processes', lambda: (4,0))
     odd = replace(run, bs=32, fraction=0.75, transforms='published')
     model = source_model(run.arch, run.weights)
     with pytest.raises(ValueError, match='bs=32.*4 processes has 3'): make_learner(odd, model)

@@ -267,7 +267,8 @@ def _plan_copies(table, cuts, common, folder, short_side, entries):
     usual = max((credit for _,credit in cuts), default=0)          # the folder is named after it
     for source,(crop,credit) in zip(table.path, cuts):
         name = os.path.relpath(os.path.abspath(source), common)
-        if crop is not None or credit!=usual: name += f".{'-'.join(map(str, (*(crop or ()), credit)))}"
+        cut = '-'.join(map(str, (*(crop or ()), credit)))
+        if crop is not None or credit!=usual: name += f'.{cut}'
         target = folder/_copy_name(name, common)
         made_from = _made_from(source, crop, credit)
         entry = entries.get(name)

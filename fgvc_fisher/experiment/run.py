@@ -48,7 +48,7 @@ from fgvc_fisher.data.tables import (
 from ..data.transforms import named_transforms
 from fgvc_fisher.learner import (
     TerminateTogether, aircraft_learner, channels_last, check_logits, distributed_training, head_names, load_state,
-    n_outputs, normalise, source_dl, source_model
+    n_outputs, normalise, pictures_each, source_dl, source_model
 )
 from ..callback import L2SPFisherCallback
 from ..fisher.diagonal import DiagFisher, weights_sha256
@@ -266,7 +266,7 @@ def run_dls(
     path = Path(run.data) if Path(run.data).is_dir() else Path(run.data).parent
     dls = split_dls(read_table(target), path, train=run.train, valid=valid, size=run.size, bs=run.bs//n,
                     transforms=run.transforms, cache=run.cache, num_workers=num_workers)
-    share = -(-len(dls.train_ds)//n)
+    share = pictures_each(len(dls.train_ds))
     if n>1 and run.transforms=='published' and share<run.bs//n and share%2:
         raise ValueError(f"bs={run.bs}: transforms='published' mixes the pictures of a batch in pairs, and each of {n} "
                          f"processes has {share}; use a smaller batch, whose part for each process is even")

@@ -43,6 +43,8 @@ def _check_answers(found):
         raise ValueError("The fine-tuned model's answers are NaN: its training diverged; try a smaller learning rate.")
     if found.source is not None and found.source[['before','after']].isna().any(axis=None):
         raise ValueError("The source model's answers are NaN: load its weights again, or pass another source.")
+
+# %% ../../nbs/explore/classifier.ipynb #92b18871
 class _ClassifierView:
     "Draws what a `Recogniser` returns"
     def __init__(self, recogniser):

@@ -97,6 +97,17 @@ def _update_bn(model, batches):
     for m,momentum in momenta.items(): m.momentum = momentum
     return model.eval()
 
+# %% ../../nbs/explore/compromise.ipynb #448a0baf
+def _source_pictures(source, pictures, tuned_pictures, labelled):
+    "The source pictures as the tuned model and as the source expect them, and whether their own labels are used"
+    both = [pictures] if tuned_pictures is None or tuned_pictures is pictures else [pictures,tuned_pictures]
+    listed = [_listed(o, name) for o,name in zip(both, ('pictures','tuned_pictures'))]
+    labelled = labelled and all(map(has_labels, listed[0]))
+    if not labelled and len(both)>1 and any(map(is_shuffled, both)):
+        raise ValueError("pictures and tuned_pictures must be in the same order: use loaders that do not shuffle")
+    answers = None if labelled else _answers(source, listed[0])
+    return dict(target=_batches(listed[-1], answers), source=_batches(listed[0], answers)), labelled
+
 # %% ../../nbs/explore/compromise.ipynb #d74017be
 class Compromise:
     """Models between a source and a model that was fine-tuned from it, measured at any `alpha` and `strength`.
@@ -122,22 +133,11 @@ class Compromise:
         self.training = _batches(_listed(training, 'training'))
         self.target = _batches(_listed(target, 'target'))
         self.fishers = match_names(fisher_source, theta0),fisher_target
-        labelled = self._read_pictures(pictures, tuned_pictures, labelled)
+        self.pictures,labelled = _source_pictures(self.source, pictures, tuned_pictures, labelled)
         self.measures = MEASURED if labelled else AGREED
         self.before = accuracy_on(self.source, self.pictures['source'])
         self.tuned_is = _result(self._measured(self.tuned.eval()))
         self.alphas,self.strengths,self.grid = [],[],{}
-
-    def _read_pictures(self, pictures, tuned_pictures, labelled):
-        "Read the source pictures in both forms; returns whether their own labels are used"
-        both = [pictures] if tuned_pictures is None or tuned_pictures is pictures else [pictures,tuned_pictures]
-        listed = [_listed(o, name) for o,name in zip(both, ('pictures','tuned_pictures'))]
-        labelled = labelled and all(map(has_labels, listed[0]))
-        if not labelled and len(both)>1 and any(map(is_shuffled, both)):
-            raise ValueError("pictures and tuned_pictures must be in the same order: use loaders that do not shuffle")
-        answers = None if labelled else _answers(self.source, listed[0])
-        self.pictures = dict(target=_batches(listed[-1], answers), source=_batches(listed[0], answers))
-        return labelled
 
     def _measured(self, model):
         "Measure the `measures` of a model"

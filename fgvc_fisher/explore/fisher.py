@@ -22,6 +22,19 @@ from .panels import FISHER_STYLE
 
 # %% ../../nbs/explore/fisher.ipynb #8286e36c
 _ALL = 'all parameters'
+def _count(values, axis):
+    "Counts and edges of a histogram, and the number of zeros; one bin if the values hardly differ"
+    positive = values[values>0]
+    n_zero = len(values)-len(positive)
+    if not len(positive): return np.array([n_zero*(axis=='linear')]), np.array([1e-3,1.]), n_zero
+    counted = values if axis=='linear' else positive
+    low,high = counted.min(),counted.max()
+    if high-low<max(1e-6*high, 1e-300): return np.array([len(counted)]), np.array([0.9*low,1.1*high]), n_zero
+    if axis=='linear': return *np.histogram(values, 60), n_zero
+    counts,edges = np.histogram(np.log10(positive), 60)
+    return counts, 10**edges, n_zero
+
+# %% ../../nbs/explore/fisher.ipynb #9a2640e0
 class _FisherView:
     "Draws a Fisher information"
     def __init__(self, fisher):
@@ -39,16 +52,7 @@ class _FisherView:
     def _histogram(self, parameter, axis):
         "Counts, edges, and the number of zeros, of the values of one parameter tensor or of all"
         tensors = self.fisher.values() if parameter==_ALL else [self.fisher[parameter]]
-        values = np.concatenate([v.detach().flatten().double().numpy() for v in tensors])
-        positive = values[values>0]
-        n_zero = len(values)-len(positive)
-        if not len(positive): return np.array([n_zero*(axis=='linear')]), np.array([1e-3,1.]), n_zero
-        counted = values if axis=='linear' else positive
-        low,high = counted.min(),counted.max()
-        if high-low<max(1e-6*high, 1e-300): return np.array([len(counted)]), np.array([0.9*low,1.1*high]), n_zero
-        if axis=='linear': return *np.histogram(values, 60), n_zero
-        counts,edges = np.histogram(np.log10(positive), 60)
-        return counts, 10**edges, n_zero
+        return _count(np.concatenate([v.detach().flatten().double().numpy() for v in tensors]), axis)
 
     def _draw_layers(self, row, axis, measure):
         "A mark per parameter tensor, in the network's order; a larger mark shows the chosen one, `row`"
