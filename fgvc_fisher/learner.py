@@ -18,6 +18,7 @@ from pathlib import Path
 from textwrap import shorten
 from urllib.parse import urlsplit
 from urllib.request import getproxies
+from weakref import WeakKeyDictionary
 import torch, timm
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -344,6 +345,12 @@ def _replaced_by_reset(model):
     ids = {n: [id(p) for p in m.parameters()] for n,m in empty.named_modules()}
     new = [n for n,parameters in ids.items() if n and parameters and old_ids.isdisjoint(parameters)]
     return [n for n in new if n.rpartition('.')[0] not in new]
+_REPLACED = WeakKeyDictionary()                          # a network -> its layers, and which of them a reset makes anew
+def _known_replaced(network):
+    "The same, found once as long as the network has the same layers"
+    layers = [(n, type(m)) for n,m in network.named_modules()]
+    if _REPLACED.get(network, ('',))[0]!=layers: _REPLACED[network] = layers,_replaced_by_reset(network)
+    return list(_REPLACED[network][1])
 
 # %% ../nbs/learner.ipynb #80477369
 def _last_layer(network):
@@ -372,7 +379,7 @@ def head_names(
 )->list: # Such as ['last_linear'], or ['head', 'head_dist'] for a network with two; without a wrapper's prefix
     "The names of the layers that make the logits. Raises `ValueError` if there is no such layer."
     network = unwrap(model)
-    if hasattr(network, 'reset_classifier'): names = _replaced_by_reset(network)
+    if hasattr(network, 'reset_classifier'): names = _known_replaced(network)
     else: names = _last_layer(network)
     if not names:
         raise ValueError(f"{type(network).__name__} has no linear or convolutional layer that could be its head")

@@ -1,5 +1,5 @@
-"A training's process for the tests of panels, forked so that it begins at once; `test_live` starts real ones"
-import multiprocessing, os, subprocess, sys
+"A training's process for the tests of panels, forked so that it begins at once; `test_live` starts real ones, too"
+import multiprocessing, os, subprocess, sys, torch
 from multiprocessing.connection import Connection, wait
 from threading import Lock
 from types import SimpleNamespace
@@ -10,6 +10,7 @@ def _piped(code, ends, env):
     os.setsid()
     os.environ.clear()
     os.environ.update(env)
+    torch.set_num_threads(int(env.get('OMP_NUM_THREADS', torch.get_num_threads())))
     for fd,end in enumerate(ends): os.dup2(end.fileno(), fd)
     for o in ends: o.close()
     sys.stdin = open(0, closefd=False)                     # multiprocessing has closed it

@@ -4,6 +4,7 @@ from pathlib import Path
 import pandas as pd, pytest, torch
 from torch.nn import functional as F
 from fgvc_fisher.fisher.per_image import RULES, conv_rule
+from forks import Forked
 
 ROOT = Path(__file__).parent.parent
 ROWS = dict(fisher=8, penalty=4, memory=6, training=6)
@@ -51,7 +52,13 @@ def test_a_row_that_is_missing_is_measured_and_no_other(accelerator, tmp_path, c
     table.file.write_text('\n'.join([*lines[:2], lines[3]])+'\n')
     assert measure_all()==[*lines[:2], lines[3], lines[2]] and measured==[32,64,128,64]
 
+def in_a_fork(command, cwd, env):
+    "As `subprocess.run` of `python -m pytest`"
+    assert command[:3]==[sys.executable, '-m', 'pytest']
+    Forked(pytest.main, command[3:], cwd=cwd, env=env).wait(timeout=250)
+
 @pytest.mark.slow
-def test_the_tests_have_a_row_each(accelerator, tmp_path, capsys):
+def test_the_tests_have_a_row_each(accelerator, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(accelerator.subprocess, 'run', in_a_fork)
     table = pd.read_csv(tables(accelerator, tmp_path, 'tests')['tests'])
     assert len(table)>40 and (table.ended=='skipped').all()!=torch.cuda.is_available()

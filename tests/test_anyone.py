@@ -107,7 +107,7 @@ def in_two_splits(path):
     folder(path/'flowers', splits=('train','val'))
     shutil.copy(path/'flowers/train/rose/3.png', path/'flowers/val/iris/copy.png')
 def single_pictures(path):
-    for i in range(300): picture(path/f'flowers/{i}/0.png', i)
+    for i in range(30): picture(path/f'flowers/{i}/0.png', i)
 def archive(path): (path/'flowers.zip').write_bytes(b'PK')
 def missing_file(path): listed(path/'list.csv', ['a.png,rose', 'b.png,iris'], 'path,label')
 def repeated(path):
@@ -127,7 +127,7 @@ def beside_a_list(path):
     listed(path/'flowers/list.csv', ['0.png,rose'], 'path,label')
 
 WRONG = [(one_class, [], "one class, 'rose'"), (no_picture, [], 'no pictures'), (in_two_splits, [], 'two splits'),
-         (single_pictures, [], '300 classes has a single'), (archive, ['--data', 'flowers.zip'], 'unpack'),
+         (single_pictures, [], '30 classes has a single'), (archive, ['--data', 'flowers.zip'], 'unpack'),
          (missing_file, ['--data', 'list.csv'], '2 pictures in list.csv are missing'),
          (repeated, ['--data', 'list.csv'], 'rows 0 and 2'),
          (repeated_by_absolute_path, ['--data', 'list.csv'], 'rows 0 and 2'),
@@ -251,9 +251,8 @@ def test_files_that_are_no_list(name, said, tmp_path):
     (tmp_path/name).write_bytes(b'x')
     with pytest.raises(ValueError, match=said): data_form(tmp_path/name)
 
-@pytest.mark.parametrize('names', [('a,b', 'c"d', 'e\'f'), ('Škoda', '日本', '🌹'), ('1', '1.0', '01'),
-                                   ('NA', 'nan', 'None'),
-                                   (' a', 'a', 'A'), ('x'*100, 'y'*100, 'z')])
+@pytest.mark.parametrize('names', [('1', '1.0', '01'), ('NA', 'nan', 'None'),
+    ('a,b', 'c"d', 'e\'f', 'Škoda', '日本', '🌹', ' a', 'a', 'A', 'x'*100)])
 def test_names_of_classes(names, tiny_weights, tmp_path):
     "Whatever the classes are called, the model file and the predictions have their names"
     for i,name in enumerate(names):

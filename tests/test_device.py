@@ -100,7 +100,7 @@ NETWORKS = { # and the shape of a batch
     'raw parameters': (Branches, (5,6)), 'several functions': (Shared, (5,3,6,6)),
     'sequence first': (SequenceFirst, (5,8,4)),
     'by image': (Routed, (5,6)), 'no rule': (TwoInputs, (5,5)),
-    'standardised weights': (named('test_nfnet'), (2,3,64,64)),
+    'standardised weights': (named('test_nfnet'), (2,3,32,32)),
     'attention': (named('test_vit', img_size=32, init_values=0.5), (3,3,32,32)),
     'layer norm': (named('test_convnext'), (2,3,32,32)), 'depthwise network': (named('test_efficientnet'), (2,3,32,32)),
     **{name: (make, IMAGES[:3] if name=='one dimension' else IMAGES) for name,make in MORE.items()},
@@ -325,12 +325,12 @@ def without_float64(monkeypatch):
     monkeypatch.setattr('fgvc_fisher.distributed.sharded.WITHOUT_FLOAT64', {DEVICE.type})
     with pretend(float64=False) as device: yield device
 
-@pytest.mark.parametrize('name', KINDS)
+@pytest.mark.parametrize('name', ['sampled', 'most of the mass', 'empirical', 'until precise'])
 def test_fisher_without_float64(without_float64, name):
     data = batches(SHAPE, n=9, dtype=torch.float64 if name=='empirical' else torch.float32)
     agree(*on_both(small().float(), data, **KINDS[name]), 1e-5)
 
-@pytest.mark.parametrize('name', CALLBACKS)
+@pytest.mark.parametrize('name', ['strength', 'in bfloat16 on the CPU', 'explicit', 'without an anchor'])
 def test_training_without_float64(without_float64, name, capsys): test_callback(without_float64, name, capsys)
 
 def test_a_default_device_without_float64(without_float64, capsys):
@@ -401,7 +401,7 @@ def test_batches_of_pictures(by_default, drawn, tiny_weights, transforms):
 @pytest.mark.parametrize('recipe,step', [('one-cycle','prox'), ('published','published')])
 def test_whole_runs(by_default, tiny_run, tmp_path, recipe, step, monkeypatch):
     "Interrupted after an epoch and resumed: the same result as on the CPU"
-    run = replace(tiny_run, recipe=recipe, step=step, epochs=2, **dict(beta=1e-5) if step=='published' else {})
+    run = replace(tiny_run, bs=8, recipe=recipe, step=step, epochs=2, **dict(beta=1e-5) if step=='published' else {})
     class Stop(Callback):
         def after_epoch(self): raise KeyboardInterrupt
     with pytest.raises(KeyboardInterrupt): do_run(run, tmp_path/'there', cbs=[Stop()], quiet=True)
@@ -452,7 +452,7 @@ def test_compromise(device, n_out):
     for k,v in here.grid.items():
         if k!='layers': assert np.allclose(there.grid[k].astype(float), v.astype(float), atol=1e-5), k
 
-@pytest.mark.parametrize('options', [dict(kind='exact', mass=0.9), dict(target_error=0.9, half=True), dict(n_images=6)])
+@pytest.mark.parametrize('options', [dict(kind='exact', mass=0.9), dict(target_error=0.9, half=True)])
 def test_command(device, drawn_source, tiny_weights, tmp_path, options, capsys):
     for where in (device.type, 'cpu'):
         estimate_command('test_resnet', str(drawn_source), str(tmp_path/where), str(tiny_weights), size=32, bs=4,

@@ -46,7 +46,7 @@ def run(task): return Run(arm='plain', epochs=2, **task)
 @pytest.fixture(scope='module')
 def compromise(run, home):
     found = read_compromise(run, home, n_pictures=24, n_fisher=24, progress=False)
-    return found.measure_grid([0.,1e-3,1e-2], [0.,1e-3,0.1,1.], progress=False)
+    return found.measure_grid([0.,1e-2], [0.,1e-3,1.], progress=False)
 
 @pytest.fixture(scope='module')
 def fisher(home, compromise): return DiagFisher.load(next((home/'sources').glob('*.safetensors')))
@@ -224,7 +224,7 @@ def test_a_grid_begins_with_zero(compromise):
 
 def test_fisher_every_choice(fisher):
     p = explore_fisher(fisher)
-    for name in p.controls['parameter'].options[1::24]:
+    for name in p.controls['parameter'].options[1::48]:
         p.controls['parameter'].value = name
         for axis in ('log','linear'):
             for measure in ('mean','share'):
@@ -249,18 +249,19 @@ def test_fisher_with_a_dead_parameter(fisher):
         p.controls['parameter'].value,p.controls['axis'].value = dead,axis
         assert dead in p.text and '0.00%' in p.text
 
-@pytest.mark.parametrize('axis', ['log','linear'])
 @pytest.mark.parametrize('values', [[.0303929839,.0303929877]*24, [3.]*5, [1e-45]*4, [1e-45,0.,1e-44], [5e-324,1e-323]],
                          ids=['nearly equal','equal','denormal','denormal and zero','denormal float64'])
-def test_values_that_hardly_differ_have_a_histogram(values, axis):
+def test_values_that_hardly_differ_have_a_histogram(values):
     dtype = torch.float64 if max(values)<1e-300 else torch.float32
     v = torch.tensor(values, dtype=dtype, requires_grad=True)
     p = explore_fisher(DiagFisher(dict(a=v, b=torch.ones(2)), 1, 'exact'))
-    p.set(parameter='a', axis=axis)
-    counts,edges,zeros = fisher_panel._FisherView(DiagFisher(dict(a=v), 1, 'exact'))._histogram('a', axis)
-    assert zeros==values.count(0) and counts.sum()==len(values)-zeros*(axis=='log') and 'a: ' in p.text
-    assert edges[0]<=v.min() or axis=='log' and zeros
-    assert edges[-1]>=v.max()*0.999
+    view = fisher_panel._FisherView(DiagFisher(dict(a=v), 1, 'exact'))
+    for axis in ('log','linear'):
+        p.set(parameter='a', axis=axis)
+        counts,edges,zeros = view._histogram('a', axis)
+        assert zeros==values.count(0) and counts.sum()==len(values)-zeros*(axis=='log') and 'a: ' in p.text
+        assert edges[0]<=v.min() or axis=='log' and zeros
+        assert edges[-1]>=v.max()*0.999
 
 def test_a_fisher_that_is_zero_or_empty():
     p = explore_fisher(DiagFisher(dict(a=torch.zeros(2), b=torch.zeros(3)), 1, 'exact'))

@@ -62,7 +62,7 @@ def do_kept(run, out, drive, cbs=(), **kwargs):
         return do_run(run, out/'runs'/run.id, out/'sources', cbs, quiet=True)
 def contents(folder): return {o.relative_to(folder): o.read_bytes() for o in folder.rglob('*') if o.is_file()}
 
-@pytest.mark.parametrize('epoch', [0, 1, 2])
+@pytest.mark.parametrize('epoch', [0, 2])
 def test_a_session_ends_with_its_disk(run, tiny_done, drive, tmp_path, epoch):
     "What was interrupted resumes from the copy and ends as if nothing had happened; the bin stays empty"
     with pytest.raises(KeyboardInterrupt): do_kept(run, tmp_path/'out', drive, [Stop(epoch, interrupt)])
@@ -106,23 +106,27 @@ def keep_sweep(runs, out, drive, jobs=1):
 def test_killed_at_any_moment_with_its_disk(run, tiny_done, tmp_path):
     "Also while it copies"
     drive = tmp_path/'drive'
-    for i in range(6):
+    for i in range(4):
         process = Forked(keep_sweep, [run], tmp_path/f'{i}/out', drive)
         end = time.monotonic()+60
-        while process.poll() is None and time.monotonic()<end and i<5:
+        while process.poll() is None and time.monotonic()<end and i<3:
             if (tmp_path/f'{i}/out/runs'/run.id/'checkpoint.pt').exists(): break
             time.sleep(0.01)
-        if i<5:
+        if i<3:
             time.sleep(random.uniform(0, 0.4))
             process.kill()
     assert process.wait()==0, process.err
-    same(tiny_done, tmp_path/'5/out/runs'/run.id)
+    same(tiny_done, tmp_path/'3/out/runs'/run.id)
     same(tiny_done, drive/'runs'/run.id)
     assert not [*drive.rglob('*.copying'), *drive.rglob('*.before')]
 
-def test_two_jobs_are_kept(run, tmp_path):
-    runs = [replace(run, seed=o, epochs=2) for o in (1,2)]
-    rows = sweep(runs, tmp_path/'out', 2, quiet=True, keep=tmp_path/'drive')
+def test_two_jobs_do_what_one_process_does_and_are_kept(run, tmp_path, capsys):
+    "And each run has its line, whichever process has done it, and whatever this one was doing when it ended"
+    runs = [replace(run, seed=o, epochs=1) for o in (1,2,3)]
+    rows = sweep(runs, tmp_path/'out', 2, keep=tmp_path/'drive')
+    assert rows.id.tolist()==[o.id for o in runs] and rows['last'].notna().all()
+    said = capsys.readouterr().out
+    for o in runs: assert said.count(f'{o.arm}, seed {o.seed}: ')==1
     shutil.rmtree(tmp_path/'out')
     assert sweep(runs, tmp_path/'out', quiet=True, keep=tmp_path/'drive').equals(rows)
 
@@ -194,12 +198,11 @@ def fails(monkeypatch, number, name):
         return f
     monkeypatch.setattr('builtins.open', opens)
 
-@pytest.mark.parametrize('number', [errno.ENOSPC, errno.EROFS, errno.EIO])
-def test_a_copy_that_fails_is_an_error_and_nothing_is_lost(run, tiny_done, drive, tmp_path, monkeypatch, number):
+def test_a_copy_that_fails_is_an_error_and_nothing_is_lost(run, tiny_done, drive, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        fails(patch, number, 'model.safetensors')
+        fails(patch, errno.EROFS, 'model.safetensors')
         with pytest.raises(OSError, match='model.safetensors') as e: do_kept(run, tmp_path/'out', drive)
-    assert e.value.errno==number and str(tmp_path/'out') in str(e.value)
+    assert e.value.errno==errno.EROFS and str(tmp_path/'out') in str(e.value)
     assert f'runs/{run.id}/result.json' not in drive.names() and not [o for o in drive.names() if 'copying' in o]
     same(tiny_done, tmp_path/'out/runs'/run.id)
     do_kept(run, tmp_path/'out', drive)                                   # it has room again
@@ -226,8 +229,7 @@ def test_a_drive_that_goes_away(run, drive, tmp_path):
         do_kept(run, tmp_path/'out', drive, [Stop(0, lambda: drive.folder.rename(tmp_path/'elsewhere'))])
     assert not drive.folder.exists() and (tmp_path/'out/runs'/run.id/'result.json').exists()
 
-@pytest.mark.parametrize('name', ['checkpoint.pt', 'epoch', 'run.json'])
-@pytest.mark.parametrize('content', [b'', b'half', None])
+@pytest.mark.parametrize('name,content', [('checkpoint.pt', b'half'), ('epoch', None), ('run.json', b'')])
 def test_what_arrived_in_part_is_not_used(run, tiny_done, drive, tmp_path, name, content, capsys):
     with pytest.raises(KeyboardInterrupt): do_kept(run, tmp_path/'out', drive, [Stop(1, interrupt)])
     file, = [o for o in (drive.folder/'runs'/run.id).iterdir() if o.name.startswith(name)]

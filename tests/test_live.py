@@ -10,6 +10,7 @@ from fgvc_fisher.explore.live import Training, _train
 from fgvc_fisher.experiment import Run, do_run
 from fgvc_fisher.experiment.run import KeepEpochs
 from forks import Forked
+from piped import SUBPROCESS
 
 pytestmark = pytest.mark.xdist_group('live')   # What its tests share is made once
 
@@ -83,7 +84,7 @@ def test_to_be_watched_changes_nothing(run, tiny_done, watched):
     is_told(watched[1], json.loads((tiny_done/'result.json').read_text()), run)
 
 @pytest.mark.parametrize('how', [
-    dict(recipe='published', transforms='published'), dict(step='published', alpha=5e-4, beta=4e-5),
+    dict(recipe='published', transforms='published', step='published', alpha=5e-4, beta=4e-5),
     dict(beta=0, source=''), dict(train='trainval', valid='')])
 def test_to_be_watched_changes_nothing_in_any_kind_of_run(run, tmp_path, how):
     run,heard = replace(run, epochs=2, **how),Heard()
@@ -103,7 +104,7 @@ def test_source_pictures_without_labels(run, tmp_path):
     "Have an agreement and a divergence, after every epoch and in the result, and nothing is called a retention"
     unlabelled = tmp_path/'pictures'
     shutil.copytree(run.source, unlabelled, ignore=shutil.ignore_patterns('labels.csv'))
-    run,heard = replace(run, epochs=2, source=str(unlabelled), transforms='published', recipe='published'),Heard()
+    run,heard = replace(run, epochs=1, source=str(unlabelled), transforms='published', recipe='published'),Heard()
     row = do_run(run, tmp_path/'alone', tmp_path/'sources', quiet=True)
     names = [f'{o}_{norm}_bn' for o in ('agreement','divergence') for norm in ('target','source')]
     _train(run, tmp_path, heard)
@@ -148,6 +149,7 @@ def test_one_that_died_after_the_last_epoch(run, tiny_done, tmp_path):
     def dies(**said):
         if len(said.get('epochs', []))==3: raise KeyboardInterrupt
     heard = Heard()
+    shutil.copytree(tiny_done.parent/'sources', tmp_path/'sources')
     with pytest.raises(KeyboardInterrupt): _train(run, tmp_path, dies)
     _train(run, tmp_path, heard)
     same(tiny_done, tmp_path/'runs'/run.id)
@@ -438,7 +440,7 @@ posix = pytest.mark.skipif(os.name!='posix', reason='signals and fork')
 @posix
 def test_it_ends_where_its_input_ends(run, tmp_path):
     "With those that load its pictures, which hold the lock of the run too"
-    run = replace(run, num_workers=2, epochs=10_000)
+    run = replace(run, beta=0, source='', num_workers=2, epochs=10_000)
     os.mkfifo(tmp_path/'in')
     (tmp_path/'said').touch()
     told = os.open(tmp_path/'in', os.O_RDWR)                          # this does not wait for a reader
@@ -463,6 +465,7 @@ def test_a_training(run, tiny_done, tmp_path, monkeypatch):
 def test_ended_at_any_moment_it_goes_on(run, tmp_path, monkeypatch):
     "With processes that load pictures, which hold the lock of their run too"
     monkeypatch.setenv('OMP_NUM_THREADS', str(torch.get_num_threads()))
+    monkeypatch.setattr(live, 'subprocess', SUBPROCESS)
     with Training(tmp_path) as training:
         monkeypatch.chdir(Path(run.data).parent)
         run = replace(run, data=Path(run.data).name, num_workers=2, epochs=6)
@@ -471,7 +474,7 @@ def test_ended_at_any_moment_it_goes_on(run, tmp_path, monkeypatch):
             training.start(run)
             until(lambda: len(training.epochs(run.id))>2*n or training.run is None)
             time.sleep(random.uniform(0, 0.3))
-            training._process.popen.kill() if how=='killed' else training.stop()
+            os.kill(training._process.popen.pid, signal.SIGKILL) if how=='killed' else training.stop()
             assert has(training.wait(100), *dict(killed=['failed','Killed'], stopped=['stopped'])[how]), training.log
         monkeypatch.setattr(live, '_CODE', FAKE)
         training.start(run)
@@ -480,6 +483,7 @@ def test_ended_at_any_moment_it_goes_on(run, tmp_path, monkeypatch):
     same(tmp_path/'whole', tmp_path/'runs'/run.id)
 
 def is_killed(run, out):
+    live.subprocess = SUBPROCESS
     busy = Training(out)
     busy.start(run)
     while not len(busy.epochs(run.id)) and busy.run: time.sleep(0.01)
@@ -502,7 +506,7 @@ print(busy.run.arm, busy._process.popen.pid, idle._process.popen.pid, sep='|', f
 def test_nothing_outlives_its_parent(run, tmp_path):
     """Neither what trains, with those that load its pictures, nor what has just been started.
     A script that ends does not hang"""
-    run = replace(run, num_workers=2, epochs=10_000)
+    run = replace(run, beta=0, source='', num_workers=2, epochs=10_000)
     killed = Forked(is_killed, run, tmp_path)
     command = [sys.executable, '-c', EXITS, json.dumps(asdict(fake('slow'))), str(tmp_path), FAKE]
     exits = subprocess.run(command, capture_output=True, text=True, timeout=100)

@@ -47,8 +47,7 @@ def tree(tmp_path_factory):
     from fgvc_fisher.data.synthetic import draw_aircraft
     return draw_aircraft(tmp_path_factory.mktemp('loaders')/'aircraft', n_variants=4, n_per_split=4, size=64)
 
-@pytest.mark.parametrize('kind', KINDS)
-@pytest.mark.parametrize('workers', [0, 1])
+@pytest.mark.parametrize('kind,workers', [*((o,0) for o in KINDS), ('published',1), ('cached',1), ('fastai',1)])
 def test_a_loader_can_be_pickled(kind, workers, tree):
     dls = KINDS[kind](tree, size=32, bs=4, num_workers=workers)
     learn = aircraft_learner(dls, 'test_resnet', None)

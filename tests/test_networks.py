@@ -54,8 +54,9 @@ def test_auxiliary_outputs_are_refused_before_training(run, tmp_path):
     with pytest.raises(ValueError, match='GoogLeNetOutputs.*aux_logits=False'): do_run(run, tmp_path/'run', quiet=True)
     assert not (tmp_path/'run').exists()
 
-@pytest.mark.parametrize('arch,heads', [('tied',['fc']), ('two_heads',['head','head_dist']), ('flattens',['fc'])])
-@pytest.mark.parametrize('tune', ['all', 'head', 'head first'])
+@pytest.mark.parametrize('arch,heads,tune', [
+    ('tied', ['fc'], 'all'), ('two_heads', ['head','head_dist'], 'head first'), ('flattens', ['fc'], 'all'),
+    ('flattens', ['fc'], 'head')])
 def test_a_run(arch, heads, tune, run, tmp_path):
     run = replace(run, arch=f'timm.models:{arch}', tune=tune, beta=0 if tune=='head' else run.beta)
     row = do_run(run, tmp_path/'whole', quiet=True)

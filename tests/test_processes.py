@@ -158,7 +158,7 @@ def test_if_one_dies_the_run_ends_and_can_be_resumed(run, together, tmp_path):
 def options(run, out):
     "Those of the command that trains"
     return ['--data', run.data, '--arch', run.arch, '--weights', run.weights, '--source', run.source,
-            '--size', '32', '--bs', '4', '--out', str(out)]
+            '--size', '32', '--bs', '4', '--num-workers', '0', '--out', str(out)]
 
 def leaves(pid):
     "The two workers below torchrun, by their number"

@@ -51,10 +51,10 @@ def n_rows(folder):
 def train(run, folder): do_run(run, folder, quiet=True)
 
 # Processes that load pictures have their parent's lock for some seconds after it was killed
-@pytest.mark.parametrize('num_workers,kills', [(0,3), pytest.param(2, 2, marks=pytest.mark.slow)])
-def test_killed_at_any_moment_it_goes_on(run, tmp_path, num_workers, kills):
-    run,stopped,left = replace(run, num_workers=num_workers, epochs=6),tmp_path/'stopped',[]
-    do_run(run, tmp_path/'whole', quiet=True)
+@pytest.mark.parametrize('num_workers,kills', [(0,2), pytest.param(1, 1, marks=pytest.mark.slow)])
+def test_killed_at_any_moment_it_goes_on(run, sources, tmp_path, num_workers, kills):
+    run,stopped,left = replace(run, num_workers=num_workers, epochs=4),tmp_path/'stopped',[]
+    do_run(run, tmp_path/'whole', sources, quiet=True)
     for i in range(kills):
         process,before = Forked(train, run, stopped),n_rows(stopped)
         if i!=1: until(lambda: n_rows(stopped)>before, process)       # the second time anywhere, also while it begins
@@ -90,19 +90,16 @@ def stopped_and_gone_on(run, folder, sources, event, epoch):
     with pytest.raises(KeyboardInterrupt): do_run(run, folder, sources, [Stop(event, epoch)], quiet=True)
     do_run(run, folder, sources, quiet=True)
 
-@pytest.mark.parametrize('event,epoch', [('after_train',0), ('after_epoch',0), ('before_epoch',2), ('after_epoch',2)])
+@pytest.mark.parametrize('event,epoch', [('after_train',0), ('before_epoch',2), ('after_epoch',2)])
 def test_stopped_between_any_two_epochs_it_goes_on(run, tiny_done, sources, tmp_path, event, epoch):
     stopped_and_gone_on(run, tmp_path, sources, event, epoch)
     same(tiny_done, tmp_path)
 
 # What a kind of run has of its own is in the checkpoint or made anew, at whatever point it stopped: one point each
 @pytest.mark.parametrize('how,event,epoch', [
-    (dict(step='grad', beta=0.1), 'before_epoch', 1),
-    (dict(step='published', alpha=5e-4, beta=4e-5), 'after_train', 1),
-    (dict(recipe='published', transforms='published'), 'after_epoch', 0),
-    (dict(recipe='strong', beta=0, strength=0.5), 'after_train', 1),
-    (dict(freeze_bn=True), 'after_epoch', 0),
-    (dict(train='trainval', valid='', test='test'), 'after_epoch', 1)])
+    (dict(step='grad', beta=0.1, freeze_bn=True), 'before_epoch', 1),
+    (dict(recipe='published', transforms='published', step='published', alpha=5e-4, beta=4e-5), 'after_epoch', 0),
+    (dict(recipe='strong', beta=0, strength=0.5, train='trainval', valid=''), 'after_train', 1)])
 def test_a_run_of_any_kind_goes_on(run, sources, tmp_path, how, event, epoch):
     run = replace(run, epochs=2, **how)
     do_run(run, tmp_path/'whole', sources, quiet=True)
@@ -216,7 +213,7 @@ def test_a_missing_split_is_named(run, tmp_path):
 @pytest.fixture
 def runs(run):
     common = {k: v for k,v in asdict(run).items() if k not in ('arm','beta','seed')} | dict(epochs=2)
-    return grid([dict(arm='plain'), dict(arm='L2-SP-Fisher', beta=[1,10])], seeds=[1,2], **common)
+    return grid([dict(arm='plain'), dict(arm='L2-SP-Fisher', beta=10)], seeds=[1,2], **common)
 
 def do_sweep(runs, out, jobs=1): sweep(runs, out, jobs, quiet=True)
 
@@ -247,13 +244,6 @@ def test_what_fails_is_recorded_and_the_rest_goes_on(run, runs, tmp_path, capsys
     save_file(load_file(run.weights), bad.weights)
     assert len(sweep([bad], tmp_path/'out', retry=True, quiet=True))==1 and not error.exists()
 
-def test_jobs_do_what_one_process_does(runs, tmp_path, capsys):
-    "And each run has its line, whichever process has done it, and whatever this one was doing when it ended"
-    rows = sweep(runs, tmp_path/'out', jobs=2)
-    assert rows.id.tolist()==[o.id for o in runs] and rows['last'].notna().all()
-    said = capsys.readouterr().out
-    for o in runs: assert said.count(f'{o.arm}, seed {o.seed}: ')==1
-
 def test_a_line_is_printed_in_a_quiet_training(runs, tmp_path, capsys):
     "Another run ends while this process is training"
     one,other = runs[:2]
@@ -271,7 +261,7 @@ def test_trackers(track, runs, tmp_path, monkeypatch):
     pytest.importorskip(track)
     monkeypatch.setenv('WANDB_MODE', 'offline')
     monkeypatch.setenv('WANDB_SILENT', 'true')
-    sweep(runs[:1], tmp_path, track=track, quiet=True)
+    sweep([replace(runs[0], epochs=1)], tmp_path, track=track, quiet=True)
     assert not list(tmp_path.glob('runs/*/error.txt'))
     assert [o for o in (tmp_path/track).rglob('*') if o.is_file() and o.stat().st_size>100]
 
@@ -513,18 +503,19 @@ class TestDataThatChange:
         if how=='renamed': (flowers/'a').rename(flowers/'z')
         if how=='fewer': next((flowers/'b').iterdir()).unlink()
 
-    @pytest.mark.parametrize('how,said', [('new', "new class 'd'"), ('renamed', "without the class 'a'.*new class 'z'"),
-                                          ('fewer', 'pictures in')])
-    def test_a_run_is_not_resumed_with_other_data(self, small, flowers, tmp_path, how, said):
+    def test_a_run_is_not_resumed_with_other_data(self, small, flowers, tmp_path):
         with pytest.raises(KeyboardInterrupt):
             do_run(small, tmp_path/'run', cbs=[Stop('after_epoch', 0)], quiet=True)
-        self.change(flowers, how)
-        with pytest.raises(ValueError, match=f'{said}.*another folder'): do_run(small, tmp_path/'run', quiet=True)
+        shutil.copytree(flowers, tmp_path/'first')
+        for how,said in (('new', "new class 'd'"), ('renamed', "without the class 'a'.*new class 'z'"),
+                         ('fewer', 'pictures in')):
+            self.change(flowers, how)
+            with pytest.raises(ValueError, match=f'{said}.*another folder'): do_run(small, tmp_path/'run', quiet=True)
+            shutil.rmtree(flowers)
+            shutil.copytree(tmp_path/'first', flowers)
 
     @pytest.mark.parametrize('done', [False, True])
-    @pytest.mark.parametrize('what,said', [('weights', 'other pretrained weights'), ('source', 'other source pictures'),
-                                           ('pictures', 'pictures of other sizes')])
-    def test_what_it_rests_on(self, small, flowers, drawn_source, tmp_path, done, what, said):
+    def test_what_it_rests_on(self, small, flowers, drawn_source, tmp_path, done):
         "Weights and pictures that are replaced under the same names are noticed"
         weights,source = tmp_path/'w.safetensors',tmp_path/'source'
         model = timm.create_model('test_resnet', num_classes=6)
@@ -533,10 +524,13 @@ class TestDataThatChange:
         run = replace(small, weights=str(weights), source=str(source))
         with suppress(KeyboardInterrupt):
             do_run(run, tmp_path/'run', cbs=[] if done else [Stop('after_epoch', 0)], quiet=True)
-        if what=='weights': save_file({k: v+1 for k,v in model.state_dict().items()}, weights)
-        file = {'source': pictures_in(source)[0], 'pictures': pictures_in(flowers)[0]}.get(what)
-        if file: file.write_bytes(file.read_bytes()+b'0')
-        with pytest.raises(ValueError, match=f'{said}.*another folder'): do_run(run, tmp_path/'run', quiet=True)
+        for file,said in ((weights, 'other pretrained weights'), (pictures_in(source)[0], 'other source pictures'),
+                          (pictures_in(flowers)[0], 'pictures of other sizes')):
+            before = file.read_bytes()
+            if file==weights: save_file({k: v+1 for k,v in model.state_dict().items()}, weights)
+            else: file.write_bytes(before+b'0')
+            with pytest.raises(ValueError, match=f'{said}.*another folder'): do_run(run, tmp_path/'run', quiet=True)
+            file.write_bytes(before)
 
     def test_the_same_data_elsewhere_and_written_otherwise(self, small, flowers, tmp_path, monkeypatch):
         "And the options that do not matter may change"

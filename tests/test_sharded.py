@@ -75,8 +75,10 @@ def fit(case, shard=lambda model: model, share=slice(None)):
                 dtypes={o.dtype for o in stored}, devices={o.device.type for o in stored})
 
 def case(opt, step, bare=False, **kw): return dict(opt=opt, step=step, bare=bare, kw=kw)
-CASES = {f'{o} {s} {name}': case(o, s, **kw) for o in LR for s in ('prox','grad') for name,kw in
-         {'all': COEFS, 'strength': SCALED, 'fisher': dict(beta=3.)}.items()} | {
+CASES = {f'{o} {s} all': case(o, s, **COEFS) for o in LR for s in ('prox','grad') if (o,s)!=('sgd','grad')} | {
+    'sgd prox strength': case('sgd', 'prox', **SCALED),
+    'sgd grad fisher': case('sgd', 'grad', beta=3.),
+    'adamw grad strength': case('adamw', 'grad', **SCALED),
     'float32': case('sgd', 'prox', dtype=torch.float32, **COEFS),
     'bfloat16': case('sgd', 'grad', dtype=torch.bfloat16, **COEFS),
     'cpu': case('sgd', 'prox', device='cpu', **COEFS),

@@ -58,7 +58,7 @@ def steady(page, f, quiet=0.5, ok=lambda o: True, seconds=60):
     "The value of `f` once it is `ok` and has stayed the same for `quiet` seconds"
     end,since,last = monotonic()+seconds,monotonic(),f()
     while monotonic()<end:
-        page.wait_for_timeout(20)
+        page.wait_for_timeout(50)
         if (new := f())!=last: since,last = monotonic(),new
         elif ok(new) and monotonic()-since>=quiet: return new
     raise AssertionError(f"not what was waited for after {seconds} s: {last}")
@@ -131,8 +131,8 @@ def picture(page, i=0):
     return image(page, i).evaluate(PIXELS)
 
 def settled(page, i=0, quiet=0.5):
-    "Wait until the page has loaded no picture for `quiet` seconds; then as `picture`"
-    steady(page, lambda: page.evaluate('meter.loads.length'), quiet)
+    "Wait until the page's `i`th picture has not been loaded anew for `quiet` seconds; then as `picture`"
+    steady(page, lambda: image(page, i).evaluate('img => meter.loads.filter(o => o[0]==img).length'), quiet)
     return picture(page, i)
 
 @contextmanager
@@ -140,7 +140,8 @@ def new_picture(page, i=0, seconds=30):
     "What is done in this block has to change the `i`th picture"
     old = settled(page, i)
     yield
-    steady(page, lambda: picture(page, i), ok=lambda o: o!=old, seconds=seconds)
+    end = monotonic()+seconds
+    while settled(page, i)==old: assert monotonic()<end, f'still the same picture after {seconds} s'
 
 def since_move(page, i=0):
     "Milliseconds from the last move to the first and the last picture loaded after it, and their number, or `None`"

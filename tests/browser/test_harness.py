@@ -4,7 +4,7 @@ from nbformat.v4 import new_code_cell, new_notebook
 from .drive import fits, image, open_notebook, open_panel, run_cells, slide, steady
 
 KERNEL = dict(kernelspec=dict(name='python3', display_name='Python 3', language='python'))
-pytestmark = pytest.mark.xdist_group('harness of the browser')
+pytestmark = pytest.mark.xdist_group('browser')   # one Chromium, Voila and JupyterLab for all
 
 def saved(path, code):
     nbformat.write(new_notebook(cells=[new_code_cell(code)], metadata=KERNEL), path)
