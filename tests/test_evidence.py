@@ -317,7 +317,7 @@ def examined(rows):
 
 PARTS = dict( # Of the rows: what may have been measured so far
     choices=lambda t: t[t.arm.str.contains('^plain, .*epochs')],
-    nothing=lambda t: t[:0], one=lambda t: t[t.arm=='plain'][:1], plain=lambda t: t[t.arm=='plain'],
+    nothing=lambda t: t[:0], one=lambda t: t[t.arm=='plain'][:1],
     no_plain=lambda t: t[t.arm!='plain'], one_seed=lambda t: t[t.seed==42],
     diverged=lambda t: t[t.arm.str.startswith('EWC, strength')],
     uneven=lambda t: t[(t.seed==42) | t.arm.isin(['plain','L2-SP, l2sp = 0.1'])],
