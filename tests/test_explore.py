@@ -222,6 +222,11 @@ def test_a_grid_begins_with_zero(compromise):
 
 # The Fisher
 
+def labels_fit(panel):
+    "Is all that is drawn inside of its picture?"
+    found = [o.fig.get_tightbbox() for o in panel.pictures]
+    return all(o.x0>=0 and o.y0>=0 for o in found)
+
 def test_fisher_every_choice(fisher):
     p = explore_fisher(fisher)
     for name in p.controls['parameter'].options[1::48]:
@@ -229,7 +234,7 @@ def test_fisher_every_choice(fisher):
         for axis in ('log','linear'):
             for measure in ('mean','share'):
                 p.controls['axis'].value,p.controls['measure'].value = axis,measure
-                assert p.text
+                assert p.text and labels_fit(p)
         assert name in p.text
 
 @pytest.mark.parametrize('axis', ['log','linear'])
@@ -310,7 +315,7 @@ def all_done(p):
 def test_train_to_the_end(training, tmp_path):
     training.controls['arm'].value = 'L2-SP-Fisher'
     training.train()
-    assert all_done(training)
+    assert all_done(training) and labels_fit(training)
     rows = read_runs(tmp_path)
     assert rows.arm.tolist()==['L2-SP-Fisher, strength = 0.5'] and rows.strength.tolist()==[0.5]
     assert rows.retention_target_bn.notna().all()

@@ -55,9 +55,7 @@ class _ClassifierView:
     def clear(self):
         "Empty all pictures"
         for picture in self.pictures:
-            picture.axes.clear()
-            picture.axes.axis('off')
-            picture.fig.set_layout_engine('constrained')       # what is drawn next may need more room
+            picture.clear().axis('off')
 
     def draw(self, picture, note=''):
         "Draw all pictures; returns the sentence"

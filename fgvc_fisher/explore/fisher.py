@@ -56,9 +56,8 @@ class _FisherView:
 
     def _draw_layers(self, row, axis, measure):
         "A mark per parameter tensor, in the network's order; a larger mark shows the chosen one, `row`"
-        ax = self.layers.axes
         if self.drawn!=(axis,measure):
-            ax.clear()
+            ax = self.layers.clear()
             ax.plot(self.table.index, self.table[measure], ls='', marker='o', ms=3, color=FISHER_STYLE['color'])
             label = dict(mean='mean Fisher information', share='share of the total')[measure]
             ax.set(yscale=axis, xlabel='parameter, from the input to the head', ylabel=label)
@@ -90,9 +89,8 @@ def draw(self:_FisherView, parameter, axis, measure):
 @patch
 def _draw_values(self:_FisherView, parameter, axis):
     "Draw the histogram"
-    ax = self.values.axes
+    ax = self.values.clear()
     counts,edges,zeros = self.histogram(parameter, axis)
-    ax.clear()
     ax.stairs(counts, edges, fill=True, color=FISHER_STYLE['color'])
     ax.set(xscale=axis, yscale='linear' if axis=='log' else 'log')
     ax.set(xlabel='Fisher information', ylabel='number of parameters', title=f'Values ({zeros:,} are zero)')

@@ -18,6 +18,7 @@ from IPython.display import display
 
 # %% ../../nbs/explore/panels.ipynb #de82345e
 from matplotlib import font_manager
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import PlaceHolderLayoutEngine
@@ -59,6 +60,15 @@ def only(self:Picture,
     self.moving = sorted(artists, key=lambda artist: artist.get_zorder())
     for artist in self.moving: artist.set_animated(True)
     return self
+
+# %% ../../nbs/explore/panels.ipynb #b98d63e0
+@patch
+def clear(self:Picture)->Axes: # Its only axes, empty
+    "Empty the axes. The next drawing lays the figure out anew."
+    self.axes.clear()
+    self.moving,self.background = [],None
+    self.fig.set_layout_engine('constrained')
+    return self.axes
 
 # %% ../../nbs/explore/panels.ipynb #24ffadeb
 _lock = threading.RLock() # matplotlib is not thread-safe, and JupyterLab handles messages in a thread beside a cell's

@@ -109,8 +109,7 @@ def _axes(self:_TrainingView, epochs, kept):
     "Empty axes with their labels"
     labels = ('Loss (thin: training)', 'cross-entropy in nats'), ('Accuracy on the target', ''), (_KEPT[kept], '')
     for picture,(title,label) in zip(self.pictures, labels):
-        ax = picture.axes
-        ax.clear()
+        ax = picture.clear()
         ax.set_title(title, fontsize=10)
         ax.set(xlabel='epoch', ylabel=label, xlim=(0,1.05*epochs))
         ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
