@@ -349,8 +349,9 @@ _REPLACED = WeakKeyDictionary()                          # a network -> its laye
 def _known_replaced(network):
     "The same, found once as long as the network has the same layers"
     layers = [(n, type(m)) for n,m in network.named_modules()]
-    if _REPLACED.get(network, ('',))[0]!=layers: _REPLACED[network] = layers,_replaced_by_reset(network)
-    return list(_REPLACED[network][1])
+    known = _REPLACED.get(network)
+    if not known or known[0]!=layers: known = _REPLACED[network] = layers,_replaced_by_reset(network)
+    return list(known[1])
 
 # %% ../nbs/learner.ipynb #80477369
 def _last_layer(network):

@@ -60,6 +60,12 @@ def tiny_done(tiny_run, tmp_path_factory):
     return out/'run'
 
 @pytest.fixture
+def unplaced_labels(monkeypatch):
+    "Labels in `frontier` lie where they fall: `test_results` looks at that, and it takes seconds a picture"
+    from fgvc_fisher.experiment import results
+    monkeypatch.setattr(results, 'adjust_text', lambda *args, **kwargs: None)
+
+@pytest.fixture
 def device():
     "A pretended accelerator"
     with pretend() as device: yield device

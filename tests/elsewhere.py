@@ -1,8 +1,18 @@
-"Run a notebook in an empty folder, without the repository around it, as Colab does"
+"Code of a document somewhere else: made small, or a notebook in an empty folder without the repository, as on Colab"
 import io, sys, urllib.request
 from pathlib import Path
 
 ADDRESS = 'https://raw.githubusercontent.com/fgvc-fisher/fgvc_fisher/main/results/'
+
+def changed(
+    text, # Code
+    changes, # What is in it exactly once -> what to put in its place
+):
+    "Code with some of its settings changed, so that it takes seconds."
+    for old,new in changes.items():
+        assert text.count(old)==1, old
+        text = text.replace(old, new)
+    return text
 
 def run_elsewhere(
     notebook, # Its file, in the folder where it runs

@@ -10,7 +10,6 @@ from fgvc_fisher.cli import fgvc_predict, fgvc_sweep
 from fgvc_fisher.data.forms import FORMS
 from fgvc_fisher.data.tables import LEVELS, pictures_in
 from fgvc_fisher.experiment import demo as on_demo
-from fgvc_fisher.experiment import results
 from fgvc_fisher.experiment.demo import demo, draw_task
 from fgvc_fisher.experiment.predict import _table as predicted
 from fgvc_fisher.experiment.run import RECIPES, Run
@@ -123,10 +122,9 @@ def test_what_is_wrong_is_said_in_a_sentence(args, named, drawn, drawn_source, t
     assert said.code!=0 and 'Traceback' not in said.err
     assert named in said.err
 
-def test_demo_is_the_same_for_the_same_seed(tmp_path, monkeypatch):
+def test_demo_is_the_same_for_the_same_seed(tmp_path, monkeypatch, unplaced_labels):
     plain,l2sp,fisher = on_demo.ARMS
     monkeypatch.setattr(on_demo, 'ARMS', [plain, l2sp | dict(l2sp=[0.1]), fisher | dict(strength=[STRENGTH])])
-    monkeypatch.setattr(results, 'adjust_text', lambda *args, **kwargs: None)    # it takes seconds a picture
     small = dict(n_variants=2, n_per_split=4, n_source=2, epochs=1, size=32, n_seeds=2, jobs=1)
     found = [demo(tmp_path/o, seed=3, **small) for o in 'ab']
     assert found[0][0].equals(found[1][0]) and found[0][1]==found[1][1]

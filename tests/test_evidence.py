@@ -5,7 +5,7 @@ from itertools import product
 from pathlib import Path
 import matplotlib, matplotlib.pyplot as plt, numpy as np, pandas as pd, pytest, timm, torch
 from safetensors.torch import load_model, save_file
-from fgvc_fisher.experiment import load_run, results, table
+from fgvc_fisher.experiment import load_run, table
 from fgvc_fisher.experiment.results import ACCURACIES
 from fgvc_fisher.data.synthetic import draw_aircraft, draw_source
 
@@ -13,10 +13,8 @@ ROOT = Path(__file__).parent.parent
 ROWS = ROOT/'results/evidence'
 
 @pytest.fixture
-def evidence(monkeypatch):
-    "The script; labels lie where they fall: `test_results` looks at that, and it takes seconds a picture"
+def evidence(monkeypatch, unplaced_labels):
     monkeypatch.syspath_prepend(ROOT/'benchmarks')
-    monkeypatch.setattr(results, 'adjust_text', lambda *args, **kwargs: None)
     import evidence
     return evidence
 
@@ -326,10 +324,9 @@ PARTS = dict( # Of the rows: what may have been measured so far
     two_settings=lambda t: pd.concat([t, t.assign(lr=0.04), t.assign(epochs=30)]))
 
 @pytest.mark.parametrize('part', PARTS)
-def test_the_notebook_holds_for_any_rows(aircraft, tmp_path, monkeypatch, capsys, part):
+def test_the_notebook_holds_for_any_rows(aircraft, unplaced_labels, tmp_path, monkeypatch, capsys, part):
     "Its cells about the paper's pictures, on drawn rows: at most five sentences, no NaN among them"
     matplotlib.use('Agg')
-    monkeypatch.setattr(results, 'adjust_text', lambda *args, **kwargs: None)
     runs = aircraft.all_runs(tmp_path, tmp_path, aircraft.STAGES, range(42, 45), size=160)
     rows = PARTS[part](made_up(runs, range(42, 45))).drop_duplicates(aircraft.KEY)
     (tmp_path/'results/aircraft').mkdir(parents=True)

@@ -2,6 +2,7 @@
 import re, shutil
 from pathlib import Path
 import pytest
+from elsewhere import changed
 
 FOLDER = Path(__file__).parent.parent
 README = (FOLDER/'README.md').read_text()
@@ -9,10 +10,7 @@ README = (FOLDER/'README.md').read_text()
 def code(begin, changes):
     "The block of code that begins so, changed to be small"
     found, = [o for o in re.findall(r'```python\n(.*?)```', README, flags=re.S) if o.startswith(begin)]
-    for old,new in changes.items():
-        assert old in found
-        found = found.replace(old, new)
-    return found
+    return changed(found, changes)
 
 def test_quick_start(tmp_path, monkeypatch, capsys):
     small = {"draw_task('quick')": "draw_task('quick', n_variants=2, n_per_split=8, n_source=4, size=32)",

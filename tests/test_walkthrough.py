@@ -4,31 +4,27 @@ from pathlib import Path
 from types import SimpleNamespace
 import matplotlib, pytest, torch
 from fastai.callback import fp16
-from fgvc_fisher.experiment import Run, results, run_arm
+from elsewhere import changed
+from fgvc_fisher.experiment import Run, run_arm
 from fgvc_fisher.learner import source_model
 from fgvc_fisher.data.synthetic import draw_aircraft
 
+pytestmark = pytest.mark.usefixtures('unplaced_labels')
 NOTEBOOK = Path(__file__).parent.parent/'nbs/walkthrough.ipynb'
 
-def cells(changes):
-    "The code of the notebook with its settings changed; each change has to be met exactly once"
-    code = [''.join(o['source']) for o in json.loads(NOTEBOOK.read_text())['cells'] if o['cell_type']=='code']
-    code = [o for o in code if '%pip' not in o]
-    for old,new in changes.items():
-        assert sum(o.count(old) for o in code)==1, old
-        code = [o.replace(old, new) for o in code]
-    return code
+def code(changes):
+    "The code of the notebook with its settings changed"
+    cells = [''.join(o['source']) for o in json.loads(NOTEBOOK.read_text())['cells'] if o['cell_type']=='code']
+    return changed('\n'.join(o for o in cells if '%pip' not in o), changes)
 
 def walk(changes):
     there = {}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(results, 'adjust_text', lambda *args, **kwargs: None)      # it takes seconds a picture
-        for o in cells(changes): exec(o, there)
+    exec(code(changes), there)
     return there
 
 def test_outputs_are_those_of_the_whole_demo():
     "`nbdev-test` has less in the cells; it may store what comes of them only with `--flags slow`"
-    task = next(o for o in cells({}) if "MODE=='demo': task" in o)
+    task = code({}).partition("MODE=='demo': task")[2]
     variants,per_split = [int(re.search(rf'{o}=(\d+)', task).group(1)) for o in ('n_variants','n_per_split')]
     kept = json.dumps([o.get('outputs') for o in json.loads(NOTEBOOK.read_text())['cells']])
     assert f'{3*variants*per_split} pictures of {variants} variants' in kept and 'seed 3' in kept

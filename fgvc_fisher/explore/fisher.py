@@ -89,8 +89,8 @@ def draw(self:_FisherView, parameter, axis, measure):
 @patch
 def _draw_values(self:_FisherView, parameter, axis):
     "Draw the histogram"
-    ax = self.values.clear()
     counts,edges,zeros = self.histogram(parameter, axis)
+    ax = self.values.clear()
     ax.stairs(counts, edges, fill=True, color=FISHER_STYLE['color'])
     ax.set(xscale=axis, yscale='linear' if axis=='log' else 'log')
     ax.set(xlabel='Fisher information', ylabel='number of parameters', title=f'Values ({zeros:,} are zero)')

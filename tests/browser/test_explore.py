@@ -3,6 +3,7 @@ import re
 from pathlib import Path
 import nbformat, pytest
 from PIL import Image
+from elsewhere import changed
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from fgvc_fisher.explore.compromise import read_compromise
 from fgvc_fisher.experiment import Run, draw_task
@@ -206,10 +207,7 @@ def test_the_page_to_play_in(voila, page, tmp_path):
     notebook,text = tmp_path/'explore.ipynb',(Path(__file__).parents[2]/'nbs/explore.ipynb').read_text('utf-8')
     less = {'n_per_split=48, n_source=40': 'n_per_split=8, n_source=8', "'plain', epochs=20": "'plain', epochs=2",
             'n_pictures=96, n_fisher=96': 'n_pictures=24, n_fisher=24'}
-    for old,new in less.items():
-        assert text.count(old)==1
-        text = text.replace(old, new)
-    notebook.write_text(text, 'utf-8')
+    notebook.write_text(changed(text, less), 'utf-8')
     opened(open_panel(page, voila(notebook)))
     with new_picture(page, first(page, 'penalty')+1): drag(page, 'strength, to source', 0.9)
     says(page, 'penalty', r'^(?!.*about)')
