@@ -25,7 +25,7 @@ test: notebooks pytest    ## Every notebook from top to bottom, then the tests t
 test-all:    ## Everything: the tests with the slow ones, which run every notebook in an empty folder, the documentation's links, the panels in a browser and with Colab's ipywidgets, and whether all is in sync
 	$(MAKE) -j 2 lint site browser $(IPYWIDGETS7)
 	$(PYTEST) -m ''
-	$(MAKE) test-ipywidgets7 in-sync
+	$(MAKE) -j 2 test-ipywidgets7 in-sync
 
 notebooks: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/nbdev-test --n-workers 2 --timing
@@ -44,7 +44,7 @@ test-browser: browser    ## The panels in a headless Chromium alone, under Voila
 
 test-ipywidgets7: $(IPYWIDGETS7)    ## The panels' tests with the ipywidgets and the kernel that Colab has
 	PYTHONPATH=$(CURDIR)/$(IPYWIDGETS7) $(BIN)/python -c "import ipykernel, ipywidgets; assert (ipywidgets.__version__, ipykernel.__version__)==('7.7.1', '6.17.1')"
-	PYTHONPATH=$(CURDIR)/$(IPYWIDGETS7) $(PYTEST) $(PANEL_TESTS)
+	PYTHONPATH=$(CURDIR)/$(IPYWIDGETS7) $(PYTEST) -n 2 -m widgets $(PANEL_TESTS)
 
 lint: $(READY)    ## Line length, names, bare excepts: modules, notebooks, tests, benchmarks
 	$(BIN)/ruff check .
@@ -64,8 +64,7 @@ in-sync: $(READY)    ## Fail if `make sync` has anything to do
 $(READY): settings.ini pyproject.toml setup.py
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet --no-compile --editable '.[dev]'
-	$(BIN)/python -m compileall -qq -j 0 -x '/tests?/' .venv/lib || true    # by all cores; pip takes one
+	$(BIN)/pip install --quiet --no-compile --editable '.[dev]'    # what is imported is compiled then, a tenth of all
 	touch $@
 
 $(BROWSER_READY): $(READY)

@@ -28,17 +28,21 @@ def _begin(target, args, env, cwd, threads, printed):
     multiprocessing.set_start_method(None, force=True)     # what this process starts is started as usual
     target(*args)
 
+def context():
+    "How processes are started: its server has imported `PRELOAD`, where there is one"
+    CONTEXT.set_forkserver_preload(PRELOAD)
+    return CONTEXT
+
 class Forked:
     "A process that calls `target(*args)`; a function of a module, which the process imports"
     def __init__(self, target, *args, env=None, cwd=None, threads=None):
         import torch
         self.printed = Path(mkdtemp(prefix='forked-'))
         weakref.finalize(self, shutil.rmtree, self.printed, ignore_errors=True)
-        CONTEXT.set_forkserver_preload(PRELOAD)
         where = str(cwd or os.getcwd())
         threads = threads or torch.get_num_threads()
         begin = target, args, os.environ|(env or {}), where, threads, self.printed
-        self.process = CONTEXT.Process(target=_begin, args=begin)
+        self.process = context().Process(target=_begin, args=begin)
         self.process.start()
     @property
     def pid(self): return self.process.pid

@@ -195,23 +195,21 @@ def kill_all(runs, out, cluster):
 @pytest.mark.timeout(900)        # alone 100 s; beside other tests Ray's workers begin three times as slowly
 @pytest.mark.xdist_group('ray')
 def test_a_sweep_of_which_everything_is_killed(ray_cluster, common, alone, tmp_path, capfd):
-    "The next sweep goes on, also when one run fails and another one's process dies, and has the local engine's table"
+    "The next sweep goes on, also when the process of a further run dies, and has the local engine's table"
     runs,out = grid(ARMS, **common | dict(epochs=20)),tmp_path/'out'
     killed = kill_all(runs, out, ray_cluster)
-    bad = replace(runs[0], arm='bad', weights=str(tmp_path/'missing.safetensors'))
     dies = replace(runs[0], arm='dies', arch='ray_cluster:dies')
     how = dict(quiet=True, engine='ray', address=ray_cluster.address)
     capfd.readouterr()
-    rows = sweep([bad, *runs, dies], out, cpus=lambda run: run.bs/4, retries=0, **how)
+    rows = sweep([*runs, dies], out, cpus=lambda run: run.bs/4, retries=0, **how)
     said = capfd.readouterr()
     assert 'Configuration for experiment' not in said.out and 'Traceback' not in said.out+said.err
-    assert rows.attrs['failed']==2 and '2 of 4 runs failed' in said.out
+    assert rows.attrs['failed']==1 and '1 of 3 runs failed' in said.out
     assert 'dies, seed 42: failed: WorkerDied' in said.out
-    errors = [(out/'runs'/o.id/'error.txt').read_text() for o in (bad,dies)]
-    assert 'missing.safetensors' in errors[0] and 'WorkerDied' in errors[1]
+    assert 'WorkerDied' in (out/'runs'/dies.id/'error.txt').read_text()
     for folder,curve in killed: check_resumed(folder, curve)
     check_same(runs, rows, out, alone)
     assert not list(out.rglob('checkpoint.pt')) and not list(out.rglob('*.part'))
     assert len(list((out/'sources').glob('*.safetensors')))==1
-    pd.testing.assert_frame_equal(sweep([bad, *runs, dies], out, **how), rows, check_exact=True)
-    assert '4 of them done before' in capfd.readouterr().out
+    pd.testing.assert_frame_equal(sweep([*runs, dies], out, **how), rows, check_exact=True)
+    assert '3 of them done before' in capfd.readouterr().out

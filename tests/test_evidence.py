@@ -321,7 +321,7 @@ PARTS = dict( # Of the rows: what may have been measured so far
     uneven=lambda t: t[(t.seed==42) | t.arm.isin(['plain','L2-SP, l2sp = 0.1'])],
     apart=lambda t: t[(t.seed==42)==(t.arm=='plain')],               # no seed in common with plain
     accelerator=lambda t: pd.concat([t, *(t.assign(size=o, amp=True) for o in (224,299))]),
-    two_settings=lambda t: pd.concat([t, t.assign(lr=0.04), t.assign(epochs=30)]))
+    two_settings=lambda t: pd.concat([t, t.assign(epochs=30)]))
 
 @pytest.mark.parametrize('part', PARTS)
 def test_the_notebook_holds_for_any_rows(aircraft, unplaced_labels, tmp_path, monkeypatch, capsys, part):

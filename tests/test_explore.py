@@ -1,4 +1,4 @@
-"The five panels, driven without a browser; `make test-ipywidgets7` runs this with Colab's ipywidgets, too"
+"The five panels without a browser; `make test-ipywidgets7` runs those marked `widgets` with Colab's ipywidgets"
 import copy, io, math, os, re
 from dataclasses import asdict, replace
 from datetime import datetime, timezone
@@ -53,6 +53,7 @@ def fisher(home, compromise): return DiagFisher.load(next((home/'sources').glob(
 
 # The penalty
 
+@pytest.mark.widgets
 def test_penalty_moves(compromise):
     "The distances always do; the points if other pictures are right"
     p = explore_penalty(compromise)
@@ -227,6 +228,7 @@ def labels_fit(panel):
     found = [o.fig.get_tightbbox() for o in panel.pictures]
     return all(o.x0>=0 and o.y0>=0 for o in found)
 
+@pytest.mark.widgets
 def test_fisher_every_choice(fisher):
     p = explore_fisher(fisher)
     for name in p.controls['parameter'].options[1::48]:
@@ -278,6 +280,7 @@ def test_a_fisher_that_is_zero_or_empty():
 
 # The published runs
 
+@pytest.mark.widgets
 @pytest.mark.parametrize('epoch', ['best','last','last5'])
 def test_published_says_what_the_summary_says(epoch):
     p = explore_published()
@@ -288,6 +291,7 @@ def test_published_says_what_the_summary_says(epoch):
     ahead = re.search(rf'(control|claim)\D*{100*abs(control-claim):.2f}', text).group(1)
     assert ahead==('control' if control>claim else 'claim')
 
+@pytest.mark.widgets
 def test_published_without_runs_and_smoothed():
     p = explore_published()
     p.controls['runs'].value = ()
@@ -312,6 +316,7 @@ def all_done(p):
     p.finish()
     return all(p.training.result(o) for o in p.view.runs)
 
+@pytest.mark.widgets
 def test_train_to_the_end(training, tmp_path):
     training.controls['arm'].value = 'L2-SP-Fisher'
     training.train()
@@ -361,6 +366,7 @@ def test_a_training_that_was_waited_for_is_drawn(training):
     assert 'Done' not in training.text
     shown_until(training, lambda: 'Done' in training.text)
 
+@pytest.mark.widgets
 def test_stop_and_go_on(training, tmp_path):
     training.epochs = 1000
     training.train()
@@ -373,6 +379,7 @@ def test_stop_and_go_on(training, tmp_path):
     assert training.training.run is None and '1000' in training.finish()
     assert not list(tmp_path.glob('runs/*/result.json'))
 
+@pytest.mark.widgets
 def test_arm_sets_the_sliders(training):
     training.controls['arm'].value = 'as published'
     assert (training.values['alpha'], training.values['beta'], training.values['l2sp'])==(0., 4e-4, 4e-3)
@@ -381,6 +388,7 @@ def test_arm_sets_the_sliders(training):
     assert (training.values['alpha'], training.values['beta'], training.values['l2sp'])==(5e-4, 0., 0.)
     assert [training.controls[o].disabled for o in ('alpha','beta','l2sp')]==[False,True,True]
 
+@pytest.mark.widgets
 def test_a_cell_run_again_closes_the_panel_before(training, tmp_path):
     again = explore_training(training.task, tmp_path, epochs=2)
     run = training_panel._run_of(training.task, 2, **training.values)
@@ -392,6 +400,7 @@ def test_the_rate_begins_with_the_tasks(task, tmp_path):
     assert training_panel._run_of(p.task, 2, **p.values).arm=='plain' and p.values['lr']==0.0123
     p.training.close()
 
+@pytest.mark.widgets
 def test_the_controls_begin_with_the_tasks_values(task, tmp_path):
     "Its arm by its family, strengths between those of the sliders, its seed and its epochs; else the usual ones"
     own = dict(arm='L2-SP-Fisher, strength = 0.123', strength=0.123, alpha=1e-4, l2sp=9., seed=2**32-1, epochs=3)
@@ -537,6 +546,7 @@ def says_which(task):
     labels = read_aircraft(task['data'], task['level']).label.cat.categories
     return lambda text: any(o in text for o in labels)
 
+@pytest.mark.widgets
 def test_classifier_example_and_upload(classifier, says_which):
     p = classifier
     first,options = p.text,p.controls['example'].options

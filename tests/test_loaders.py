@@ -1,5 +1,5 @@
 "Loaders go to spawned workers, and a trained Learner takes pictures that are in no table"
-import pickle, shutil, subprocess, sys
+import multiprocessing, pickle, shutil
 from functools import partial
 from io import BytesIO
 from pathlib import Path
@@ -12,6 +12,7 @@ from fastai.vision.all import (
     RandomSplitter, RegressionBlock, Resize, TensorImage, get_image_files
 )
 from PIL import Image
+from forks import context
 from fgvc_fisher.data import aircraft_dls, folder_dls, table_dls
 from fgvc_fisher.data.loaders import open_item
 from fgvc_fisher.data.tables import read_aircraft
@@ -63,27 +64,13 @@ def test_a_source_loader_can_be_pickled(transforms, drawn_source):
     dl = source_dl(drawn_source, source_model('test_resnet', None), 32, bs=4, num_workers=0, transforms=transforms)
     assert same_batches(dl, pickle.loads(pickle.dumps(dl)))
 
-SCRIPT = """
-import sys, torch
-from fgvc_fisher.data import aircraft_dls
-from fgvc_fisher.learner import aircraft_learner
-from torch import multiprocessing
-
-if __name__=='__main__':
-    multiprocessing.set_start_method('spawn')
-    dls = aircraft_dls(sys.argv[1], size=32, bs=4, transforms='published', cache=True, num_workers=1)
-    learn = aircraft_learner(dls, 'test_resnet', None)
-    print(sum(len(y) for x,y in learn.dls.train))
-"""
 @pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_spawned_workers(tree, tmp_path):
-    "As on Windows and macOS; a fork server, Python 3.14's default, gets the same pickled loader"
-    (tmp_path/'train.py').write_text(SCRIPT)
-    command = [sys.executable, tmp_path/'train.py', tree]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode==0, done.stderr
-    assert int(done.stdout.split()[-1])==16
+def test_workers_that_are_not_forked(tree, monkeypatch):
+    "A fork server, Python 3.14's default, gets a pickled loader, as spawned workers on Windows and macOS do"
+    monkeypatch.setattr(multiprocessing.context._default_context, '_actual_context', context())
+    dls = aircraft_dls(tree, size=32, bs=4, transforms='published', cache=True, num_workers=1)
+    learn = aircraft_learner(dls, 'test_resnet', None)
+    assert sum(len(y) for x,y in learn.dls.train)==16
 
 # Pictures in no table
 

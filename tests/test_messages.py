@@ -7,7 +7,7 @@ import time
 from queue import Empty
 import jupyter_client, pytest
 
-pytestmark = pytest.mark.xdist_group('messages')   # What its tests share is made once
+pytestmark = [pytest.mark.widgets, pytest.mark.xdist_group('messages')]   # What its tests share is made once
 
 PANELS = '''
 import sys, time

@@ -6,6 +6,8 @@ from PIL import Image
 from fgvc_fisher.explore import panels
 from fgvc_fisher.explore.panels import Echo, Panel, Picture, choice, powers, slider
 
+pytestmark = pytest.mark.widgets
+
 def a_panel(draw=lambda x: f'x is {x:g}', settle=None, values=(0.,1.,2.), **kw):
     return Panel('test', 'A title', dict(x=slider('x', list(values), values[0])), [Picture(2, 1.5)], draw, settle, **kw)
 

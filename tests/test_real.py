@@ -120,7 +120,7 @@ def test_the_published_arm_beside_its_control(photos, tmp_path):
     sample.assign(path=[str(photos/'data/imagenet_sample'/o) for o in sample.path]).to_csv(tmp_path/'labels.csv')
     runs = grid(arms, [1], data=photos/'data/airliners17', source=tmp_path,
                 arch='conftest:mobilenet', weights=str(photos/'weights/mobilenetv1_075_imagenet.safetensors'),
-                recipe='published', transforms='published', size=64, epochs=1, num_workers=0)
+                recipe='published', transforms='published', size=64, epochs=1, fraction=0.5, num_workers=0)
     plain,published = sweep(runs, tmp_path/'out', quiet=True).to_dict('records')
     curves = read_curves(tmp_path/'out').set_index('arm')
     assert plain['before']==published['before']>0.1 and curves.penalty['as published']>0.001
