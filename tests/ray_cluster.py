@@ -5,7 +5,7 @@ A worker of Ray imports torch and fastai anew, some seconds each: these are slow
 import os, sys, time
 from contextlib import contextmanager
 from pathlib import Path
-import pytest
+import pytest, timm
 
 # A machine of the cluster passes its environment on to its workers. Their niceness is 15 by default: beside other work
 # they would never begin. With shorter health checks a machine that is gone is missed within seconds.
@@ -25,42 +25,55 @@ def patient(get_node, seconds=45):
     return wait
 
 @contextmanager
-def beginning():
-    "Inside, machines of a cluster begin"
+def beginning(held):
+    "Inside, machines of a cluster begin; their workers know the file `held`"
     from ray._private import services
     with pytest.MonkeyPatch.context() as patch:
-        for k,v in ENVIRONMENT.items(): patch.setenv(k, v)
+        for k,v in (ENVIRONMENT | dict(FGVC_FISHER_HELD=str(held))).items(): patch.setenv(k, v)
         patch.setattr(services, 'get_node', patient(services.get_node))
         yield
 
-def begun(begin, tries=3):
+def begun(begin, held, tries=3):
     "What `begin` returns. Beside other work a machine may end itself, if its agent has no port within 15 seconds"
     for left in reversed(range(tries)):
         try:
-            with beginning(): return begin()
+            with beginning(held): return begin()
         except Exception:
             if not left: raise
 
 class OneCluster:
     "A head with one processor, and further machines with one processor each"
-    def __init__(self):
+    def __init__(self, folder):
+        self.held = folder/'held'                     # while this file exists, trainings of `waits` stand still
         from ray.cluster_utils import Cluster
         head = dict(num_cpus=1, include_dashboard=False)
-        self.cluster = begun(lambda: Cluster(initialize_head=True, head_node_args=head))
+        self.cluster = begun(lambda: Cluster(initialize_head=True, head_node_args=head), self.held)
     @property
     def address(self): return self.cluster.address
     def add_machine(self):
-        return begun(lambda: self.cluster.add_node(num_cpus=1))
+        return begun(lambda: self.cluster.add_node(num_cpus=1), self.held)
     def remove_machine(self, machine):
         "Without warning"
         self.cluster.remove_node(machine, allow_graceful=False)
 
 @pytest.fixture(scope='session')
-def ray_cluster():
+def ray_cluster(tmp_path_factory):
     pytest.importorskip('ray.tune', reason="Ray is not installed: pip install 'fgvc_fisher[cluster]'")
-    there = OneCluster()
+    there = OneCluster(tmp_path_factory.mktemp('ray'))
     yield there
     there.cluster.shutdown()
+
+def waits(**kwargs):
+    "A network that waits in its ninth training batch, which with four batches an epoch is after two checkpoints"
+    model = timm.create_model('test_resnet', **kwargs)
+    model.n_batches = 0
+    model.register_forward_pre_hook(_wait)
+    return model
+
+def _wait(model, args):
+    model.n_batches += model.training
+    held = os.environ.get('FGVC_FISHER_HELD')                          # not set outside of the cluster
+    while held and model.n_batches>8 and Path(held).exists(): time.sleep(0.05)
 
 def dies(**kwargs):
     "A network that ends the process which makes it"

@@ -33,7 +33,7 @@ def test_cost_leaves_the_model_alone():
 
 @pytest.mark.parametrize('workers', [0, 2])
 def test_as_if_nothing_had_happened(drawn, workers, tmp_path):
-    cbs = [CSVLogger(), SaveModelCallback(), EarlyStoppingCallback(), L2SPFisherCallback(alpha=1e-3, l2sp=1e-2)]
+    cbs = [CSVLogger(), SaveModelCallback(), EarlyStoppingCallback(), L2SPFisherCallback(alpha=1e-3, l2sp=1e-2, new=[])]
     learn = learner(drawn, workers, path=tmp_path, cbs=cbs)
     with learn.no_bar(), learn.no_logging(): learn.fit(1, 0.02)
     files = {o: o.stat().st_mtime_ns for o in tmp_path.rglob('*') if o.is_file()}

@@ -551,7 +551,8 @@ def test_weighted_classes(by_default, drawn, tiny_weights, capsys):
 
 def test_exported(by_default, drawn, tiny_weights, tmp_path, capsys):
     dls = aircraft_dls(drawn, size=32, bs=4, num_workers=0)
-    learn = aircraft_learner(dls, 'test_resnet', str(tiny_weights), cbs=L2SPFisherCallback(l2sp=0.1), path=tmp_path)
+    cb = L2SPFisherCallback(l2sp=0.1, new='fc')
+    learn = aircraft_learner(dls, 'test_resnet', str(tiny_weights), cbs=cb, path=tmp_path)
     with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)
     learn.export()
     back = load_learner(tmp_path/'export.pkl', cpu=True)

@@ -245,6 +245,18 @@ def test_no_anchor_and_no_fisher(source, bad, kw):
         fit(learner(model), L2SPFisherCallback(l2sp=1., **{kw: bad}))
     assert all(states(model, tunable(source)))
 
+@pytest.mark.parametrize('known,is_warned', [
+    (lambda source, fisher: {}, True), (lambda source, fisher: dict(new=[]), False),
+    (lambda source, fisher: dict(new='4'), False), (lambda source, fisher: dict(anchor=source), False),
+    (lambda source, fisher: dict(fisher=fisher), False)])
+def test_a_new_head_that_nobody_names(source, fisher, known, is_warned):
+    "It would be pulled to its random values: that is said at the first training, and once"
+    cb = L2SPFisherCallback(l2sp=0.1, **known(source, fisher))
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter('always')
+        fit(fit(learner(tunable(source)), cb), cb)
+    assert ['anchor=source' in str(o.message) for o in found if 'L2SPFisher' in str(o.message)]==[True]*is_warned
+
 # The table
 
 def names(learn): return learn.recorder.metric_names[1:]
@@ -265,7 +277,7 @@ def test_columns_in_the_order_of_callbacks(source):
     "The published penalty runs before ours, though it was added later"
     model = tunable(source)
     published = AsPublished(copy.deepcopy(model))
-    learn = fit(learner(model), L2SPFisherCallback(l2sp=0.1), published)
+    learn = fit(learner(model), L2SPFisherCallback(l2sp=0.1, new=[]), published)
     assert names(learn)==[*PLAIN, 'penalty', 'penalty_2', 'penalty_to_loss', 'distance', 'time']
     assert row(learn)['penalty']==torch.stack(published.values).mean().item()
 
