@@ -166,6 +166,18 @@ def doubled(f):
     def g(*args): return 2*f(*args)
     return g
 
+def test_a_copy_has_hooks_of_its_own():
+    "Those that are there are copied, and one that is added to either is not the other's"
+    called,net = [],network(2)
+    net.conv1.register_forward_hook(lambda *args: called.append('both'))
+    copied = copy_module(net)
+    for model,name in ((net, 'original'), (copied, 'copy')):
+        model.fc.register_forward_hook(lambda *args, name=name: called.append(name))
+        assert all(a is not b for m,c in zip(net.modules(), copied.modules())
+                   for a,b in zip(vars(m).values(), vars(c).values()) if isinstance(a, OrderedDict))
+    for model in (net, copied): model.eval()(torch.randn(2,3,32,32))
+    assert called==['both','original','both','copy']
+
 @pytest.mark.parametrize('part', ['', '0'])
 @pytest.mark.parametrize('wrap', [torch.compile, torch.autocast('cpu', torch.bfloat16), doubled],
                          ids=['compiled', 'autocast', 'doubled'])

@@ -10,6 +10,7 @@ __all__ = ['WRAPPERS', 'unwrap', 'shares_parameters', 'match_names', 'forget_kep
 
 # %% ../../nbs/distributed/wrappers.ipynb #dd7864e7
 import copy
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
@@ -128,6 +129,12 @@ def _rebind(name, old, new):
             raise ValueError(f"{k} of {name or type(old).__name__} was replaced by a function, with which a copy "
                              "would compute with the weights of the original: define it in a class")
 
+# %% ../../nbs/distributed/wrappers.ipynb #5be1a0d2
+def _empty_hooks(model):
+    "For `copy.deepcopy`: `id` of each empty dictionary of hooks -> another one"
+    values = (v for module in model.modules() for v in vars(module).values())
+    return {id(v): OrderedDict() for v in values if type(v) is OrderedDict and not v}
+
 # %% ../../nbs/distributed/wrappers.ipynb #fdc84824
 def copy_module(
     model:nn.Module, # In any state, also after a forward pass with gradients
@@ -135,6 +142,7 @@ def copy_module(
 )->nn.Module: # With parameters of its own, each module in the mode it was in
     """A copy of a network. Raises `ValueError` if a function in place of a method would make it compute with the
     original's weights."""
+    memo = _empty_hooks(model) | (memo or {})
     with _CopyWithoutGraph(): copied = copy.deepcopy(model, memo)
     for (name,old),new in zip(model.named_modules(), copied.modules()): _rebind(name, old, new)
     return forget_kept(copied)
