@@ -64,7 +64,7 @@ in-sync: $(READY)    ## Fail if `make sync` has anything to do
 $(READY): settings.ini pyproject.toml setup.py
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet --no-compile --editable '.[dev]'    # what is imported is compiled then, a tenth of all
+	$(BIN)/pip install --quiet --no-compile --editable '.[dev]'    # compiled when it is imported: most of it never is
 	touch $@
 
 $(BROWSER_READY): $(READY)

@@ -239,16 +239,17 @@ def begin(self:L2SPFisherCallback):
     if self.anchor is None and any(isinstance(cb, SkipToEpoch) for cb in self.learn.cbs):
         raise ValueError("training resumes at a later epoch, so the current parameters cannot serve as the anchor: "
                          "pass anchor=source, the pretrained model or its state_dict")
-    is_first,self.penalty = self.penalty is None,_make_penalty(self, self.learn.model)
-    self.home = weakref.ref(self.learn)
-    if _shares_memory(self.anchor, self.learn.model): self.anchor = self.penalty.anchor    # it moves with the model
-    self.warned = False
-    if processes()[1]: return
-    print('L2SPFisherCallback:', self.penalty.summary())
-    if is_first and self.kw['l2sp'] and all(o is None for o in (self.anchor, self.fisher, self.new)):
+    is_first_process = not processes()[1]
+    knows_what_is_new = any(o is not None for o in (self.anchor, self.fisher, self.new))
+    if self.penalty is None and self.kw['l2sp'] and not knows_what_is_new and is_first_process:
         warnings.warn("L2SPFisherCallback: without an anchor and a Fisher every parameter is pulled to where it is "
                       "now, also a new head: pass anchor=source, the pretrained model, or new=, the names of what is "
                       "new, [] if nothing is")
+    self.penalty = _make_penalty(self, self.learn.model)
+    self.home = weakref.ref(self.learn)
+    if _shares_memory(self.anchor, self.learn.model): self.anchor = self.penalty.anchor    # it moves with the model
+    self.warned = False
+    if is_first_process: print('L2SPFisherCallback:', self.penalty.summary())
 
 # %% ../nbs/callback.ipynb #87e55e23
 @patch(as_prop=True)

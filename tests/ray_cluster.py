@@ -33,25 +33,24 @@ def beginning(held):
         patch.setattr(services, 'get_node', patient(services.get_node))
         yield
 
-def begun(begin, held, tries=3):
-    "What `begin` returns. Beside other work a machine may end itself, if its agent has no port within 15 seconds"
-    for left in reversed(range(tries)):
-        try:
-            with beginning(held): return begin()
-        except Exception:
-            if not left: raise
-
 class OneCluster:
     "A head with one processor, and further machines with one processor each"
     def __init__(self, folder):
         self.held = folder/'held'                     # while this file exists, trainings of `waits` stand still
         from ray.cluster_utils import Cluster
         head = dict(num_cpus=1, include_dashboard=False)
-        self.cluster = begun(lambda: Cluster(initialize_head=True, head_node_args=head), self.held)
+        self.cluster = self._begun(lambda: Cluster(initialize_head=True, head_node_args=head))
+    def _begun(self, begin, tries=3):
+        "What `begin` returns. Beside other work a machine may end itself, if its agent has no port within 15 seconds"
+        for left in reversed(range(tries)):
+            try:
+                with beginning(self.held): return begin()
+            except Exception:
+                if not left: raise
     @property
     def address(self): return self.cluster.address
     def add_machine(self):
-        return begun(lambda: self.cluster.add_node(num_cpus=1), self.held)
+        return self._begun(lambda: self.cluster.add_node(num_cpus=1))
     def remove_machine(self, machine):
         "Without warning"
         self.cluster.remove_node(machine, allow_graceful=False)

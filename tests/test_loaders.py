@@ -68,6 +68,7 @@ def test_a_source_loader_can_be_pickled(transforms, drawn_source):
 def test_workers_that_are_not_forked(tree, monkeypatch):
     "A fork server, Python 3.14's default, gets a pickled loader, as spawned workers on Windows and macOS do"
     monkeypatch.setattr(multiprocessing.context._default_context, '_actual_context', context())
+    assert multiprocessing.get_start_method()!='fork'
     dls = aircraft_dls(tree, size=32, bs=4, transforms='published', cache=True, num_workers=1)
     learn = aircraft_learner(dls, 'test_resnet', None)
     assert sum(len(y) for x,y in learn.dls.train)==16
