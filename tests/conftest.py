@@ -7,6 +7,7 @@ from safetensors.torch import save_file
 from torch.amp import GradScaler, autocast
 from pretend import pretend
 from ray_cluster import ray_cluster  # noqa: F401, a fixture
+from tiny import network
 
 # Files whose tests need a shell, signals, /proc or forks: left out on Windows and macOS, where processes are spawned
 POSIX = ['accelerator', 'archive', 'cluster', 'commands', 'docs', 'evidence', 'explore', 'hub', 'keep', 'live', 'loops',
@@ -37,18 +38,18 @@ def drawn_source(tmp_path_factory):
 
 @pytest.fixture(scope='session')
 def tiny_weights(tmp_path_factory):
-    "A file of weights for timm's `test_resnet`, as if it had been pretrained on `drawn_source`"
+    "A file of weights for `tiny.network`, as if it had been pretrained on `drawn_source`"
     file = tmp_path_factory.mktemp('weights')/'tiny.safetensors'
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        save_file(timm.create_model('test_resnet', num_classes=4).state_dict(), file)
+        save_file(network(num_classes=4).state_dict(), file)
     return file
 
 @pytest.fixture(scope='session')
 def tiny_run(drawn, drawn_source, tiny_weights):
     "A whole run in about a second: L2-SP-Fisher, three epochs of four batches"
     from fgvc_fisher.experiment import Run
-    return Run(drawn, 'L2-SP-Fisher, beta = 10', beta=10, arch='test_resnet', weights=str(tiny_weights),
+    return Run(drawn, 'L2-SP-Fisher, beta = 10', beta=10, arch='tiny:network', weights=str(tiny_weights),
                source=drawn_source, test='test', size=32, bs=4, epochs=3, num_workers=0)
 
 @pytest.fixture(scope='session')

@@ -5,7 +5,8 @@ A worker of Ray imports torch and fastai anew, some seconds each: these are slow
 import os, sys, time
 from contextlib import contextmanager
 from pathlib import Path
-import pytest, timm
+import pytest
+from tiny import network
 
 # A machine of the cluster passes its environment on to its workers. Their niceness is 15 by default: beside other work
 # they would never begin. With shorter health checks a machine that is gone is missed within seconds.
@@ -64,7 +65,7 @@ def ray_cluster(tmp_path_factory):
 
 def waits(**kwargs):
     "A network that waits in its ninth training batch, which with four batches an epoch is after two checkpoints"
-    model = timm.create_model('test_resnet', **kwargs)
+    model = network(**kwargs)
     model.n_batches = 0
     model.register_forward_pre_hook(_wait)
     return model

@@ -47,7 +47,7 @@ def unlabelled(drawn_source, tmp_path):
 
 def options(tiny_weights, out):
     "Of a short training"
-    return ['--arch', 'test_resnet', '--weights', tiny_weights, '--epochs', 1, '--size', 32, '--bs', 4,
+    return ['--arch', 'tiny:network', '--weights', tiny_weights, '--epochs', 1, '--size', 32, '--bs', 4,
             '--num-workers', 0, '--out', out]
 
 def test_a_folder_to_predictions(flowers, unlabelled, tiny_weights, tmp_path):
@@ -79,7 +79,7 @@ def test_results_beside_the_classes(flowers, tiny_weights, tmp_path, monkeypatch
     for seed in (1,2):
         said = shell('fgvc-finetune', '--data', '.', *how, '--seed', seed, '--out', f'finetuned/{seed}')
         assert said.code==0 and '3 classes' in said.out, said.err
-    run = Run('.', arch='test_resnet', weights=str(tiny_weights), epochs=1, size=32, bs=4, num_workers=0)
+    run = Run('.', arch='tiny:network', weights=str(tiny_weights), epochs=1, size=32, bs=4, num_workers=0)
     assert not sweep([run, replace(run, seed=1)], 'sweep', quiet=True).attrs['failed']
     do_run(run, 'again', quiet=True)
     pd.testing.assert_frame_equal(read_image_folder('.'), before)
@@ -177,7 +177,7 @@ def test_pictures_that_are_refused(pictures, named, tiny_done, tmp_path):
 def test_both_heads_are_those_of_the_run(tiny_run, tiny_done, tmp_path):
     "Against the tuned model and the source by another way; the run's pictures and weights are not needed"
     source = run_source(replace(tiny_run, beta=0), tmp_path).model.cpu()
-    tuned = load_weights(remake_head(source_model('test_resnet', None), 4), tiny_done/'model.safetensors').eval()
+    tuned = load_weights(remake_head(source_model('tiny:network', None), 4), tiny_done/'model.safetensors').eval()
     x = torch.randn(5, 3, 32, 32)
     moved = tmp_path/'moved'
     shutil.copytree(tiny_done, moved)
@@ -193,7 +193,7 @@ def test_both_heads_are_those_of_the_run(tiny_run, tiny_done, tmp_path):
     sizes = {k: v.numel() for k,v in load_file(moved/'model.safetensors').items()}
     small = {k for k in sizes if k.startswith('source/')}
     assert small and not any(o.dim()==4 for k,o in load_file(moved/'model.safetensors').items() if k in small)
-    assert sum(sizes[k] for k in small)<0.01*sum(sizes.values())
+    assert sum(sizes[k] for k in small)<0.05*sum(sizes.values())
 
 def test_predictions_do_not_depend_on_the_batch(tiny_done, drawn):
     learn = load_run(tiny_done)
@@ -235,7 +235,7 @@ def test_a_test_split_is_left_alone(tmp_path):
     assert same.equals(table) and not other.equals(table) and set(other.path)==set(table.path)
 
 def test_what_is_held_out_belongs_to_the_seed(flowers, tiny_weights):
-    run = Run(flowers, arch='test_resnet', weights=tiny_weights)
+    run = Run(flowers, arch='tiny:network', weights=tiny_weights)
     splits = [read_target(replace(run, seed=o)).set_index('image').split for o in (1,1,2)]
     assert splits[0].equals(splits[1]) and not splits[0].equals(splits[2])
     few = read_target(replace(run, fraction=0.5))
@@ -257,7 +257,7 @@ def test_names_of_classes(names, tiny_weights, tmp_path):
     "Whatever the classes are called, the model file and the predictions have their names"
     for i,name in enumerate(names):
         for j in range(4): picture(tmp_path/'data'/name/f'{j}.png', 10*i+j)
-    run = Run(tmp_path/'data', arch='test_resnet', weights=tiny_weights, size=32, bs=4, epochs=1, num_workers=0)
+    run = Run(tmp_path/'data', arch='tiny:network', weights=tiny_weights, size=32, bs=4, epochs=1, num_workers=0)
     do_run(run, tmp_path/'run', quiet=True)
     learn = load_run(tmp_path/'run')
     assert list(learn.dls.vocab)==sorted(names) and set(predict(learn, tmp_path/'data').label)<=set(names)
@@ -272,7 +272,7 @@ def test_pictures_in_no_split_and_empty_files_are_no_copies(flowers, tmp_path):
     splits = ['', '', *('train' if i%2 else 'val' for i in range(22))]
     csv = listed(tmp_path/'list.csv', [f'{o},{o.parent.name},{s}' for o,s in zip(files, splits)], 'path,label,split')
     assert dict(read_data(csv).split.value_counts())==dict(train=11, val=11)
-    run = Run(csv, arch='test_resnet', on_bad='skip')
+    run = Run(csv, arch='tiny:network', on_bad='skip')
     with pytest.warns(UserWarning, match='skipping 3'): assert len(read_target(run))==21
 
 @pytest.mark.parametrize('seed', range(3))
@@ -344,7 +344,7 @@ def test_torchvisions_weights(monkeypatch, tmp_path):
 def test_a_sweep_says_what_its_data_is(flowers, tiny_weights, tmp_path):
     grid = tmp_path/'grid.toml'
     grid.write_text(f'''data = "flowers"
-arch = "test_resnet"
+arch = "tiny:network"
 weights = "{tiny_weights}"
 size = 32
 bs = 4
@@ -365,7 +365,7 @@ arm = "plain"
 def test_the_page_of_any_run(flowers, tiny_weights, tmp_path):
     "Its classes, its examples; what it does not know is said as that"
     from fgvc_fisher.explore.classifier import try_run
-    run = Run(flowers, arch="test_resnet", weights=tiny_weights, size=32, bs=4, epochs=1, num_workers=0)
+    run = Run(flowers, arch="tiny:network", weights=tiny_weights, size=32, bs=4, epochs=1, num_workers=0)
     do_run(run, tmp_path/"run", quiet=True)
     panel = try_run(tmp_path/'run')
     assert any(o in panel.text for o in NAMES) and len(panel.controls['example'].options)>3

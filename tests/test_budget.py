@@ -1,14 +1,15 @@
 "Measuring a training leaves no trace of it"
 import copy, re
 import pytest, timm, torch
-from fastai.callback.all import CSVLogger, EarlyStoppingCallback, ProgressCallback, SaveModelCallback
+from fastai.callback.all import Callback, CSVLogger, EarlyStoppingCallback, ProgressCallback, SaveModelCallback
 from fgvc_fisher.experiment.budget import TimeEstimate, estimate_time, picture_cost
 from fgvc_fisher.callback import L2SPFisherCallback
 from fgvc_fisher.data import aircraft_dls
 from fgvc_fisher.learner import aircraft_learner
+from tiny import network
 
 def learner(tree, workers=0, **kw):
-    return aircraft_learner(aircraft_dls(tree, size=32, bs=4, num_workers=workers), 'test_resnet', weights=None, **kw)
+    return aircraft_learner(aircraft_dls(tree, size=32, bs=4, num_workers=workers), 'tiny:network', weights=None, **kw)
 
 def state(learn): return {k: v.clone() for k,v in learn.model.state_dict().items()}
 
@@ -24,7 +25,7 @@ def test_attention_is_counted():
     assert abs(picture_cost(model, 224)['forward']/2 - 1.26e9) < 0.01e9
 
 def test_cost_leaves_the_model_alone():
-    model = timm.create_model('test_resnet').eval()
+    model = network().eval()
     before = {k: v.clone() for k,v in model.state_dict().items()}
     picture_cost(model, 64)
     assert not model.training and all(torch.equal(v, before[k]) for k,v in model.state_dict().items())
@@ -83,7 +84,6 @@ def test_a_training_goes_as_it_would_have_gone(drawn):
     assert all(torch.equal(v, b[k]) for k,v in a.items())
 
 def test_put_back_after_an_error(drawn):
-    from fastai.callback.core import Callback
     class Breaks(Callback):
         def after_batch(self):
             if self.iter==1: raise RuntimeError('broken')
@@ -95,8 +95,10 @@ def test_put_back_after_an_error(drawn):
 
 def test_time_runs_out(drawn):
     "No further batch is started after `seconds`, but one is timed"
-    learn,seen = learner(drawn),[]
-    learn.model.register_forward_hook(lambda *_: seen.append(1))
+    seen = []
+    class Counts(Callback):
+        def before_batch(self): seen.append(self.iter)
+    learn = learner(drawn, cbs=Counts())
     estimate_time(learn, 1, skip=1, seconds=0)
     assert len(seen)==2+2
 

@@ -118,7 +118,7 @@ def test_what_ends_the_sweep_is_kept(tmp_path, capsys):
 
 @pytest.fixture(scope='module')
 def common(drawn, drawn_source, tiny_weights):
-    return dict(data=str(drawn), arch='test_resnet', weights=str(tiny_weights), source=str(drawn_source), test='test',
+    return dict(data=str(drawn), arch='tiny:network', weights=str(tiny_weights), source=str(drawn_source), test='test',
                 size=32, bs=4, epochs=2, num_workers=0)
 
 @pytest.fixture(scope='module')

@@ -1,5 +1,5 @@
 "The commands, as somebody at a shell meets them"
-import json, re, shutil, subprocess, timm
+import json, re, shutil, subprocess
 from dataclasses import fields
 from pathlib import Path
 import pandas as pd, pytest
@@ -16,6 +16,7 @@ from fgvc_fisher.experiment.run import RECIPES, Run
 from fgvc_fisher.experiment.saved import read_header
 from fgvc_fisher.fisher import DiagFisher
 from forks import BIN, shell
+from tiny import network
 
 HELP = {'fgvc-demo': ['--out', '--seed'], 'fgvc-sweep': ['--grid', '--out', '--jobs', '--retry', '--track', 'TOML'],
         'fgvc-predict': ['run', 'pictures', '--out', '--head {target,source}'], 'fgvc-fisher': ['--images', '--arch'],
@@ -48,7 +49,7 @@ def test_defaults_that_are_written_twice():
 
 def test_finetune(drawn, drawn_source, tiny_weights, tmp_path):
     out = tmp_path/'out'
-    said = shell('fgvc-finetune', '--data', drawn, '--level', 'family', '--arch', 'test_resnet',
+    said = shell('fgvc-finetune', '--data', drawn, '--level', 'family', '--arch', 'tiny:network',
                  '--weights', tiny_weights, '--source', drawn_source,
                  '--alpha', 0, '--beta', 10, '--epochs', 2, '--size', 32, '--bs', 8,
                  '--out', out)
@@ -60,17 +61,17 @@ def test_finetune(drawn, drawn_source, tiny_weights, tmp_path):
     assert classes==(drawn/'data/families.txt').read_text().splitlines()
     tensors = load_file(out/'model.safetensors')
     tuned = {k: v for k,v in tensors.items() if not k.startswith('source/')}
-    timm.create_model('test_resnet', num_classes=len(classes)).load_state_dict(tuned)
+    network(num_classes=len(classes)).load_state_dict(tuned)
     fisher = DiagFisher.load(next(out.glob('sources/*-sampled.safetensors')))
     assert fisher.n_images==16
-    assert fisher.provenance['arch']=='test_resnet' and fisher.provenance['file']==str(tiny_weights)
+    assert fisher.provenance['arch']=='Tiny' and fisher.provenance['file']==str(tiny_weights)
     assert len(pd.read_csv(out/'curve.csv'))==2 and json.loads((out/'result.json').read_text())['beta']==10
 
 def test_sweep(drawn, drawn_source, tiny_weights, tmp_path):
     grid,done = tmp_path/'grid.toml',lambda: {o: o.stat().st_mtime_ns for o in tmp_path.glob('out/runs/*/result.json')}
     def sweep(out): return shell('fgvc-sweep', '--grid', 'grid.toml', '--out', out, cwd=tmp_path)
     grid.write_text(f'''data = "{drawn}"
-arch = "test_resnet"
+arch = "tiny:network"
 weights = "{tiny_weights}"
 source = "{drawn_source}"
 size = 32
@@ -90,7 +91,7 @@ beta = [1, 10]
     assert len(first := done())==6
     again = sweep('out')
     assert again.code==0 and done()==first and 'L2-SP-Fisher, beta = 10' in again.out
-    grid.write_text(grid.read_text().replace('test_resnet', 'resnet_18'))
+    grid.write_text(grid.read_text().replace('tiny:network', 'resnet_18'))
     said = sweep('other')
     assert said.code==1 and "'resnet_18'" in said.out and '6 of 6' in said.out and '--retry' in said.out
     assert 'Traceback' not in said.err
@@ -110,11 +111,11 @@ def test_sweep_says_what_is_wrong(args, named, drawn, tmp_path):
 @pytest.mark.parametrize('args,named', [
     (['--beta', '0'], '--data'),
     (['--data', 'DRAWN'], '--source'),
-    (['--data', 'nowhere', '--strength', '0', '--arch', 'test_resnet', '--weights', 'WEIGHTS'], 'nowhere'),
+    (['--data', 'nowhere', '--strength', '0', '--arch', 'tiny:network', '--weights', 'WEIGHTS'], 'nowhere'),
     (['--data', 'DRAWN', '--strength', '0', '--arch', 'resnet_18'], "'resnet_18'"),
     (['--data', 'DRAWN', '--strength', '0', '--arch', 'test_vit', '--weights', 'WEIGHTS'], 'tiny.safetensors'),
-    (['--data', 'DRAWN', '--arch', 'test_resnet', '--weights', 'WEIGHTS', '--source', 'nowhere'], 'nowhere'),
-    (['--data', 'DRAWN', '--arch', 'test_resnet', '--weights', 'WEIGHTS', '--source', 'SOURCE', '--alpha', '-1'],
+    (['--data', 'DRAWN', '--arch', 'tiny:network', '--weights', 'WEIGHTS', '--source', 'nowhere'], 'nowhere'),
+    (['--data', 'DRAWN', '--arch', 'tiny:network', '--weights', 'WEIGHTS', '--source', 'SOURCE', '--alpha', '-1'],
      'alpha=-1.0')])
 def test_what_is_wrong_is_said_in_a_sentence(args, named, drawn, drawn_source, tiny_weights, tmp_path):
     known = dict(DRAWN=drawn, SOURCE=drawn_source, WEIGHTS=tiny_weights)
@@ -152,7 +153,7 @@ def test_a_bad_picture_in_a_training(where, drawn, drawn_source, tiny_weights, t
     "One sentence, though it comes out of a worker process; or it is skipped, which is said once"
     trees = dict(data=drawn, source=drawn_source)
     trees[where],bad = damaged(trees[where], tmp_path/'tree')
-    options = ['--arch', 'test_resnet', '--weights', tiny_weights, '--epochs', 1, '--size', 32, '--bs', 4,
+    options = ['--arch', 'tiny:network', '--weights', tiny_weights, '--epochs', 1, '--size', 32, '--bs', 4,
                '--data', trees['data'], '--source', trees['source'], '--out', tmp_path/'out']
     said = shell('fgvc-finetune', *options)
     assert said.code==1 and said.err.strip().splitlines()[-1].startswith(f'fgvc-finetune: {bad} cannot be decoded')
@@ -166,7 +167,7 @@ def test_a_bad_picture_in_a_training(where, drawn, drawn_source, tiny_weights, t
 def test_a_bad_picture_in_a_sweep(drawn, tiny_weights, tmp_path):
     tree,bad = damaged(drawn, tmp_path/'tree')
     (tmp_path/'grid.toml').write_text(f'''data = "{tree}"
-arch = "test_resnet"
+arch = "tiny:network"
 weights = "{tiny_weights}"
 size = 32
 bs = 4
@@ -185,7 +186,7 @@ on_bad = "skip"
 
 def test_a_bad_picture_in_an_estimate(drawn_source, tiny_weights, tmp_path):
     tree,bad = damaged(drawn_source, tmp_path/'tree')
-    options = ['--arch', 'test_resnet', '--weights', tiny_weights, '--images', tree, '--size', 32, '--device', 'cpu',
+    options = ['--arch', 'tiny:network', '--weights', tiny_weights, '--images', tree, '--size', 32, '--device', 'cpu',
                '--out', tmp_path/'f.safetensors']
     said = shell('fgvc-fisher', *options)
     assert said.code==1 and said.err.strip().splitlines()[-1].startswith(f'fgvc-fisher: {bad} cannot be decoded')
@@ -218,7 +219,7 @@ def files(tmp_path, monkeypatch):
     (estimate_command, dict(shards='0.tar', split='val'), '--split val'),
     (fgvc_finetune, dict(data='folder', strength=0., out='file'), '--out file: file is a file'),
     (fgvc_finetune, dict(data='folder', strength=0., out='file/below'), '--out file/below: file is a file'),
-    (fgvc_finetune, dict(data='folder', strength=0., recipe='published', lr=0.1, arch='test_resnet'),
+    (fgvc_finetune, dict(data='folder', strength=0., recipe='published', lr=0.1, arch='tiny:network'),
      'lr=0.1: recipe'),
     (fgvc_sweep, dict(grid='grid.toml', out='file'), '--out file: file is a file'),
     (fgvc_demo, dict(out='file'), '--out file: file is a file'), (fgvc_demo, dict(seed=-1), '--seed -1'),
@@ -232,7 +233,7 @@ def files(tmp_path, monkeypatch):
      'model.safetensors would overwrite the weights')])
 def test_options_that_are_refused_at_once(call, options, named, files):
     before = {o: o.read_text() for o in files.rglob('*') if o.is_file()}
-    if call is estimate_command: options = dict(arch='test_resnet') | options
+    if call is estimate_command: options = dict(arch='tiny:network') | options
     with pytest.raises((ValueError,OSError), match=re.escape(named)): call(**options)
     assert before=={o: o.read_text() for o in files.rglob('*') if o.is_file()}
 
@@ -265,14 +266,14 @@ def test_an_empty_name_for_what_is_written(command, drawn, drawn_source, tiny_we
     (tmp_path/'grid.toml').write_text(f"data = '{drawn}'\nepochs = 1\n[[arm]]\narm = 'plain'\n")
     args = {'fgvc-finetune': ['--data', drawn, '--strength', 0], 'fgvc-sweep': ['--grid', tmp_path/'grid.toml'],
             'fgvc-demo': [], 'fgvc-predict': [tmp_path, drawn_source],
-            'fgvc-fisher': ['--arch', 'test_resnet', '--weights', tiny_weights, '--images', drawn_source]}[command]
+            'fgvc-fisher': ['--arch', 'tiny:network', '--weights', tiny_weights, '--images', drawn_source]}[command]
     said = shell(command, *args, '--out', '', cwd=tmp_path)
     assert said.code and '--out is empty' in said.err and [o.name for o in tmp_path.iterdir()]==['grid.toml']
 
 def test_a_file_of_something_else_is_not_overwritten(drawn_source, tiny_weights, tmp_path):
     shutil.copytree(drawn_source, tmp_path/'source')
     shutil.copy(tiny_weights, tmp_path/'mine.safetensors')
-    estimate = ['--arch', 'test_resnet', '--weights', tiny_weights, '--images', drawn_source, '--size', 32]
+    estimate = ['--arch', 'tiny:network', '--weights', tiny_weights, '--images', drawn_source, '--size', 32]
     said = shell('fgvc-fisher', *estimate, '--out', tmp_path/'mine.safetensors')
     assert said.code and 'mine.safetensors exists' in said.err
     assert (tmp_path/'mine.safetensors').read_bytes()==tiny_weights.read_bytes()

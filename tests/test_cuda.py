@@ -174,7 +174,7 @@ def trained(drawn, source, fisher, device, name='all terms', half=False, n=2, **
     return learn
 
 @pytest.fixture
-def source(tiny_weights): return source_model('test_resnet', str(tiny_weights))
+def source(tiny_weights): return source_model('tiny:network', str(tiny_weights))
 @pytest.fixture
 def fisher(source): return estimate_fisher(source, batches((4,3,64,64), dtype=torch.float32), progress=False)
 
@@ -198,7 +198,7 @@ def test_the_published_recipe_with_workers(drawn, tiny_weights, half):
     "Decoded in two processes, mixed and erased on the GPU"
     dls = aircraft_dls(drawn, size=64, bs=4, num_workers=2, transforms='published')
     assert dls.one_batch()[0].device.type==dls.one_batch()[1].device.type==DEVICE
-    learn = published_learner(dls, 'test_resnet', str(tiny_weights))
+    learn = published_learner(dls, 'tiny:network', str(tiny_weights))
     if half: learn.to_fp16()
     with learn.no_bar(), learn.no_logging(): fit_published(learn, 2)
     assert np.isfinite(np.array(learn.recorder.values)[:,:2].astype(float)).all()

@@ -157,7 +157,7 @@ def test_a_learner_takes_files_and_pictures(tree):
     files = sorted((tree/'data/images').glob('*.jpg'))[:5]
     for credit in (0, 20):
         dls = aircraft_dls(tree, size=32, bs=4, credit=credit, num_workers=0)
-        learn = aircraft_learner(dls, 'test_resnet', weights=None)
+        learn = aircraft_learner(dls, 'tiny:network', weights=None)
         with learn.no_bar():
             label,_,probs = learn.predict(PILImage.create(files[2]))
             assert label in learn.dls.vocab and abs(float(probs.sum())-1)<1e-5

@@ -35,6 +35,7 @@ from test_fisher import (
 )
 from test_loops import problem
 from test_shards import write_tar
+from tiny import network
 
 def agree(a, b, tol=1e-12):
     "Mappings from names to tensors, wherever they are"
@@ -392,7 +393,7 @@ def test_batches_of_pictures(by_default, drawn, tiny_weights, transforms):
         np.random.seed(0)
         random.seed(0)
         dls = aircraft_dls(drawn, size=32, bs=4, num_workers=0, transforms=transforms)
-        learn = aircraft_learner(dls.to(device), 'test_resnet', str(tiny_weights))
+        learn = aircraft_learner(dls.to(device), 'tiny:network', str(tiny_weights))
         return [*learn.dls.train.one_batch(), *learn.dls.valid.one_batch()]
     there,here = batch(by_default),batch('cpu')
     assert all(isinstance(o, Pretend) for o in there) and not any(isinstance(o, Pretend) for o in here)
@@ -413,7 +414,7 @@ def test_whole_runs(by_default, tiny_run, tmp_path, recipe, step, monkeypatch):
 
 def test_recogniser(by_default, drawn, tiny_weights):
     picture = next(Path(drawn).rglob('*.jpg'))
-    source = source_model('test_resnet', str(tiny_weights))
+    source = source_model('tiny:network', str(tiny_weights))
     def recognised(device):
         torch.manual_seed(0)
         learn = aircraft_learner(aircraft_dls(drawn, size=64, bs=4, num_workers=0).to(device), source)
@@ -455,23 +456,23 @@ def test_compromise(device, n_out):
 @pytest.mark.parametrize('options', [dict(kind='exact', mass=0.9), dict(target_error=0.9, half=True)])
 def test_command(device, drawn_source, tiny_weights, tmp_path, options, capsys):
     for where in (device.type, 'cpu'):
-        estimate_command('test_resnet', str(drawn_source), str(tmp_path/where), str(tiny_weights), size=32, bs=4,
+        estimate_command('tiny:network', str(drawn_source), str(tmp_path/where), str(tiny_weights), size=32, bs=4,
                          device=where, **dict(n_images=4) | options)
     agree(*[DiagFisher.load(tmp_path/where) for where in (device.type, 'cpu')], 2e-3)
 
 @pytest.mark.parametrize('head', ['target','source'])
 def test_a_saved_model(without_float64, tmp_path, head):
     "Written from the device, with its temperature; read on the CPU"
-    source = timm.create_model('test_resnet', num_classes=4)
+    source = network(num_classes=4)
     tuned = remake_head(copy.deepcopy(source), 3)
     x,y = batches((6,3,32,32), dtype=torch.float32)[0]
-    network = with_source_head(tuned, source) if head=='source' else tuned.eval()
-    wanted = [temperature_on(tuned, [(x,y)]), network(x).detach()]
+    chosen = with_source_head(tuned, source) if head=='source' else tuned.eval()
+    wanted = [temperature_on(tuned, [(x,y)]), chosen(x).detach()]
     temperature = temperature_on(tuned.to(without_float64), [(x,y)])
     logits = tuned(x.to(without_float64))
     assert fit_temperature(logits, y)==pytest.approx(temperature)==pytest.approx(wanted[0], rel=1e-4)
     save_model(tuned, source.to(without_float64), tmp_path/'model', list('abc'), temperature=temperature)
-    back,classes,_ = load_model(tmp_path/'model', 'test_resnet', head)
+    back,classes,_ = load_model(tmp_path/'model', 'tiny:network', head)
     assert len(classes)==(4 if head=='source' else 3) and torch.allclose(back(x), wanted[1], atol=1e-5)
 
 # What is made on the way is where it is needed
@@ -495,7 +496,7 @@ def test_a_default_device(device, where, tiny_weights, drawn, tmp_path):
     data,model = batches(SHAPE, n_classes=4),small()
     there = copy.deepcopy(model).to(device if where=='there' else 'cpu')
     wanted = {kind: estimate_fisher(model, data, kind, progress=False, target_error=0.9) for kind in KINDS_OF_FISHERS}
-    source = source_model('test_resnet', str(tiny_weights))
+    source = source_model('tiny:network', str(tiny_weights))
     with torch.device(device):
         for kind in KINDS_OF_FISHERS:
             found = estimate_fisher(there, data, kind, progress=False, target_error=0.9)
@@ -545,14 +546,14 @@ def test_anchor_and_fisher_on_another_device(device):
 def test_weighted_classes(by_default, drawn, tiny_weights, capsys):
     loss = MixedCrossEntropy(weight=torch.tensor([1.,2.,3.,4.]))
     dls = aircraft_dls(drawn, size=32, bs=4, num_workers=0, transforms='published')
-    learn = aircraft_learner(dls, 'test_resnet', str(tiny_weights), loss_func=loss)
+    learn = aircraft_learner(dls, 'tiny:network', str(tiny_weights), loss_func=loss)
     with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)
     assert is_on_device(learn.model) and np.isfinite(learn.recorder.values[-1][0])
 
 def test_exported(by_default, drawn, tiny_weights, tmp_path, capsys):
     dls = aircraft_dls(drawn, size=32, bs=4, num_workers=0)
     cb = L2SPFisherCallback(l2sp=0.1, new='fc')
-    learn = aircraft_learner(dls, 'test_resnet', str(tiny_weights), cbs=cb, path=tmp_path)
+    learn = aircraft_learner(dls, 'tiny:network', str(tiny_weights), cbs=cb, path=tmp_path)
     with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)
     learn.export()
     back = load_learner(tmp_path/'export.pkl', cpu=True)

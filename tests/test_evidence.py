@@ -3,11 +3,12 @@ import json, shutil
 from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
-import matplotlib, matplotlib.pyplot as plt, numpy as np, pandas as pd, pytest, timm, torch
+import matplotlib, matplotlib.pyplot as plt, numpy as np, pandas as pd, pytest, torch
 from safetensors.torch import load_model, save_file
 from fgvc_fisher.experiment import load_run, table
 from fgvc_fisher.experiment.results import ACCURACIES
 from fgvc_fisher.data.synthetic import draw_aircraft, draw_source
+from tiny import network
 
 ROOT = Path(__file__).parent.parent
 ROWS = ROOT/'results/evidence'
@@ -41,8 +42,8 @@ def test_the_script_from_pictures_to_tables(evidence, tmp_path, monkeypatch, cap
     draw_aircraft(tmp_path/'data/airliners17', n_variants=2, n_per_split=2, size=48)
     draw_source(tmp_path/'data/imagenet_sample', n_classes=4, n_per_split=4, size=48)
     (tmp_path/'weights').mkdir()
-    save_file(timm.create_model('test_resnet', num_classes=4).state_dict(), tmp_path/'weights/tiny.safetensors')
-    tiny = dict(trees=['airliners17'], arch='test_resnet', weights='tiny.safetensors', lr=0.01)
+    save_file(network(num_classes=4).state_dict(), tmp_path/'weights/tiny.safetensors')
+    tiny = dict(trees=['airliners17'], arch='tiny:network', weights='tiny.safetensors', lr=0.01)
     monkeypatch.setattr(evidence, 'NETWORKS', dict(tiny=tiny))
     monkeypatch.setattr(evidence, 'PULLS', dict(tiny=1))
     monkeypatch.setattr(evidence, 'PARTS', [0.5])
@@ -75,9 +76,9 @@ def aircraft(monkeypatch, tmp_path):
     for o in ('imagenet_sample', 'imagenet_extra'):
         draw_source(tmp_path/'data'/o, n_classes=4, n_per_split=2, size=48)
     (tmp_path/'weights').mkdir()
-    weights = timm.create_model('test_resnet', num_classes=4).state_dict()
+    weights = network(num_classes=4).state_dict()
     save_file(weights, tmp_path/'weights/tiny.safetensors')
-    tiny = dict(arch='test_resnet', weights='tiny.safetensors')
+    tiny = dict(arch='tiny:network', weights='tiny.safetensors')
     for o in ('NETWORK', 'INCEPTION'): monkeypatch.setattr(aircraft, o, tiny)
     monkeypatch.setattr(aircraft, 'KERNEL', next(k for k,v in weights.items() if v.ndim==4))
     return aircraft
@@ -143,10 +144,10 @@ def test_the_papers_pictures_resume(aircraft, tmp_path, monkeypatch, capsys):
 
 def test_ewc_is_clipped(aircraft, tmp_path, monkeypatch, capsys):
     "The penalty's gradient is clipped with the loss's: a step that would diverge does not"
-    arms = [dict(arm=o, strength=[1000], epochs=5, **aircraft.EWC) for o in ('EWC', aircraft.CLIPPED[0])]
+    arms = [dict(arm=o, strength=[1e6], epochs=5, **aircraft.EWC) for o in ('EWC', aircraft.CLIPPED[0])]
     monkeypatch.setattr(aircraft, 'STAGES', dict(others=arms))
     rows = call(aircraft, tmp_path, stages='others', seeds=1, size=32).set_index('arm')
-    assert rows['last'].isna().to_dict()=={'EWC, strength = 1000': True, 'EWC, clipped, strength = 1000': False}
+    assert rows['last'].isna().to_dict()=={'EWC, strength = 1000000': True, 'EWC, clipped, strength = 1000000': False}
 
 def test_unprotected_channels_are_put_back(aircraft, tmp_path, monkeypatch, capsys):
     "With a high limit most channels are unprotected; as trained the accuracy is the run's retention"
@@ -166,10 +167,10 @@ def test_unprotected_channels_are_put_back(aircraft, tmp_path, monkeypatch, caps
 def test_a_saturated_channel_passes_a_gradient_on_by_the_batchs_statistics(aircraft, tmp_path, monkeypatch, capsys):
     "Running statistics under which a channel is cut off: no gradient by them, one by those of a batch"
     import saturated
-    state = timm.create_model('test_resnet', num_classes=4).state_dict()
+    state = network(num_classes=4).state_dict()
     state['bn1.running_mean'][1],state['bn1.running_var'][1] = 1e3,4.
     save_file(state, tmp_path/'weights/tiny.safetensors')
-    monkeypatch.setattr(saturated, 'CHANNEL', ('conv1.6.weight',1))
+    monkeypatch.setattr(saturated, 'CHANNEL', ('conv1.weight',1))
     monkeypatch.setattr(saturated, 'SIZES', (32,48))
     saturated.main(str(tmp_path), str(tmp_path))
     rows = pd.read_csv(tmp_path/'saturated.csv').set_index('statistics')
@@ -183,7 +184,7 @@ def test_one_layer_keeps_its_statistics(aircraft, tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(aircraft, 'KEPT_NORM', 'bn1')
     call(aircraft, tmp_path, stages='kept', seeds=1, size=32)
     folder, = tmp_path.glob('work/runs/*')
-    source = timm.create_model('test_resnet', num_classes=4)
+    source = network(num_classes=4)
     load_model(source, tmp_path/'weights/tiny.safetensors')
     tuned,source = load_run(folder).model.state_dict(),source.state_dict()
     changed = {k for k in source if k.endswith('running_var') and not torch.equal(tuned[k], source[k])}
@@ -192,7 +193,7 @@ def test_one_layer_keeps_its_statistics(aircraft, tmp_path, monkeypatch, capsys)
 def test_statistics_of_the_target(aircraft, tmp_path, monkeypatch, capsys):
     "Without those of the target the accuracy is the source's; the model that lends its layers stays as it is"
     import norm_statistics
-    monkeypatch.setattr(norm_statistics, 'NETWORKS', [(dict(arch='test_resnet', weights='tiny.safetensors'), 32)])
+    monkeypatch.setattr(norm_statistics, 'NETWORKS', [(dict(arch='tiny:network', weights='tiny.safetensors'), 32)])
     monkeypatch.setattr(aircraft, 'STAGES', dict(main=[dict(arm='plain')]))
     before = call(aircraft, tmp_path, stages='main', seeds=1, size=32).before
     norm_statistics.main(str(tmp_path), str(tmp_path/'out'), str(tmp_path/'work'))

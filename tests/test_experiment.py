@@ -7,7 +7,7 @@ from fgvc_fisher.learner import source_model
 from fgvc_fisher.experiment.run import make_learner
 
 def test_l2sp_holds_the_body_and_not_the_new_head(drawn):
-    source = source_model('test_resnet', weights=None)
+    source = source_model('tiny:network', weights=None)
     run = Run(str(drawn), size=32, bs=8, epochs=1, num_workers=0)
     held,free = fine_tune(replace(run, l2sp=1e9), source).model,make_learner(run, source).model
     theta0 = dict(source.named_parameters())

@@ -166,6 +166,6 @@ def test_a_run_leaves_what_is_not_its_own(drawn, tiny_weights, tmp_path):
     for o in others:
         (tmp_path/o).parent.mkdir(exist_ok=True)
         (tmp_path/o).write_text('mine')
-    run = Run(str(drawn), arch='test_resnet', weights=str(tiny_weights), epochs=1, size=32, bs=8, num_workers=0)
+    run = Run(str(drawn), arch='tiny:network', weights=str(tiny_weights), epochs=1, size=32, bs=8, num_workers=0)
     do_run(run, tmp_path, quiet=True)
     assert all((tmp_path/o).read_text()=='mine' for o in others) and (tmp_path/'result.json').exists()

@@ -51,7 +51,7 @@ def tree(tmp_path_factory):
 @pytest.mark.parametrize('kind,workers', [*((o,0) for o in KINDS), ('published',1), ('cached',1), ('fastai',1)])
 def test_a_loader_can_be_pickled(kind, workers, tree):
     dls = KINDS[kind](tree, size=32, bs=4, num_workers=workers)
-    learn = aircraft_learner(dls, 'test_resnet', None)
+    learn = aircraft_learner(dls, 'tiny:network', None)
     for dl in (*dls.loaders, dls.test_dl([open_item(dls.valid.items[0])]), dls.valid.new(bs=3)):
         again = pickle.loads(pickle.dumps(dl))
         if not workers and kind!='published' and dl is not dls.train: assert same_batches(dl, again)
@@ -61,7 +61,7 @@ def test_a_loader_can_be_pickled(kind, workers, tree):
 
 @pytest.mark.parametrize('transforms', ['plain', 'published', 'fastai'])
 def test_a_source_loader_can_be_pickled(transforms, drawn_source):
-    dl = source_dl(drawn_source, source_model('test_resnet', None), 32, bs=4, num_workers=0, transforms=transforms)
+    dl = source_dl(drawn_source, source_model('tiny:network', None), 32, bs=4, num_workers=0, transforms=transforms)
     assert same_batches(dl, pickle.loads(pickle.dumps(dl)))
 
 @pytest.mark.slow
@@ -70,7 +70,7 @@ def test_workers_that_are_not_forked(tree, monkeypatch):
     monkeypatch.setattr(multiprocessing.context._default_context, '_actual_context', context())
     assert multiprocessing.get_start_method()!='fork'
     dls = aircraft_dls(tree, size=32, bs=4, transforms='published', cache=True, num_workers=1)
-    learn = aircraft_learner(dls, 'test_resnet', None)
+    learn = aircraft_learner(dls, 'tiny:network', None)
     assert sum(len(y) for x,y in learn.dls.train)==16
 
 # Pictures in no table
@@ -93,7 +93,7 @@ def learn(request, tree):
     dls = aircraft_dls(tree, size=32, bs=4, transforms=request.param, num_workers=0)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        learn = aircraft_learner(dls, 'test_resnet', None)
+        learn = aircraft_learner(dls, 'tiny:network', None)
     with learn.no_bar(), learn.no_logging(): yield learn
 
 def test_predict_takes_every_form(learn):
@@ -167,7 +167,7 @@ def test_an_exported_learner_predicts(learn, tmp_path):
 def test_loaders_that_a_learner_gets_later_are_normalised(tree):
     "As for progressive resizing"
     make = lambda size: folder_dls(folders(tree), size=size, bs=4, num_workers=0)
-    learn = aircraft_learner(make(32), 'test_resnet', None)
+    learn = aircraft_learner(make(32), 'tiny:network', None)
     expected = learn.get_preds()[0]
     learn.dls = make(32)
     assert torch.equal(learn.get_preds()[0], expected)
@@ -178,7 +178,7 @@ def test_loaders_that_a_learner_gets_later_are_normalised(tree):
 @pytest.mark.parametrize('transforms', ['plain', 'published', 'fastai'])
 def test_time_augmentation_sees_other_crops(tree, transforms):
     dls = aircraft_dls(tree, size=32, bs=4, num_workers=0, transforms=transforms)
-    learn = aircraft_learner(dls, 'test_resnet', None)
+    learn = aircraft_learner(dls, 'tiny:network', None)
     with learn.no_bar(): augmented,plain = learn.tta(n=2, beta=0.)[0],learn.get_preds()[0]
     assert not torch.allclose(augmented, plain)
     with learn.no_bar(): assert torch.equal(learn.get_preds()[0], plain)
@@ -212,11 +212,11 @@ def test_dataloaders_of_another_kind(tree, blocks, named):
                       get_y=get_y.get(blocks[1].__name__, lambda o: o.stem[-1]))
     dls = block.dataloaders(tree/'data/images', bs=4, num_workers=0)
     with pytest.raises(ValueError, match=named):
-        learn = aircraft_learner(dls, 'test_resnet', None, n_out=9)
+        learn = aircraft_learner(dls, 'tiny:network', None, n_out=9)
         with learn.no_bar(), learn.no_logging(): learn.fit(1, 0.01)
 
 def test_loaders_that_are_not_fastais():
     data = [(torch.rand(3,32,32), 0) for _ in range(8)]
     for dls,n_out,named in ((DataLoaders.from_dsets(data, data, bs=4, device='cpu'), None, 'n_out'),
                             (DataLoaders(*[torch.utils.data.DataLoader(data)]*2), 2, 'fastai')):
-        with pytest.raises(ValueError, match=named): aircraft_learner(dls, 'test_resnet', None, n_out=n_out)
+        with pytest.raises(ValueError, match=named): aircraft_learner(dls, 'tiny:network', None, n_out=n_out)

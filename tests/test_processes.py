@@ -16,6 +16,7 @@ from fgvc_fisher.data.loaders import split_dls
 from fgvc_fisher.fisher import DiagFisher, estimate_fisher
 from fgvc_fisher.learner import distributed_training, source_model
 from fgvc_fisher.distributed.ranks import shutdown_processes, processes
+from fgvc_fisher.distributed.workers import python_path
 from fgvc_fisher.retention import accuracy_on
 from fgvc_fisher.experiment import do_run, load_run
 from fgvc_fisher.experiment.run import KeepEpochs, make_learner
@@ -176,7 +177,7 @@ def test_as_torchrun_starts_and_ends_them(run, tmp_path):
     "The only test with torchrun itself, which ends one process when the other is killed; the run can be resumed"
     command = [BIN/'torchrun', '--nproc-per-node', '2', '--no-python', BIN/'fgvc-finetune', '--epochs', '12']
     command = [*map(str, command), *options(run, tmp_path/'out')]
-    env = os.environ | dict(OMP_NUM_THREADS='1')
+    env = os.environ | dict(OMP_NUM_THREADS='1', PYTHONPATH=python_path())
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env) as first:
         until = time.monotonic()+100
         while not (tmp_path/'out/checkpoint.pt').exists() and time.monotonic()<until: time.sleep(0.01)

@@ -119,7 +119,7 @@ def test_inception_v4_has_as_many_parameters_as_published(drawn):
         with torch.device('meta'): return timm.create_model('inception_v4')
     assert inspect.signature(published_learner).parameters['arch'].default=='inception_v4'
     dls = aircraft_dls(drawn, size=64, bs=4, transforms='published', num_workers=0)
-    assert published_learner(dls, 'test_resnet', weights=None).model.num_classes==dls.c==4
+    assert published_learner(dls, 'tiny:network', weights=None).model.fc.out_features==dls.c==4
     dls.c = 100
     for n_out,want in ((None, 41_304_201), (500, 41_911_316)):
         learn = published_learner(dls, on_meta, n_out=n_out)
@@ -302,7 +302,7 @@ def test_pickled_and_refused():
 
 def test_another_network_has_the_head_alone_under_l2(drawn):
     dls = aircraft_dls(drawn, size=32, bs=4, transforms='published', num_workers=0)
-    learn = published_learner(dls, 'test_resnet', weights=None)
+    learn = published_learner(dls, 'tiny:network', weights=None)
     quietly(learn, learn.fit, 1, cbs=AsPublished(copy.deepcopy(learn.model), alpha=0., beta=0., l2sp=0.01))
     assert all(p.isfinite().all() for p in learn.model.parameters()) and learn.recorder.values[0][-1]>0
 

@@ -22,7 +22,7 @@ def test_quick_start(tmp_path, monkeypatch, capsys):
     assert 'beta F on' in said                                # as the README's printed output, what the callback says
 
 def test_ten_lines_on_the_archive(drawn, drawn_source, tmp_path, monkeypatch):
-    small = {"'inception_v4'": "'test_resnet', weights=None", 'untar_aircraft()': "untar_aircraft('.')",
+    small = {"'inception_v4'": "'tiny:network', weights=None", 'untar_aircraft()': "untar_aircraft('.')",
              'size=299': 'size=32, bs=8', 'fit_one_cycle(5': 'fit_one_cycle(1'}
     shutil.copytree(drawn, tmp_path/'fgvc-aircraft-2013b')
     shutil.copytree(drawn_source, tmp_path/'imagenet_pictures')

@@ -3,7 +3,7 @@ import io, json, math, os, random, re, shutil, time
 from contextlib import redirect_stdout, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
-import numpy as np, pandas as pd, pytest, timm, torch
+import numpy as np, pandas as pd, pytest, torch
 from fastai.callback import fp16
 from fastai.callback.core import Callback
 from filelock import FileLock
@@ -15,6 +15,7 @@ from fgvc_fisher.experiment.run import KeepEpochs, make_learner, read_run, run_s
 from fgvc_fisher.experiment.sweeps import _Progress
 from fgvc_fisher.learner import source_model
 from forks import Forked
+from tiny import network
 
 @pytest.fixture(scope='module')
 def run(tiny_run): return tiny_run
@@ -163,7 +164,7 @@ def test_the_tested_epoch_is_the_one_that_validation_chose(run, sources, tmp_pat
     curve = pd.read_csv(tmp_path/'run/curve.csv')
     assert row['best_epoch']==curve.accuracy.idxmax() and row['best']==curve.accuracy.max()
     assert row['last']==curve.accuracy.iloc[-1]
-    source = source_model('test_resnet', run.weights)
+    source = source_model('tiny:network', run.weights)
     learn = make_learner(replace(run, valid='test', beta=0), source)
     for name,epoch in (('test', row['best_epoch']), ('test_last', 5)):
         learn.model.load_state_dict(kept[epoch])
@@ -285,11 +286,20 @@ def test_half_precision_and_channels_last(run, sources, tmp_path, monkeypatch):
     class Look(Callback):
         order = 5
         def after_pred(self):
-            last = self.model.conv1[0].weight.is_contiguous(memory_format=torch.channels_last)
+            last = self.model.conv2.weight.is_contiguous(memory_format=torch.channels_last)
             if self.training: seen.append((self.pred.dtype, last))
     run = replace(run, amp=True, recipe='published', transforms='published', epochs=2)
     row = do_run(run, tmp_path/'run', sources, [Look()], quiet=True)
     assert math.isfinite(row['last']) and set(seen)=={(torch.float16, True)}
+
+def test_autocast_ends_with_a_batch_that_fails(run, monkeypatch):
+    "A sweep goes on with its next run in the same process, which may be in float32"
+    monkeypatch.setattr(fp16, 'autocast', lambda device, dtype: torch.autocast('cpu', dtype=dtype))
+    class Fails(Callback):
+        def after_pred(self): raise RuntimeError('out of memory')
+    with pytest.raises(RuntimeError, match='out of memory'):
+        fine_tune(replace(run, beta=0, amp=True), source_model(run.arch, run.weights), cbs=[Fails()], quiet=True)
+    assert not torch.is_autocast_enabled('cpu')
 
 def test_the_scale_is_taken_up_again(run, sources, tmp_path, monkeypatch):
     def scaler(device, **kw): return torch.amp.GradScaler('cpu', init_scale=64., growth_interval=2, **kw)
@@ -382,7 +392,7 @@ def test_other_weights_in_the_same_file_have_another_fisher(run, tmp_path):
     there = []
     for seed in (0,1):
         torch.manual_seed(seed)
-        save_file(timm.create_model('test_resnet', num_classes=4).state_dict(), file)
+        save_file(network(num_classes=4).state_dict(), file)
         there.append(run_source(replace(run, weights=str(file)), tmp_path/'sources', progress=False).fisher)
     assert not torch.equal(there[0]['fc.weight'], there[1]['fc.weight'])
 
@@ -456,7 +466,7 @@ class TestWhoseFisher:
 
     def test_of_some_pictures(self, run, tmp_path):
         a,b,c = [self.fisher(replace(run, n_fisher=5, seed=s), tmp_path) for s in (1,1,2)]
-        name = 'conv1.0.weight'
+        name = 'conv1.weight'
         assert a.n_images==c.n_images==5 and torch.equal(a[name], b[name]) and not torch.equal(a[name], c[name])
         assert len(list(tmp_path.glob('*.safetensors')))==2
         with pytest.raises(ValueError, match='n_fisher=1000000'): self.fisher(replace(run, n_fisher=10**6), tmp_path)
@@ -494,7 +504,7 @@ class TestDataThatChange:
 
     @pytest.fixture
     def small(self, flowers):
-        return Run(flowers, arch='test_resnet', weights=False, size=32, bs=4, epochs=2, num_workers=0)
+        return Run(flowers, arch='tiny:network', weights=False, size=32, bs=4, epochs=2, num_workers=0)
 
     def change(self, flowers, how):
         if how=='new':
@@ -518,7 +528,7 @@ class TestDataThatChange:
     def test_what_it_rests_on(self, small, flowers, drawn_source, tmp_path, done):
         "Weights and pictures that are replaced under the same names are noticed"
         weights,source = tmp_path/'w.safetensors',tmp_path/'source'
-        model = timm.create_model('test_resnet', num_classes=6)
+        model = network(num_classes=6)
         save_file(model.state_dict(), weights)
         shutil.copytree(drawn_source, source)
         run = replace(small, weights=str(weights), source=str(source))
@@ -611,7 +621,7 @@ def test_a_line_without_validation_has_the_right_names(run, sources, tmp_path, c
 
 def test_a_batch_of_one_is_named(run):
     with pytest.raises(ValueError, match='^bs=1: BatchNorm'):
-        fine_tune(replace(run, beta=0., bs=1), source_model(run.arch, run.weights), quiet=True)
+        fine_tune(replace(run, beta=0., bs=1, size=4), source_model(run.arch, run.weights), quiet=True)
 
 def test_a_rate_that_the_recipe_ignores(tmp_path):
     (tmp_path/'grid.toml').write_text('data = "a"\nlr = 0.1\n[[arm]]\narm = "a"\nrecipe = "published"')

@@ -5,7 +5,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 from types import SimpleNamespace
-import numpy as np, pytest, timm, torch
+import numpy as np, pytest, torch
 from filelock import FileLock
 from fgvc_fisher.fisher import shards as on_shards
 from fgvc_fisher.data import read_pictures
@@ -16,6 +16,7 @@ from fgvc_fisher.learner import source_dl
 from fgvc_fisher.fisher import shard_batches, shard_fisher, stream_shards, tar_shards
 from fgvc_fisher.fisher.shards import PartialSums, TarShard
 from forks import Forked, shell
+from tiny import network
 
 def write_tar(path, pictures, labels=True, mode='w'):
     with tarfile.open(path, mode) as tar:
@@ -107,7 +108,7 @@ def test_mass_left_is_a_mean(net, tars, tmp_path):
 
 @pytest.mark.parametrize('name', ['source_dl', 'stream'])
 def test_pixels(drawn_source, tars, name):
-    model,table = timm.create_model('test_resnet', num_classes=4).eval(),read_pictures(drawn_source)
+    model,table = network(num_classes=4).eval(),read_pictures(drawn_source)
     if name=='source_dl': theirs = source_dl(table, model, 40, bs=2, num_workers=0)
     else:
         parts = stream_shards('webdataset', data_files=str(tars/'*.tar'))
@@ -549,15 +550,15 @@ def test_from_a_server(net, tars, tmp_path, monkeypatch):
 @pytest.fixture(scope='module')
 def weights(tmp_path_factory):
     file = tmp_path_factory.mktemp('weights')/'weights.pth'
-    torch.save(timm.create_model('test_resnet', num_classes=4).state_dict(), file)
+    torch.save(network(num_classes=4).state_dict(), file)
     return str(file)
 
 def test_command(tars, weights, tmp_path):
-    given = ['--arch', 'test_resnet', '--weights', weights, '--size', 32, '--device', 'cpu', '--out', tmp_path/'a']
+    given = ['--arch', 'tiny:network', '--weights', weights, '--size', 32, '--device', 'cpu', '--out', tmp_path/'a']
     there = shell('fgvc-fisher', *given, '--shards', f'{tars}/drawn-{{000000..000003}}.tar')
     assert there.code==0, there.err
     assert 'shard 3, ' in there.out and 'DiagFisher(sampled, ' in there.out and '8 images' in there.out
-    estimate_command('test_resnet', out=str(tmp_path/'b'), weights=weights, size=32, device='cpu',
+    estimate_command('tiny:network', out=str(tmp_path/'b'), weights=weights, size=32, device='cpu',
                 stream=f'webdataset:{tars}/drawn-00000[0-3].tar', num_shards=4, half=True)
     a,b = [DiagFisher.load(tmp_path/o) for o in 'ab']
     assert close(a, b, 1e-3) and a.provenance['images']=='drawn-{000000..000003}.tar'
@@ -573,7 +574,7 @@ def test_the_command_hands_its_options_on(tars, weights, tmp_path, monkeypatch):
     monkeypatch.setattr('fgvc_fisher.fisher.shards.shard_fisher', record)
     options = dict(jobs=2, engine='ray', address='auto', retries=5)
     with pytest.raises(ValueError, match='that is enough'):
-        estimate_command('test_resnet', out=str(tmp_path/'a'), weights=weights, device='cpu', shards=f'{tars}/*.tar',
+        estimate_command('tiny:network', out=str(tmp_path/'a'), weights=weights, device='cpu', shards=f'{tars}/*.tar',
                     num_shards=4, kind='exact', seed=3, bs=7, **options)
     assert given.items()>=(options | dict(shards=4, out=f'{tmp_path}/a.shards', kind='exact', seed=3, bs=7)).items()
 
@@ -587,4 +588,4 @@ def test_command_says_what_is_wrong(tars, weights, tmp_path, monkeypatch, said, 
     monkeypatch.chdir(tmp_path)
     given = {} if said=='give one of --images' or {'shards','images'} & set(options) else dict(shards=f'{tars}/*.tar')
     options = dict(weights=weights, device='cpu') | given | options
-    with pytest.raises((ValueError,OSError), match=said): estimate_command('test_resnet', **options)
+    with pytest.raises((ValueError,OSError), match=said): estimate_command('tiny:network', **options)

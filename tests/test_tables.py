@@ -232,7 +232,7 @@ def test_hidden(file, tmp_path):
 def test_what_a_learner_leaves_is_no_class(flowers):
     "fastai's `lr_find` makes the folder `models` below the data, and `save` a file in it"
     before,dls = read_image_folder(flowers/'train'),folder_dls(flowers/'train', size=32, bs=4, num_workers=0)
-    learn = aircraft_learner(dls, 'test_resnet', None)
+    learn = aircraft_learner(dls, 'tiny:network', None)
     with learn.no_bar(), learn.no_logging(): learn.lr_find(num_it=20, show_plot=False)
     assert (flowers/'train/models').is_dir() and not list((flowers/'train/models').iterdir())
     pd.testing.assert_frame_equal(read_image_folder(flowers/'train'), before)

@@ -130,7 +130,7 @@ def test_evaluation_is_not_mixed(drawn):
 def test_every_name_trains(drawn, name):
     from fgvc_fisher.learner import aircraft_learner
     dls = aircraft_dls(drawn, size=32, bs=4, transforms=name, num_workers=0)
-    learn = aircraft_learner(dls, 'test_resnet', weights=None, n_out=9 if name=='published' else None)
+    learn = aircraft_learner(dls, 'tiny:network', weights=None, n_out=9 if name=='published' else None)
     with learn.no_bar(), learn.no_logging(): learn.fit(1, 0.01)
     assert np.isfinite(learn.recorder.values[0][:2]).all()
     x,_ = dls.one_batch()
@@ -144,7 +144,7 @@ def mixing(drawn):
     "A Learner whose training pictures are mixed, in batches that leave a rest without `drop_last`"
     from fgvc_fisher.learner import aircraft_learner
     dls = aircraft_dls(drawn, size=32, bs=6, transforms='published', num_workers=0)
-    learn = aircraft_learner(dls, 'test_resnet', weights=None)
+    learn = aircraft_learner(dls, 'tiny:network', weights=None)
     with learn.no_bar(), learn.no_logging(): yield learn
 
 def test_training_pictures_are_evaluated_unmixed(mixing):

@@ -55,7 +55,7 @@ def test_paper(settings):
 
 def test_strong(settings, tiny_weights):
     small = {'cache=True, size=448, bs=16, epochs=40': 'cache=False, size=32, bs=16, epochs=1'}
-    small_network = f"arch='test_resnet', weights='{tiny_weights}'"
+    small_network = f"arch='tiny:network', weights='{tiny_weights}'"
     settings = {k: v.replace("arch='conftest:narrow_inception', weights=True", small_network)
                 for k,v in settings.items()}
     rows = walk(settings | small | {"MODE  = 'demo'": "MODE  = 'strong'"})['rows']

@@ -406,6 +406,15 @@ def _bs_named(run):
         if 'more than 1 value per channel' not in str(e): raise
         raise ValueError(f"bs={run.bs}: BatchNorm cannot train on one picture at a time here; use a larger bs") from e
 
+@contextmanager
+def _autocast_left(learn):
+    "Leave fastai's autocast where a batch ends by an error: what the process does afterwards would be in float16, too"
+    try: yield
+    except BaseException:
+        cast = getattr(getattr(learn, 'mixed_precision', None), 'autocast', None)
+        if cast and torch.is_autocast_enabled(cast.device): cast.__exit__(None, None, None)
+        raise
+
 # %% ../../nbs/experiment/run.ipynb #cf66f985
 def fine_tune(
     run:Run, # What to do
@@ -421,7 +430,7 @@ def fine_tune(
     keep,fit = KeepEpochs(run.seed, folder),RECIPES[run.recipe].fit
     learn.add_cb(keep)
     with ExitStack() as contexts:
-        for o in (_bs_named(run), distributed_training(learn)): contexts.enter_context(o)
+        for o in (_bs_named(run), _autocast_left(learn), distributed_training(learn)): contexts.enter_context(o)
         if quiet:
             for o in (learn.no_bar(), learn.no_logging(), redirect_stdout(io.StringIO())): contexts.enter_context(o)
         elif not (IN_NOTEBOOK or sys.stdout.isatty()):
