@@ -21,6 +21,9 @@ def run_elsewhere(
     "Run a notebook; the process ends with its success."
     from nbdev.test import test_nb
     from fgvc_fisher.experiment import results
+    from fgvc_fisher.explore import live
+    from piped import SUBPROCESS
+    live.subprocess = SUBPROCESS                            # trainings begin at once
     download = urllib.request.urlopen
     def urlopen(address, *args, **kwargs):
         if not str(address).startswith(ADDRESS): return download(address, *args, **kwargs)

@@ -1,5 +1,5 @@
 "The accelerator's script on a CPU, with tiny networks: every row is measured, and no row twice"
-import sys
+import gc, sys
 from pathlib import Path
 import pandas as pd, pytest, torch
 from torch.nn import functional as F
@@ -13,7 +13,9 @@ ROWS = dict(fisher=8, penalty=4, memory=6, training=6)
 def accelerator(monkeypatch):
     monkeypatch.syspath_prepend(ROOT/'benchmarks')
     import accelerator
+    gc.freeze()                                   # the script collects garbage often, and there is much to look at here
     yield accelerator
+    gc.unfreeze()
     for name in ('accelerator','fisher','penalty','warbirds'): del sys.modules[name]
 
 def tables(accelerator, out, *names):

@@ -505,11 +505,13 @@ def test_runs_of_an_arm_have_dashes_of_their_own(training):
     assert [training.view.looks[o.id] for o in runs]==looks and training.view.looks[new.id] not in looks
     assert all(panels.DASHES[o['ls']] in training_panel._key(o) for o in looks)
 
-def test_a_note_ends_with_its_run(training):
-    training.train()
-    training.train()                                   # refused
-    assert 'still in training' in training.text
-    assert 'still in training' not in training.finish() and 'Done' in training.text
+def test_a_note_ends_with_its_run(task, tmp_path):
+    p = explore_training(task, tmp_path, epochs=9)
+    p.train()
+    p.train()                                          # refused
+    assert 'still in training' in p.text
+    assert 'still in training' not in p.finish() and 'Done' in p.text
+    p.training.close()
 
 def test_a_run_that_diverged_is_a_dash(task, tmp_path):
     p = explore_training(task | dict(lr=1e6), tmp_path, epochs=2)

@@ -30,21 +30,20 @@ def test_outputs_are_those_of_the_whole_demo():
     assert f'{3*variants*per_split} pictures of {variants} variants' in kept and 'seed 3' in kept
 
 @pytest.fixture
-def settings(drawn_source, tmp_path, monkeypatch):
+def settings(drawn_source, tiny_weights, tmp_path, monkeypatch):
     "What the archive, the network, its weights, the downloads and the hours are replaced by"
     monkeypatch.setattr(matplotlib, 'use', lambda *a, **k: None)
     tree = draw_aircraft(tmp_path/'aircraft', n_variants=4, n_per_split=2, size=48)
     return {"data=untar_aircraft(keep=keep), source=untar_data(URLs.IMAGENETTE_320), arch='inception_v4'":
-                f"data='{tree}', source='{drawn_source}', arch='conftest:narrow_inception', weights=True, "
-                "num_workers=0",
+                f"data='{tree}', source='{drawn_source}', arch='tiny:network', weights='{tiny_weights}', num_workers=0",
             "OUT   = ''": f"OUT   = '{tmp_path}/out'", 'SEEDS = [1, 2, 3]': 'SEEDS = [1]', 'seconds=30': 'seconds=0'}
 
 def test_paper(settings):
-    "The whole control flow with the recipe's own outputs, transforms and schedule"
+    "The whole control flow with the recipe's own outputs, transforms and schedule; the first run's Learner as it is"
     small = {'size=299, bs=32, epochs=80': 'size=75, bs=8, epochs=1'}
     names = walk(settings | small | {"MODE  = 'demo'": "MODE  = 'paper'"})
     rows = names['rows']
-    learn = names['make_learner'](names['runs'][0], names['source'].model)
+    learn = names['make_learner'](names['runs'][0], source_model('conftest:narrow_inception', weights=None))
     assert rows.arm.tolist()==['plain', 'as published, beta = 0.0004', 'L2-SP-Fisher, strength = 0.5',
                                'as published, alpha = 0.0005']
     assert rows[['best','last','test','test_last','retention_target_bn','retention_source_bn']].notna().all(axis=None)
@@ -53,11 +52,8 @@ def test_paper(settings):
     assert len(learn.metrics)==2 and hasattr(learn, 'mixed_precision')
     assert next(learn.model.parameters()).is_contiguous(memory_format=torch.channels_last)
 
-def test_strong(settings, tiny_weights):
+def test_strong(settings):
     small = {'cache=True, size=448, bs=16, epochs=40': 'cache=False, size=32, bs=16, epochs=1'}
-    small_network = f"arch='tiny:network', weights='{tiny_weights}'"
-    settings = {k: v.replace("arch='conftest:narrow_inception', weights=True", small_network)
-                for k,v in settings.items()}
     rows = walk(settings | small | {"MODE  = 'demo'": "MODE  = 'strong'"})['rows']
     assert rows[['last','test']].isna().all(axis=None) and rows.test_last.notna().all()      # no epoch was chosen
     assert (rows.train=='trainval').all()

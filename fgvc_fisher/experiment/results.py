@@ -463,7 +463,7 @@ def _label(ax, labels, marks):
     boxes = [Bbox(to_data.transform([o-half, o+half])) for o in ax.transData.transform(marks)]
     texts = [ax.text(x, y, text, fontsize=8, color=color) for x,y,text,color in labels]
     adjust_text(texts, objects=boxes, ax=ax, force_text=(0.2,0.4), force_static=(0.5,0.5), force_explode=(0.3,0.5),
-                iter_lim=500, min_arrow_len=10, arrowprops=dict(arrowstyle='-', color='#888888', lw=0.6))
+                iter_lim=100, min_arrow_len=10, arrowprops=dict(arrowstyle='-', color='#888888', lw=0.6))
 
 # %% ../../nbs/experiment/results.ipynb #104c0de9
 def _connect(ax, runs, t, columns, target, color):

@@ -50,7 +50,7 @@ def paired(
 def _power(n, effect, level):
     "Probability that `n` pairs show a difference of `effect` standard deviations"
     t = stats.t.ppf((1+level)/2, n-1)
-    noncentrality = effect*math.sqrt(n)
+    noncentrality = effect*np.sqrt(n)
     # The lower tail is the upper tail of the mirrored distribution: `nct.cdf` is NaN for large effects
     return stats.nct.sf(t, n-1, noncentrality) + stats.nct.sf(t, n-1, -noncentrality)
 
@@ -69,6 +69,9 @@ def seeds_needed(
     if not 0<power<1: raise ValueError(f"power: expected a probability between 0 and 1, such as 0.8, not {power}.")
     if not sd: return 2
     effect = difference/sd
-    n = 2
+    few = np.arange(2, 64)                                              # usually enough, and a single call of SciPy
+    enough = _power(few, effect, level)>=power
+    if enough.any(): return int(few[enough.argmax()])
+    n = 64
     while _power(n, effect, level)<power: n *= 2
     return 2+bisect_left(range(2, n), power, key=lambda o: _power(o, effect, level))

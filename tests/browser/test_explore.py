@@ -1,4 +1,4 @@
-"The five panels in a browser: all sliders, buttons and uploads, at two widths, under Voila and in JupyterLab"
+"The panels in a browser: all sliders, buttons and uploads, five at two widths under Voila, and three in JupyterLab"
 import re
 from pathlib import Path
 import nbformat, pytest
@@ -17,6 +17,7 @@ from .drive import (
 pytestmark = pytest.mark.xdist_group('browser')
 KERNEL = dict(kernelspec=dict(name='python3', display_name='Python 3', language='python'))
 PANELS = ['penalty', 'fisher', 'published', 'training', 'classifier']
+IN_LAB = ['penalty', 'published', 'classifier']         # the training's own process would import all libraries once more
 CELLS = dict(
     penalty='explore_penalty(read_compromise(run, home, 24, 24, progress=False)'
             '.measure_grid([0.,1e-2], [0.,1e-3,1.], progress=False))',
@@ -32,9 +33,8 @@ def home(tmp_path_factory):
     read_compromise(run, home, 24, 24, progress=False)
     return home
 
-@pytest.fixture(scope='session')
-def notebook(home):
-    "All panels, one below the other"
+def written(home, panels):
+    "A notebook with some panels, one below the other"
     setup = f'''from pathlib import Path
 from fgvc_fisher.explore.compromise import read_compromise
 from fgvc_fisher.experiment import Run, draw_task
@@ -43,16 +43,17 @@ from fgvc_fisher.fisher import DiagFisher
 home = Path({str(home)!r})
 task = draw_task(home, n_variants=4, n_per_split=8, n_source=4, size=32, num_workers=0)
 run = Run(arm='plain', epochs=2, **task)'''
-    cells = [new_markdown_cell('# Five panels'), new_code_cell(setup)] + [new_code_cell(CELLS[o]) for o in PANELS]
-    (home/'notebook').mkdir()
-    nbformat.write(new_notebook(cells=cells, metadata=KERNEL), home/'notebook/panels.ipynb')
-    return home/'notebook/panels.ipynb'
+    cells = [new_markdown_cell('# Panels'), new_code_cell(setup)] + [new_code_cell(CELLS[o]) for o in panels]
+    (home/'notebooks').mkdir(exist_ok=True)
+    file = home/f'notebooks/{len(panels)}-panels.ipynb'
+    nbformat.write(new_notebook(cells=cells, metadata=KERNEL), file)
+    return file
 
 @pytest.fixture(scope='module')
-def shared(notebook, voila, browser):
+def shared(home, voila, browser):
     "The page that several tests use, one after another, and the errors it reports"
     errors = []
-    with new_page(browser, errors) as page: yield opened(open_panel(page, voila(notebook))), errors
+    with new_page(browser, errors) as page: yield opened(open_panel(page, voila(written(home, PANELS)))), errors
 
 @pytest.fixture
 def heard(shared): return shared[1]
@@ -65,11 +66,11 @@ def panel(shared, heard):
     none_of(heard, page)
 
 @pytest.fixture
-def in_lab(notebook, lab, page): return opened(run_cells(open_notebook(page, lab(notebook))))
+def in_lab(home, lab, page): return opened(run_cells(open_notebook(page, lab(written(home, IN_LAB)))), IN_LAB)
 
-def opened(page):
-    "All panels are there, each with its picture"
-    for o in PANELS: page.locator(f'.fgvc-{o} img.widget-image').first.wait_for(timeout=120_000)
+def opened(page, panels=PANELS):
+    "The panels are there, each with its picture"
+    for o in panels: page.locator(f'.fgvc-{o} img.widget-image').first.wait_for(timeout=120_000)
     return page
 
 def first(page, name): # Number of a panel's first picture on the page
