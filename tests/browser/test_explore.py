@@ -17,7 +17,7 @@ from .drive import (
 pytestmark = pytest.mark.xdist_group('browser')
 KERNEL = dict(kernelspec=dict(name='python3', display_name='Python 3', language='python'))
 PANELS = ['penalty', 'fisher', 'published', 'training', 'classifier']
-IN_LAB = ['penalty', 'published', 'classifier']         # the training's own process would import all libraries once more
+IN_LAB = ['penalty', 'published', 'classifier']        # the training's own process would import all libraries again
 CELLS = dict(
     penalty='explore_penalty(read_compromise(run, home, 24, 24, progress=False)'
             '.measure_grid([0.,1e-2], [0.,1e-3,1.], progress=False))',
