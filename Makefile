@@ -6,10 +6,8 @@ BROWSER_READY := .venv/.browser-ready
 IPYWIDGETS7 := .venv/ipywidgets7
 PANEL_TESTS := tests/test_panels.py tests/test_explore.py tests/test_messages.py
 
-# Three at a time: on two cores that took 1,237 s instead of 1,460, since many tests wait for other processes. The GNU C
-# library keeps its memory, as the commands tell it to: giving it back costs time at every step of a training.
-KEEP := MALLOC_TRIM_THRESHOLD_=1000000000 MALLOC_MMAP_THRESHOLD_=1000000000
-PYTEST := OMP_NUM_THREADS=1 $(KEEP) $(BIN)/python -m pytest -n 3 --dist loadgroup
+# Three at a time: on two cores that took 1,237 s instead of 1,460, since many tests wait for other processes
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadgroup
 
 .PHONY: lint demo app test test-all notebooks pytest coverage browser test-browser test-ipywidgets7 site sync in-sync clean
 
@@ -25,9 +23,9 @@ demo/report.html: $(READY)
 test: notebooks pytest    ## Every notebook from top to bottom, then the tests that are neither slow nor need a browser: minutes
 
 test-all:    ## Everything: the tests with the slow ones, which run every notebook in an empty folder, the documentation's links, the panels in a browser and with Colab's ipywidgets, and whether all is in sync
-	$(MAKE) -j 2 lint site browser $(IPYWIDGETS7)
+	$(MAKE) -j 2 lint browser $(IPYWIDGETS7)
 	$(PYTEST) -m ''
-	$(MAKE) -j 2 test-ipywidgets7 in-sync
+	$(MAKE) -j 2 test-ipywidgets7 in-sync site
 
 notebooks: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/nbdev-test --n-workers 2 --timing
