@@ -2,6 +2,7 @@
 import importlib, os
 from pathlib import Path
 import pytest, timm, torch
+from fastai.callback import fp16
 from fastai.callback.fp16 import MixedPrecision
 from safetensors.torch import save_file
 from torch.amp import GradScaler, autocast
@@ -91,6 +92,11 @@ def narrow_inception(**kw):
     model.num_features //= 16
     model.reset_classifier(model.num_classes)
     return model
+
+@pytest.fixture
+def autocast_on_cpu(monkeypatch):
+    "fastai's mixed precision casts on the processor, not on CUDA"
+    monkeypatch.setattr(fp16, 'autocast', lambda device, dtype: torch.autocast('cpu', dtype=dtype))
 
 class OnCpu(MixedPrecision):
     "fastai's mixed precision, which knows CUDA alone, on a CPU"

@@ -47,15 +47,15 @@ def test_fisher_of_real_weights_against_autograd(photos, mobilenet_075):
 
 @pytest.mark.slow
 def test_kinds_on_photographs_agree_as_their_errors_say(photos, mobilenet_075):
-    dl = source_dl(read_pictures(photos/'data/imagenet_sample')[:36], mobilenet_075, size=64, bs=6, num_workers=2)
+    dl = source_dl(read_pictures(photos/'data/imagenet_sample')[:40], mobilenet_075, size=64, num_workers=2)
     sampled = estimate_fisher(mobilenet_075, dl, n_samples=3, progress=False)
-    exact = estimate_fisher(mobilenet_075, dl, kind='exact', mass=0.5, progress=False)
-    assert exact.n_images==sampled.n_images==36 and 0 < float(exact.provenance['mass_left']) < 0.5
+    exact = estimate_fisher(mobilenet_075, dl, kind='exact', mass=0.7, progress=False)
+    assert exact.n_images==sampled.n_images==40 and 0 < float(exact.provenance['mass_left']) < 0.3
     a,b = sampled.error().loc['total'],exact.error().loc['total']
     assert abs(a.total-b.total) < 4*(a.error**2+b.error**2)**0.5 + 0.3*b.total
     assert not exact.coverage().rule.str.startswith('the whole network').any()
     stopped = estimate_fisher(mobilenet_075, dl, target_error=2*sampled.error().relative['total'], progress=False)
-    assert 30 <= stopped.n_images < 36
+    assert 30 <= stopped.n_images < 40
 
 def test_retention_of_the_source_itself_is_its_accuracy(photos, mobilenet_075):
     pictures = read_pictures(photos/'data/imagenet_sample')[:64]

@@ -279,9 +279,8 @@ def test_a_bad_grid_is_named(text, named, tmp_path):
 
 # Mixed precision, as on the T4, with the processor's own float16
 
-def test_half_precision_and_channels_last(run, sources, tmp_path, monkeypatch):
+def test_half_precision_and_channels_last(run, sources, tmp_path, autocast_on_cpu, monkeypatch):
     seen = []
-    monkeypatch.setattr(fp16, 'autocast', lambda device, dtype: torch.autocast('cpu', dtype=dtype))
     monkeypatch.setattr(fp16, 'GradScaler', lambda device, **kw: torch.amp.GradScaler('cpu', init_scale=1024., **kw))
     class Look(Callback):
         order = 5
@@ -292,18 +291,16 @@ def test_half_precision_and_channels_last(run, sources, tmp_path, monkeypatch):
     row = do_run(run, tmp_path/'run', sources, [Look()], quiet=True)
     assert math.isfinite(row['last']) and set(seen)=={(torch.float16, True)}
 
-def test_autocast_ends_with_a_batch_that_fails(run, monkeypatch):
+def test_autocast_ends_with_a_batch_that_fails(run, autocast_on_cpu):
     "A sweep goes on with its next run in the same process, which may be in float32"
-    monkeypatch.setattr(fp16, 'autocast', lambda device, dtype: torch.autocast('cpu', dtype=dtype))
     class Fails(Callback):
         def after_pred(self): raise RuntimeError('out of memory')
     with pytest.raises(RuntimeError, match='out of memory'):
         fine_tune(replace(run, beta=0, amp=True), source_model(run.arch, run.weights), cbs=[Fails()], quiet=True)
     assert not torch.is_autocast_enabled('cpu')
 
-def test_the_scale_is_taken_up_again(run, sources, tmp_path, monkeypatch):
+def test_the_scale_is_taken_up_again(run, sources, tmp_path, autocast_on_cpu, monkeypatch):
     def scaler(device, **kw): return torch.amp.GradScaler('cpu', init_scale=64., growth_interval=2, **kw)
-    monkeypatch.setattr(fp16, 'autocast', lambda device, dtype: torch.autocast('cpu', dtype=dtype))
     monkeypatch.setattr(fp16, 'GradScaler', scaler)
     run = replace(run, amp=True, epochs=2)
     do_run(run, tmp_path/'whole', sources, quiet=True)

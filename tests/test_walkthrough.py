@@ -82,9 +82,8 @@ def test_two_sessions_with_a_drive(tmp_path, monkeypatch, capsys):
     assert len(names)==5*len(second['runs'])+4                            # weights, Fisher, accuracy before, SHA256SUMS
 
 @pytest.mark.parametrize('scale,is_skipped', [(1., False), (1024., True)])
-def test_float16_of_the_whole_network(scale, is_skipped, drawn, monkeypatch):
+def test_float16_of_the_whole_network(scale, is_skipped, drawn, autocast_on_cpu, monkeypatch):
     "Two steps under float16 and channels-last on the processor, all layers of Inception-v4; gradients may overflow"
-    monkeypatch.setattr(fp16, 'autocast', lambda device, dtype: torch.autocast('cpu', dtype=dtype))
     monkeypatch.setattr(fp16, 'GradScaler', lambda device, **kw: torch.amp.GradScaler('cpu', init_scale=scale, **kw))
     run = Run(drawn, 'as published', step='published', beta=4e-4, l2sp=0.004, arch='conftest:narrow_inception',
               recipe='published', transforms='published', amp=True, size=75, bs=8, epochs=1, num_workers=0)
