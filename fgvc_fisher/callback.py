@@ -235,6 +235,7 @@ def begin(self:L2SPFisherCallback):
     if not any(id(p) in trained for p in params):
         raise ValueError("the optimizer has none of the model's parameters, so nothing would be trained: call "
                          "learn.create_opt() after replacing learn.model")
+    self.warned = False
     if is_penalty_of(self.penalty, self.learn.model): return
     if self.anchor is None and any(isinstance(cb, SkipToEpoch) for cb in self.learn.cbs):
         raise ValueError("training resumes at a later epoch, so the current parameters cannot serve as the anchor: "
@@ -248,7 +249,6 @@ def begin(self:L2SPFisherCallback):
     self.penalty = _make_penalty(self, self.learn.model)
     self.home = weakref.ref(self.learn)
     if _shares_memory(self.anchor, self.learn.model): self.anchor = self.penalty.anchor    # it moves with the model
-    self.warned = False
     if is_first_process: print('L2SPFisherCallback:', self.penalty.summary())
 
 # %% ../nbs/callback.ipynb #87e55e23

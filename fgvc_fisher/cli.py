@@ -135,12 +135,15 @@ def fgvc_demo(
     print('', show_table(found).to_string(), *sentences, f'The report: {Path(out)/"report.html"}', sep='\n\n')
 
 # %% ../nbs/cli.ipynb #d19271ac
+def _is_there(path):
+    "Is there such a file or folder? An empty name would be the current folder"
+    return bool(str(path).strip()) and Path(path).exists()
 def _check_finetune(data, source, fisher_from, beta, strength, out='.'):
     "`ValueError` for what is missing, ignored or cannot be written, before a network is made."
     _check_out_folder(out)
     for name,path in dict(data=data, source=source).items():
-        if not path or Path(path).exists(): continue
-        raise FileNotFoundError(f"--{name} {path}: there is no such file or folder")
+        if _is_there(path) or name=='source' and not path: continue
+        raise FileNotFoundError(f"--{name} {str(path)!r}: there is no such file or folder")
     if (beta>0 or strength>0) and not source and fisher_from=='source':
         given = f'--beta {beta:g}' if beta>0 else f'--strength {strength:g}'
         raise ValueError(
@@ -233,7 +236,7 @@ def fgvc_predict(
     "Write the most probable classes of pictures. Those that cannot be decoded are named and left out."
     pictures = [pictures] if isinstance(pictures, str) else pictures
     for o in (run, *pictures):
-        if not Path(o).exists(): raise FileNotFoundError(f"{o}: there is no such file or folder")
+        if not _is_there(o): raise FileNotFoundError(f"{str(o)!r}: there is no such file or folder")
     _check_out_file(out, '.csv', the_list_of_pictures=pictures, a_file_of_the_run=[Path(run)/'curve.csv'])
     from fgvc_fisher.distributed.files import write_text
     from fgvc_fisher.experiment.predict import load_run, predict

@@ -17,6 +17,7 @@ def changed(
 def run_elsewhere(
     notebook, # Its file, in the folder where it runs
     folder, # The folder of the repository's results, in place of a download
+    skip, # Which cells not to run: nbdev's flags
 ):
     "Run a notebook; the process ends with its success."
     from nbdev.test import test_nb
@@ -29,5 +30,5 @@ def run_elsewhere(
         if not str(address).startswith(ADDRESS): return download(address, *args, **kwargs)
         return io.BytesIO((Path(folder)/address.removeprefix(ADDRESS)).read_bytes())
     urllib.request.urlopen = results.urlopen = urlopen      # for what the notebook imports, and what is there already
-    passed,_ = test_nb(notebook, skip_flags=['slow', 'cuda'], profile=False)
+    passed,_ = test_nb(notebook, skip_flags=skip, profile=False)
     sys.exit(not passed)

@@ -125,6 +125,9 @@ def plain(path): folder(path/'flowers')
 def beside_a_list(path):
     picture(path/'flowers/0.png', 0)
     listed(path/'flowers/list.csv', ['0.png,rose'], 'path,label')
+def in_a_folder_beside_a_list(path):
+    for i in range(4): picture(path/f'flowers/images/{i}.png', i)
+    listed(path/'flowers/list.csv', ['images/0.png,rose'], 'path,label')
 
 WRONG = [(one_class, [], "one class, 'rose'"), (no_picture, [], 'no pictures'), (in_two_splits, [], 'two splits'),
          (single_pictures, [], '30 classes has a single'), (archive, ['--data', 'flowers.zip'], 'unpack'),
@@ -134,6 +137,7 @@ WRONG = [(one_class, [], "one class, 'rose'"), (no_picture, [], 'no pictures'), 
          (other_columns, ['--data', 'list.csv'], 'file, species'), (plain, ['--level', 'family'], "level='family'"),
          (plain, ['--label', 'species'], "label='species'"), (plain, ['--form', 'aircraft'], 'FGVC-Aircraft'),
          (plain, ['--form', 'table'], "form='table'"), (beside_a_list, [], 'list.csv'),
+         (in_a_folder_beside_a_list, [], 'list.csv'), (plain, ['--data', ''], "--data ''"),
          (plain, ['--train', 'exam'], 'exam'), (plain, ['--test', 'exam'], 'exam'),
          (plain, ['--fraction', '0'], 'fraction=0'), (plain, ['--fraction', '1.5'], 'fraction=1.5'),
          (plain, ['--source', 'flowers/nowhere'], 'nowhere'), (plain, ['--fisher-from', 'source', '--strength', '1'],

@@ -54,8 +54,9 @@ def test_install_cell(name):
 @pytest.mark.parametrize('name', ['index', *[o for o in OPENED if o!='explore']])   # the browser's tests open that one
 def test_from_an_empty_folder(name, tmp_path):
     "nbdev's own test of a notebook, without the repository around it; the process has the package already"
+    skip = ['slow', 'cuda'] if name=='walkthrough' else ['cuda']          # whole, it trains for long
     shutil.copy(ROOT/f'nbs/{name}.ipynb', tmp_path)
-    process = Forked(run_elsewhere, tmp_path/f'{Path(name).name}.ipynb', ROOT/'results', cwd=tmp_path)
+    process = Forked(run_elsewhere, tmp_path/f'{Path(name).name}.ipynb', ROOT/'results', skip, cwd=tmp_path)
     assert process.wait(300)==0, (process.out+process.err)[-3000:]
 
 @pytest.fixture

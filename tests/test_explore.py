@@ -305,7 +305,11 @@ def test_published_without_runs_and_smoothed():
     assert p.text
 
 def test_published_colours_are_those_of_the_arms():
+    "Beside a run's name are the colour and the dashes of its curve"
     view = published._PublishedView()
+    def look(line): return line.get_color(), line._dash_pattern, line.get_linewidth()
+    keys = [o for o in view.bars.axes.lines if len(o.get_xdata())==2]
+    assert list(map(look, keys))==list(map(look, view.lines.values()))
     for run,arm in {'new-0-0': 'plain', 'new-0.0004-0': 'as published', 'new-0-0.0005': 'L2'}.items():
         assert view.lines[run].get_color()==style(arm)['color']
 
@@ -363,6 +367,14 @@ def test_curves_follow_the_training(training):
     training.stop()
     shown_until(training, lambda: training.echo.asked is None)
     assert not training.buttons['train'].disabled and training.buttons['stop'].disabled
+
+def test_a_press_waits_for_a_slider_that_is_on_its_way(training):
+    "While a move is drawn the front end keeps the next one, and sends a press"
+    training.buttons['train'].click()
+    training.buttons['train'].click()
+    training.controls['lr'].value = 0.01
+    shown_until(training, lambda: training.training.run)
+    assert training.training.run.lr==0.01 and 'still in training' not in training.text
 
 def test_a_training_that_was_waited_for_is_drawn(training):
     "`wait` has heard the news before the panel"

@@ -118,14 +118,16 @@ def test_any_format_and_equal_names(tmp_path):
     assert len(set(small.path))==10 and {open_picture(o).mode for o in small.path}=={'RGB'}
     assert {o.parent.parent for o in small.path}=={tmp_path/'p_40'}
 
-def test_two_data_sets_share_no_copies(tmp_path):
+def test_two_data_sets_share_no_copies(tmp_path, monkeypatch):
     "Same folder for the copies, same file names, other pictures"
+    for o in ('HOME','USERPROFILE'): monkeypatch.setenv(o, str(tmp_path))
     tables = []
     for i,name in enumerate('ab'):
         (tmp_path/name/'images').mkdir(parents=True)
         photo(i).save(tmp_path/name/'images/1.jpg', quality=98)
         tables.append(pd.DataFrame({'path': [tmp_path/name/'images/1.jpg']}))
-    a,b = [cache(o, 40, dest=tmp_path/'copies') for o in tables]
+    a,b = [cache(o, 40, dest='~/copies') for o in tables]
+    assert a.path[0].is_relative_to(tmp_path/'copies')
     assert a.path[0]!=b.path[0] and abs(pixels(a.path[0])-pixels(b.path[0])).mean()>10
     assert not (tmp_path/'a/images_40').exists()
 

@@ -6,13 +6,16 @@ from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
 from fastai.callback import fp16
 from fastai.callback.core import Callback
+from fastai.callback.tracker import EarlyStoppingCallback
 from filelock import FileLock
 from safetensors.torch import load_file, save_file
+from fgvc_fisher.data.synthetic import draw_source
 from fgvc_fisher.data.tables import pictures_in
-from fgvc_fisher.experiment import Run, do_run, fine_tune, grid, read_grid, sweep
+from fgvc_fisher.experiment import Run, do_run, fine_tune, grid, load_run, read_grid, sweep, table
 from fgvc_fisher.experiment.results import read_errors
-from fgvc_fisher.experiment.run import KeepEpochs, make_learner, read_run, run_source
+from fgvc_fisher.experiment.run import KeepEpochs, check_paths, make_learner, read_run, run_source
 from fgvc_fisher.experiment.sweeps import _Progress
+from fgvc_fisher.explore.live import Training
 from fgvc_fisher.learner import source_model
 from forks import Forked
 from tiny import network
@@ -255,7 +258,8 @@ def test_a_line_is_printed_in_a_quiet_training(runs, tmp_path, capsys):
 
 def test_invalid_arguments_of_a_sweep(runs, tmp_path):
     with pytest.raises(ValueError, match='jobs=0'): sweep(runs, tmp_path, jobs=0)
-    with pytest.raises(ValueError, match='runs'): sweep([], tmp_path)
+    for wrong in ([], [dict(arm='a')], 'runs'):
+        with pytest.raises(ValueError, match='runs'): sweep(wrong, tmp_path)
 
 @pytest.mark.parametrize('track', ['tensorboard', 'wandb'])
 def test_trackers(track, runs, tmp_path, monkeypatch):
@@ -318,6 +322,34 @@ def test_a_run_that_diverges_at_once_does_not_end_the_sweep(run, runs, tmp_path,
     assert rows.arm.tolist()==['wild','plain'] and math.isnan(rows['last'][0]) and rows['last'][1]>=0
     assert re.search(r'wild.*42.*diverge', capsys.readouterr().out)
 
+def test_a_callback_that_ends_the_training(run, tiny_done, sources, tmp_path):
+    "Its loss is finite, so this is no divergence; nothing is lost. A single callback needs no list"
+    early = EarlyStoppingCallback('accuracy', min_delta=1., patience=1)
+    with pytest.raises(ValueError, match='epoch 1.*of 3'): do_run(run, tmp_path, sources, early, quiet=True)
+    do_run(run, tmp_path, sources, quiet=True)
+    same(tiny_done, tmp_path)
+
+def test_a_tilde_is_the_home_folder(run, tiny_done, tmp_path, monkeypatch):
+    for o in ('HOME','USERPROFILE'): monkeypatch.setenv(o, str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny_done, tmp_path/'out/runs'/run.id)
+    assert len(sweep(run, '~/out', quiet=True))==len(table('~/out'))==1
+    assert do_run(run, f'~/out/runs/{run.id}', quiet=True)['id']==read_run(f'~/out/runs/{run.id}').id
+    assert Training('~/out').known()
+    assert load_run(f'~/out/runs/{run.id}') and draw_source('~/drawn', 2, 1, 48)==tmp_path/'drawn'
+    assert not (tmp_path/'~').exists()
+
+def test_the_same_run_under_other_paths(run, tiny_done, tmp_path, monkeypatch):
+    "As from another working directory: it is not done a second time"
+    shutil.copytree(tiny_done, tmp_path/'out/runs'/run.id)
+    monkeypatch.chdir(Path(run.data).parent)
+    relative = replace(run, data=Path(run.data).name)
+    for other,said in ((relative, f'data = {run.data!r} instead of {relative.data!r}'),
+                       (replace(run, num_workers=1), 'num_workers = 0 instead of 1')):
+        with pytest.raises(ValueError, match=f'{run.id}.*{said}'): sweep([run, other], tmp_path/'out', quiet=True)
+    for other in (run, replace(run, data='nowhere'), replace(relative, weights=False), replace(relative, lr=0.1)):
+        check_paths([other], tmp_path/'out')
+
 def test_what_a_dying_process_left_is_tidied_up(run, tiny_done, tmp_path):
     folder = tmp_path/'runs'/run.id
     shutil.copytree(tiny_done, folder)
@@ -347,7 +379,7 @@ def test_the_curve_is_whole_where_the_checkpoint_is(run, tiny_done, sources, tmp
     (dict(valid='', test=''), 'valid'), (dict(recipe='strong', transforms='published'), "recipe='strong'"),
     (dict(step='published', freeze_bn=True), "step='published'"), (dict(num_workers=1.5), 'num_workers=1.5'),
     (dict(num_workers=-1), 'num_workers=-1'), (dict(seed=-1), 'seed=-1'),
-    (dict(data=['a','b']), 'data=')])
+    (dict(data=['a','b']), 'data='), (dict(weights=''), "weights=''")])
 def test_nonsense_is_refused_at_once(wrong, named):
     with pytest.raises(ValueError, match=re.escape(named)): Run(**dict(data='tree') | wrong)
 

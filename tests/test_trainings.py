@@ -42,8 +42,8 @@ def learner(model, *cbs, train=None, loss=None, **kwargs):
     kwargs = dict(loss_func=loss or CrossEntropyLossFlat(), opt_func=partial(SGD, mom=0.9), metrics=accuracy) | kwargs
     return Learner(dls, model, cbs=cbs, **kwargs)
 
-def fit(learn, *cbs, n=1, **kwargs):
-    with learn.no_bar(), learn.no_logging(): learn.fit(n, 0.1, cbs=cbs, **kwargs)
+def fit(learn, *cbs, n=1, lr=0.1, **kwargs):
+    with learn.no_bar(), learn.no_logging(): learn.fit(n, lr, cbs=cbs, **kwargs)
     return learn
 
 def row(learn, i=-1): return dict(zip(learn.recorder.metric_names[1:], learn.recorder.values[i]))
@@ -93,6 +93,13 @@ def test_added_twice(source, fisher):
     for again in (lambda: learn.add_cb(cb), lambda: fit(learn, cb)):
         with pytest.raises(ValueError, match='L2SPFisherCallback.*already'): again()
     assert row(fit(learn))==row(fit(learner(tunable(source), L2SPFisherCallback(fisher=fisher))))
+
+def test_each_training_warns_that_it_diverges(source, fisher):
+    "Once; also after `lr_find`, which tries rates that diverge"
+    learn = learner(tunable(source), L2SPFisherCallback(fisher=fisher, step='grad', anchor=source))
+    for n in (1,2):
+        with pytest.warns(UserWarning, match='diverges') as found: fit(learn, n=n, lr=100.)
+        assert sum('diverges' in str(o.message) for o in found)==1
 
 def test_an_optimizer_of_another_model(source, fisher):
     cb = L2SPFisherCallback(fisher=fisher)

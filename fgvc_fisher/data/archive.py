@@ -189,10 +189,11 @@ def untar_aircraft(
     """Download and unpack FGVC-Aircraft, unless it is there already. The next call resumes an interrupted download.
     Raises `FileNotFoundError` if there is nothing at `url`, `ConnectionError` if the download fails, `ValueError` if
     the archive is damaged, unsafe or another one, and `OSError` if a disk is full or the copy did not arrive."""
-    dest = Path(dest or fastai_path('data'))
+    dest = Path(dest or fastai_path('data')).expanduser()
+    url = os.path.expanduser(url)
     if quiet is None: quiet = bool(os.environ.get('CI'))
     if size is None and url==URL: size = SIZE
-    keep = Path(keep) if keep else None
+    keep = Path(keep).expanduser() if keep else None
     if keep and not keep.is_dir():
         raise FileNotFoundError(f"keep={keep}: there is no such folder; mount the Drive, or make the folder")
     dest.mkdir(parents=True, exist_ok=True)

@@ -89,7 +89,10 @@ def _check_leaks(table, path, held_out=False):
 # %% ../../nbs/data/forms.ipynb #f0a50010
 def _read_folder(path):
     "`read_image_folder`, whose errors also name a CSV file that lies there"
-    try: return read_image_folder(path)
+    try:
+        table = read_image_folder(path)
+        _check_classes(table, path)
+        return table
     except (ValueError, FileNotFoundError) as e:
         lists = sorted(o for o in path.glob('*.csv')) if path.is_dir() else []
         if not lists: raise

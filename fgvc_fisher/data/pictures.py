@@ -290,6 +290,7 @@ def cache_table(
     if not isinstance(short_side, int) or short_side<1:
         raise ValueError(f"short_side={short_side!r} must be a whole number of pixels above 0")
     cuts = _cuts(table)                                              # before there is a folder
+    dest = Path(dest).expanduser() if dest else dest
     folder = _copies_folder(common, table, short_side, dest)
     _check_copies(folder)
     try: folder.mkdir(parents=True, exist_ok=True)

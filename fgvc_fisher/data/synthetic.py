@@ -616,7 +616,7 @@ def draw_aircraft(
 ) -> Path:                 # `path`; the lists are in `path/data`, the pictures in `path/data/images`
     """Draw an FGVC-Aircraft tree. Raises `ValueError` for invalid arguments, and `FileExistsError` if something else is
     at `path`."""
-    path = Path(path)
+    path = Path(path).expanduser()
     n, each = need('n_variants', n_variants, 2, 120), need('n_per_split', n_per_split, 1, 100_000)
     size, seed = need('size', size, 48, 1024), need('seed', seed, 0, 2**63)
     made = dict(drawn='aircraft', format=1, n_variants=n, n_per_split=each, size=size, seed=seed)
@@ -644,7 +644,7 @@ def draw_source(
 ) -> Path:                        # `path`; `path/labels.csv` has the columns path, class_index, name and split
     """Draw pictures to pretrain on. Raises `ValueError` for invalid arguments, and `FileExistsError` if something else
     is at `path`."""
-    path = Path(path)
+    path = Path(path).expanduser()
     n, each = need('n_classes', n_classes, 2, len(SOURCE)), need('n_per_split', n_per_split, 1, 100_000)
     size, seed = need('size', size, 48, 1024), need('seed', seed, 0, 2**63)
     made = dict(drawn='source', format=1, n_classes=n, n_per_split=each, size=size, seed=seed)

@@ -28,7 +28,7 @@ def aircraft_root(
     path:str|Path, # Folder that the archive was unpacked to, the archive's own folder, or its `data` folder
 )->Path: # The folder with `images/` and the text files
     "Find the root of the FGVC-Aircraft tree in `path`. Raises `FileNotFoundError` if there is none."
-    candidates = [Path(path)/o for o in ('.', 'data', 'fgvc-aircraft-2013b/data')]
+    candidates = [Path(path).expanduser()/o for o in ('.', 'data', 'fgvc-aircraft-2013b/data')]
     for root in candidates:
         if (root/'images').is_dir() and (root/'variants.txt').is_file(): return root
     raise FileNotFoundError(f"{path} is not an FGVC-Aircraft tree: looked for images/ and variants.txt in "

@@ -66,7 +66,7 @@ def draw_task(
     tick:Callable=lambda: None, # Called after each epoch of the pretraining
 )->dict: # Fields of a `Run`: the pictures, the network and its weights
     "Draw a source, pretrain on it, draw the target: families of aircraft."
-    out = Path(out)
+    out = Path(out).expanduser()
     source = draw_source(out/'source', n_per_split=n_source, size=96, seed=seed)
     weights = out/f'source-{size}.safetensors'
     if not weights.exists():
@@ -185,7 +185,7 @@ def demo(
     **kwargs # To `draw_task`
 )->tuple: # The table, from `table`, and the conclusions, a list of sentences
     "The method from drawn pictures to a report: seven arms, each with several seeds."
-    out = Path(out)
+    out = Path(out).expanduser()
     with progress_bar(total=EPOCHS, desc='pictures and source network', unit='epoch', leave=False) as bar:
         if bar.disable: print('Drawing pictures, and pretraining a small network on the source ...', flush=True)
         task = draw_task(out, seed=seed, tick=bar.update, **dict(num_workers=0) | kwargs)

@@ -216,7 +216,7 @@ def _check_folders(out, keep, every):
             raise ValueError(f"{name}: {scheme[0]}/ is an address; name a folder, such as one on a mounted Drive")
     if os.name=='nt': raise ValueError("keep: Windows cannot replace a file that is being copied; copy `out` by hand")
     if not isinstance(every, (int,float)) or not every>0: raise ValueError(f"every={every!r}: give seconds above 0")
-    out,keep = Path(out),Path(keep)
+    out,keep = Path(out).expanduser(),Path(keep).expanduser()
     a,b = out.resolve(),keep.resolve()
     if a==b or a in b.parents or b in a.parents:
         raise ValueError(f"keep={keep} and out={out}: one of them is in the other; use two separate folders")

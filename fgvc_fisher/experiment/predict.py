@@ -63,7 +63,7 @@ def load_run(
 )->Learner: # Its `predict` takes the name of a file, among others
     """The model of a run, with the weights after its last epoch. Raises `FileNotFoundError` if the run is not finished,
     `ValueError` if it diverged or is from another version."""
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     run = _check_done(folder)
     if pictures and head=='source': raise ValueError("pictures=True: the run's pictures have no labels of its source")
     model,classes,temperature = load_model(folder/'model.safetensors', run.arch, head)

@@ -34,7 +34,7 @@ def _sort_key(run):
     return *strengths, *names, run['seed']
 def _folders(out):
     "The folder and the settings of every run, sorted"
-    runs = Path(out)/'runs'
+    runs = Path(out).expanduser()/'runs'
     if not runs.is_dir():
         raise FileNotFoundError(f"There is no folder {runs}. Pass the folder that the experiment was written to.")
     found = [(o.parent, read_json(o)) for o in sorted(runs.glob('*/run.json'))]

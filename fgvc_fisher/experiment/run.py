@@ -6,7 +6,8 @@ Docs: https://fgvc-fisher.github.io/fgvc_fisher/experiment/run.html.md"""
 
 # %% auto #0
 __all__ = ['RECIPES', 'Recipe', 'Run', 'read_run', 'read_target', 'data_of', 'run_dls', 'make_learner', 'KeepEpochs', 'fine_tune',
-           'run_arm', 'SourceBundle', 'run_source', 'machine_name', 'check_data', 'do_claimed_run', 'do_run']
+           'run_arm', 'SourceBundle', 'run_source', 'machine_name', 'check_data', 'check_paths', 'do_claimed_run',
+           'do_run']
 
 # %% ../../nbs/experiment/run.ipynb #8b996043
 import hashlib, io, json, math, platform, random, re, sys, time
@@ -30,6 +31,7 @@ from fastai.learner import Learner, SkipToEpoch
 from fastai.losses import LabelSmoothingCrossEntropyFlat
 from fastai.torch_core import default_device, get_model, no_random, set_seed
 from fastcore.basics import patch
+from fastcore.foundation import L
 from fastcore.imports import IN_NOTEBOOK
 from fastcore.parallel import num_cpus
 from safetensors import SafetensorError
@@ -57,7 +59,7 @@ from ..retention import accuracy_on, compare_with_source, source_parts
 from .paper import AsPublished, fit_published, published_learner
 from .saved import save_model, temperature_on
 from fgvc_fisher.experiment.store import (
-    claim_data, claim_folder, data_facts, has_begun, read_checkpoint, read_result,
+    MAY_DIFFER, claim_data, claim_folder, data_facts, has_begun, read_checkpoint, read_result,
     save_checkpoint, save_weights, tidy_folder, write_result
 )
 
@@ -105,6 +107,7 @@ def _check_fields(run):
     for name,known in _CHOICES.items():
         v = getattr(run, name)
         if v not in known: raise ValueError(f"{name}={v!r}: choose from {', '.join(known)}")
+    if run.weights=='': raise ValueError("weights='': give a file, True for timm's own or False for random ones")
     if not 0<run.fraction<=1: raise ValueError(f"fraction={run.fraction}: must be above 0 and at most 1")
     if not 0<=run.seed<2**32: raise ValueError(f"seed={run.seed}: must be from 0 to {2**32-1:,}")
     if run.num_workers is not None and run.num_workers<0:
@@ -207,9 +210,9 @@ def read_run(
     folder:str|Path, # Of a run
 )->Run:
     "The run that a folder belongs to. Raises `FileNotFoundError`, and `ValueError` for another version's run."
-    file = Path(folder)/'run.json'
+    file = Path(folder).expanduser()/'run.json'
     if not file.is_file(): raise FileNotFoundError(f"{folder} is not the folder of a run: it has no run.json")
-    values = read_json(Path(folder)/'run.json')
+    values = read_json(file)
     unknown = sorted(values.keys()-{o.name for o in fields(Run)})
     if unknown or 'data' not in values:
         raise ValueError(f"{file} is from another version of this package ({', '.join(unknown) or 'data is missing'}): "
@@ -388,6 +391,18 @@ def resume(self:KeepEpochs)->int: # The epoch to begin with; 0 without a checkpo
     self.start = len(self.rows)
     return self.start
 
+# %% ../../nbs/experiment/run.ipynb #be43ec56
+@patch
+def after_cancel_fit(self:KeepEpochs):
+    "Raise `ValueError` if the loss is finite in all processes: then another callback has ended the training."
+    is_finite = self.learn.loss.detach().isfinite().all()
+    if processes()[0]>1:
+        from accelerate.utils import reduce
+        is_finite = reduce(is_finite.float(), 'mean')==1
+    if is_finite:
+        raise ValueError(f"a callback ended the training in epoch {self.epoch} (from 0) of {self.n_epoch}, but a run "
+                         "trains all its epochs: leave that callback out, and the same call continues")
+
 # %% ../../nbs/experiment/run.ipynb #70adc006
 def _print_epoch(learn, values):
     "A line for an epoch, in a file or a pipe"
@@ -421,7 +436,7 @@ def fine_tune(
     source:nn.Module, # The source model, with its weights; not changed
     fisher:DiagFisher|None=None, # Of the source model, for a run that `needs_fisher`
     folder:str|Path|None=None, # Where to write what it takes to resume, and to resume from; None: nothing is written
-    cbs:Iterable=(), # Further callbacks
+    cbs:Iterable=(), # Further callbacks, or one
     quiet:bool=False, # Show no bars and no tables?
     target:pd.DataFrame|None=None, # From `read_target`; default: read it
 )->Learner: # After the training, or after the step whose loss was not finite; `learn.keep_epochs` has the curve
@@ -443,7 +458,7 @@ def fine_tune(
             with learn.removed_cbs(keep): fit(learn, replace(run, epochs=1))
             learn.unfreeze()
             learn.opt = None
-        fit(learn, run, start_epoch=start, cbs=list(cbs))
+        fit(learn, run, start_epoch=start, cbs=L(cbs))
     return learn
 
 # %% ../../nbs/experiment/run.ipynb #cda11aa7
@@ -575,7 +590,7 @@ def run_source(
     with no_random(): model = source_model(run.arch, run.weights or None)    # random weights are always the same
     check_logits(model)
     model = channels_last(model.to(default_device()), run.size)
-    shared = Path(shared)
+    shared = Path(shared).expanduser()
     for_fisher,for_retention = source_parts(table) if run.source else (None,None)
     of_pictures = (pictures_digest(table, run.source),) if run.source else ()
     key = _key(run.arch, weights_sha256(model), run.source, run.size, *of_pictures)
@@ -638,6 +653,13 @@ def _facts(run, own, source):
     return data_facts(own) | dict(weights=weights, source=pictures_digest(source, run.source) if run.source else '')
 
 # %% ../../nbs/experiment/run.ipynb #be2f9411
+def _facts_now(run, found):
+    "`_facts` of the data there are now. `found` keeps them for other runs with the same data."
+    own = tuple(getattr(run, o) for o in ('data','form','level','path','label','split','train','valid','seed','weights',
+                                          'source'))
+    if own not in found: found[own] = _facts(run, _read_own(run), _read_source(run))
+    return found[own]
+
 def check_data(
     runs:Iterable, # `Run`s
     folders:Iterable, # Their folders
@@ -647,11 +669,28 @@ def check_data(
     found = {}
     for run,folder in zip(runs, folders):
         if not has_begun(folder) or not (folder/'data.json').exists(): continue
-        own = tuple(getattr(run, o) for o in ('data','form','level','path','label','split','train','valid','seed',
-                                              'weights','source'))
+        with suppress(FileNotFoundError): claim_data(_facts_now(run, found), folder)
+
+# %% ../../nbs/experiment/run.ipynb #8319301e
+def check_paths(
+    runs:Iterable, # `Run`s
+    out:Path, # Folder of the experiment, with their folders in `runs/`
+):
+    """`ValueError` if a run has begun in the folder of another id, which differs only in `MAY_DIFFER` and has the same
+    contents."""
+    def identity(run): return tuple(v for k,v in asdict(run).items() if k not in MAY_DIFFER)
+    wanted,found = {identity(o): o for o in runs if not has_begun(out/'runs'/o.id)},{}
+    for file in sorted(out.glob('runs/*/data.json')) if wanted else ():
+        before = None
+        with suppress(FileNotFoundError, ValueError): before = read_run(file.parent)     # that of another version fails
+        run = before and wanted.get(identity(before))
+        if not run or not has_begun(file.parent): continue
         with suppress(FileNotFoundError):
-            if own not in found: found[own] = _facts(run, _read_own(run), _read_source(run))
-            claim_data(found[own], folder)
+            if read_json(file)!=_facts_now(run, found): continue
+            written = {k: (getattr(before, k), getattr(run, k)) for k in MAY_DIFFER}
+            differs = ', '.join(f'{k} = {old!r} instead of {new!r}' for k,(old,new) in written.items() if old!=new)
+            raise ValueError(f"{file.parent} is of the same run, with {differs}: write that as before to continue it, "
+                             "or use another folder to do it again")
 
 # %% ../../nbs/experiment/run.ipynb #4475980b
 def do_claimed_run(
@@ -701,13 +740,13 @@ def do_run(
     run:Run, # What to do
     folder:str|Path, # Its own: gets `run.json`, ..., `model.safetensors` (last epoch) and, last of all, `result.json`
     shared:str|Path|None=None, # For what runs share; default: `folder`
-    cbs:Iterable=(), # Further callbacks
+    cbs:Iterable=(), # Further callbacks, or one
     quiet:bool=False, # Show no bars and no tables?
 )->dict: # The row of results, as in `result.json`
     """Do a run, resume it, or read its result if it is done. Seeds all random number generators of the process.
     Raises `ValueError` if the data do not fit or have changed, the folder belongs to another run, or another process is
     doing this one."""
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     before = {o.name for o in folder.iterdir()} if folder.exists() else None
     folder.mkdir(parents=True, exist_ok=True)
     doing = f"{folder}: another process is doing this run; wait for it, or use another folder"

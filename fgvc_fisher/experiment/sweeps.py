@@ -16,6 +16,7 @@ from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 import pandas as pd
+from fastcore.foundation import L
 from filelock import FileLock, Timeout
 
 # %% ../../nbs/experiment/sweeps.ipynb #0cf370b5
@@ -26,7 +27,7 @@ from ..distributed.workers import keep_memory, worker_processes
 from .keep import kept
 from .ray import check_ray, run_on_ray
 from .results import read_curve
-from .run import Run, check_data, do_claimed_run
+from .run import Run, check_data, check_paths, do_claimed_run
 from .store import read_result, tidy_folder
 from fastai.callback.core import Callback
 if sys.version_info >= (3,11): import tomllib
@@ -286,9 +287,18 @@ def _summary(runs, out):
     rows.attrs['failed'] = len(failed)
     return rows
 
+# %% ../../nbs/experiment/sweeps.ipynb #84625b2f
+def _as_list(runs):
+    "`ValueError` for anything else than one or more runs."
+    found = list(L(runs))
+    if not found: raise ValueError("runs is empty: there is nothing to do")
+    if not all(isinstance(o, Run) for o in found):
+        raise ValueError(f"runs={runs!r}: give a list of runs, such as those of `grid`")
+    return found
+
 # %% ../../nbs/experiment/sweeps.ipynb #8420133f
 def sweep(
-    runs:Iterable, # `Run`s, from `grid`
+    runs:Iterable, # `Run`s, from `grid`, or one
     out:str|Path, # Folder of the experiment: gets `runs/ID/` and `sources/`; with Ray on a disk that all machines share
     jobs:int=1, # Processes that work side by side
     retry:bool=False, # Try runs again that failed before?
@@ -304,19 +314,18 @@ def sweep(
     """Do the runs that are not finished yet. A run that fails is recorded in its `error.txt`, and the sweep continues.
     Raises `ValueError` for invalid arguments and for data that are not those of the runs that have begun, `OSError` if
     the disk is full or a copy did not arrive in `keep`."""
-    if not isinstance(runs, Iterable): raise ValueError(f"runs={runs!r}: give a list of runs, such as those of `grid`")
-    runs = list(runs)
+    runs = _as_list(runs)
     cluster = dict(address=address, cpus=cpus, gpus=gpus, retries=retries)
-    if not runs: raise ValueError("runs is empty: there is nothing to do")
     if not isinstance(jobs, int) or jobs<1: raise ValueError(f"jobs={jobs!r}: must be a whole number greater than 0")
     _check_tracker(track)
     _check_engine(engine, out, jobs, cluster)
     if keep and engine=='ray':
         raise ValueError(f"keep={str(keep)!r}: with engine='ray', give as `out` a disk that all machines share")
-    out = Path(out)
+    out = Path(out).expanduser()
     folders = [out/'runs'/o.id for o in runs]
     def begin():
         check_data(runs, folders)
+        check_paths(runs, out)
         for o in folders:
             if retry: (o/'error.txt').unlink(missing_ok=True)
         return [run for run,o in zip(runs, folders) if not _finished(o)]

@@ -274,8 +274,8 @@ def read_compromise(
     "The `Compromise` between a run's source and its result. Raises `ValueError` for a run without source pictures."
     if not run.source: raise ValueError(f"{run.arm}: the run has no source pictures, which the Fisher and retention "
                                         "need: set its `source` to pictures that the network was pretrained on")
-    folder = Path(out)/'runs'/run.id
-    shared = Path(out)/'sources'
+    out = Path(out).expanduser()
+    folder,shared = out/'runs'/run.id,out/'sources'
     do_run(run, folder, shared, quiet=not progress)
     source = run_source(replace(run, beta=0., strength=1., step='prox'), shared, progress)
     learn,table = load_run(folder, pictures=True),read_target(run)

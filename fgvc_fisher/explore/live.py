@@ -182,7 +182,7 @@ class Training:
     def __init__(self,
         out:str|Path, # Folder of the experiment, as for `sweep`: contains `runs/ID/` and `sources/`
     ):
-        self.out = Path(out).absolute()
+        self.out = Path(out).expanduser().absolute()
         self.log = ''
         self.problems = []
         self._run = None

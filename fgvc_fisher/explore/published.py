@@ -44,8 +44,8 @@ class _PublishedView:
         ax = self.curves.axes
         runs = list(self.summary.index)
         looks = [_drawn(o, self.summary) for o in runs]
-        self.lines = {run: ax.plot([], [], lw=1.5, ls=ls, color=look['color'])[0]
-                      for run,look,ls in zip(runs, looks, svg_dashes(looks))}
+        self.strokes = [dict(lw=1.5, ls=ls, color=look['color']) for look,ls in zip(looks, svg_dashes(looks))]
+        self.lines = {run: ax.plot([], [], **stroke)[0] for run,stroke in zip(runs, self.strokes)}
         ax.set(xlim=(0,81), ylim=(0.5,0.82), xlabel='epoch', ylabel='accuracy on val, 3,333 pictures')
         ax.set_title('Accuracy by epoch')
         ax.yaxis.set_major_formatter(PERCENT)
@@ -56,8 +56,7 @@ class _PublishedView:
         "A mark per run, which `draw` moves, with the dashes of its curve"
         self.marks = {run: ax.errorbar([0.75], [i], xerr=[0.01], ls='', ms=7, capsize=3, **_drawn(run, self.summary))
                       for i,run in enumerate(runs)}
-        for i,line in enumerate(self.lines.values()):
-            ax.plot([0.721,0.729], [i,i], lw=1.5, ls=line.get_linestyle(), color=line.get_color())
+        for i,stroke in enumerate(self.strokes): ax.plot([0.721,0.729], [i,i], **stroke)
         ax.set(yticks=range(len(runs)), yticklabels=[_named(o) for o in runs], xlim=(0.72,0.825))
         ax.set(xlabel='accuracy, 95 % interval by the number of pictures', title='Accuracy by run')
         ax.invert_yaxis()

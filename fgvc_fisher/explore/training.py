@@ -223,7 +223,7 @@ class TrainingPanel(Panel):
         out:str|Path, # Folder of the experiment
         epochs:int, # Passes over the training split
     ):
-        out = Path(out).absolute()
+        out = Path(out).expanduser().absolute()
         Run(**task)                                        # raises for invalid fields before a process is started
         if previous := _newest.pop(out, None): previous.close()
         self.task = task
@@ -234,7 +234,9 @@ class TrainingPanel(Panel):
         controls = _training_controls(task)
         labels = dict(train='Train', stop='Stop', remove='Remove from the chart')
         self.buttons = {method: _button(label) for method,label in labels.items()}
-        for method,button in self.buttons.items(): button.on_click(lambda _, method=method: getattr(self, method)())
+        pressed = dict(train=self._press, stop=self.stop, remove=self.remove)
+        for method,button in self.buttons.items(): button.on_click(lambda _, method=method: pressed[method]())
+        self.is_pressed = False
         self.chosen = widgets.SelectMultiple(description='on the chart', rows=4, **control_layout({}))
         self.chosen.observe(lambda change: self._allow_removal(), 'value')
         controls['arm'].observe(lambda change: self._set_strengths(change['new']), 'value')
@@ -242,6 +244,11 @@ class TrainingPanel(Panel):
         extra = [widgets.HBox([self.buttons['train'], self.buttons['stop']]), self.view.legend, removal]
         title = 'What does each arm learn, and what does it forget?'
         super().__init__('training', title, controls, self.view.pictures, self._drawn, self._follow, extra=extra)
+
+    def _press(self):
+        "Train, once the front end has answered: before that it sends the last value of a slider that was moved"
+        self.is_pressed = True
+        self.refresh()
 
     def _allow_removal(self): self.buttons['remove'].disabled = not self.chosen.value
 
@@ -269,7 +276,11 @@ def _drawn(self:TrainingPanel, **values):
 # %% ../../nbs/explore/training.ipynb #e2ab4772
 @patch
 def _follow(self:TrainingPanel, **values):
-    "What is left to do: draw after news, until the training is over; a look every 0.05 s at most"
+    "What is left to do: train after a press, and draw after news, until the training is over; a look every 0.05 s"
+    if self.is_pressed:
+        self.is_pressed = False
+        self.view.train(self.epochs, **values)
+        yield self._drawn(**values)
     while self.training.run is not None or self.training.heard!=self.seen:
         if self.training.heard!=self.seen: yield self._drawn(**values)
         else: yield time.sleep(0.05)

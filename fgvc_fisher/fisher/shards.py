@@ -636,7 +636,7 @@ def shard_fisher(
     another estimate; `RuntimeError` that names a shard that failed, after all others are done."""
     if not str(out): raise ValueError("out is empty: name a folder for the running sums")
     plan = LabelPlan(kind, seed, n_samples, mass)                       # raises ValueError before anything is read
-    model,shards,out = unwrap(model),_listed(shards),Path(out).absolute()
+    model,shards,out = unwrap(model),_listed(shards),Path(out).expanduser().absolute()
     _check_call(model, shards, size, jobs, engine, retries, bs, address, cpus, gpus, on_bad)
     workers = cpus if engine=='ray' else max(1, (os.cpu_count() or 1)//jobs)
     settings = dict(kind=kind, n_samples=int(plan.n_samples), mass=float(plan.mass), seed=int(plan.seed))
