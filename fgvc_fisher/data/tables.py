@@ -32,7 +32,8 @@ def aircraft_root(
     for root in candidates:
         if (root/'images').is_dir() and (root/'variants.txt').is_file(): return root
     raise FileNotFoundError(f"{path} is not an FGVC-Aircraft tree: looked for images/ and variants.txt in "
-                            f"{', '.join(map(str, candidates))}")
+                            f"{', '.join(map(str, candidates))}. If it was unpacked in part, delete it and unpack it "
+                            "again.")
 
 # %% ../../nbs/data/tables.ipynb #a2c7ffbd
 _MARKS = {codecs.BOM_UTF8: 'utf-8-sig', codecs.BOM_UTF32_LE: 'utf-32', codecs.BOM_UTF32_BE: 'utf-32',
@@ -114,7 +115,8 @@ def read_aircraft(
     existing = {o.name for o in (root/'images').iterdir()}
     missing = [str(o) for o in table.path if o.name not in existing]
     if missing:
-        raise FileNotFoundError(f"{len(missing)} listed pictures are missing: {shorten(', '.join(missing), 400)}")
+        raise FileNotFoundError(f"{len(missing)} listed pictures are missing, as if {root} had been unpacked in part: "
+                                f"{shorten(', '.join(missing), 400)}. Add them, or delete it and unpack it again.")
     is_real = len(table)==10_000 and len(read_lines(root/LEVELS['variant']))==100
     if credit is None: credit = 20 if is_real else 0
     table['credit'] = credit
