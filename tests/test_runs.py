@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
 from fastai.callback import fp16
 from fastai.callback.core import Callback
-from fastai.callback.tracker import EarlyStoppingCallback
+from fastai.callback.progress import CSVLogger
+from fastai.callback.tracker import EarlyStoppingCallback, SaveModelCallback
 from filelock import FileLock
 from safetensors.torch import load_file, save_file
 from fgvc_fisher.data.synthetic import draw_source
@@ -322,11 +323,14 @@ def test_a_run_that_diverges_at_once_does_not_end_the_sweep(run, runs, tmp_path,
     assert rows.arm.tolist()==['wild','plain'] and math.isnan(rows['last'][0]) and rows['last'][1]>=0
     assert re.search(r'wild.*42.*diverge', capsys.readouterr().out)
 
-def test_a_callback_that_ends_the_training(run, tiny_done, sources, tmp_path):
-    "Its loss is finite, so this is no divergence; nothing is lost. A single callback needs no list"
-    early = EarlyStoppingCallback('accuracy', min_delta=1., patience=1)
-    with pytest.raises(ValueError, match='epoch 1.*of 3'): do_run(run, tmp_path, sources, early, quiet=True)
-    do_run(run, tmp_path, sources, quiet=True)
+@pytest.mark.parametrize('callback,match', [
+    (lambda: EarlyStoppingCallback('accuracy', min_delta=1., patience=1), 'epoch 1.*of 3'),
+    (lambda: SaveModelCallback('train_loss'), 'changed the weights')])
+def test_a_callback_that_does_not_fit_a_run(callback, match, run, tiny_done, sources, tmp_path):
+    "No divergence is recorded, and nothing is lost. What a callback writes is in the run's folder"
+    with pytest.raises(ValueError, match=match): do_run(run, tmp_path, sources, callback(), quiet=True)
+    do_run(run, tmp_path, sources, CSVLogger(), quiet=True)
+    assert (tmp_path/'history.csv').exists()
     same(tiny_done, tmp_path)
 
 def test_a_tilde_is_the_home_folder(run, tiny_done, tmp_path, monkeypatch):

@@ -314,6 +314,7 @@ def make_learner(
     return learn
 
 # %% ../../nbs/experiment/run.ipynb #a55baf62
+def _versions(model): return [p._version for p in model.parameters()]    # change with the values
 class KeepEpochs(Callback):
     "Seed every epoch, note its row, and write to a folder what it takes to resume."
     order = SkipToEpoch.order+1
@@ -322,7 +323,7 @@ class KeepEpochs(Callback):
         folder:str|Path|None=None, # For `checkpoint.pt`, `curve.csv` and the best epoch's weights; None: write nothing
     ):
         self.seed,self.folder = seed,folder and Path(folder)
-        self.rows,self.start,self.state = [],0,{}
+        self.rows,self.start,self.state,self.trained = [],0,{},None
     def before_fit(self):
         "Restore what a resumed training continues with."
         if self.learn.lock.locked() or not self.state: return
@@ -344,6 +345,7 @@ class KeepEpochs(Callback):
         row = {k: float(v) for k,v in zip(self.recorder.metric_names[1:], self.recorder.values[-1])}
         self.rows.append(dict(epoch=self.epoch, **row, seconds=time.perf_counter()-self.began))
         if self.folder and not processes()[1]: self.write()
+        self.trained = _versions(self.learn.model)
     @property
     def best(self)->int|None:
         "The first epoch with the highest accuracy; None if accuracy was not measured."
@@ -402,6 +404,12 @@ def after_cancel_fit(self:KeepEpochs):
     if is_finite:
         raise ValueError(f"a callback ended the training in epoch {self.epoch} (from 0) of {self.n_epoch}, but a run "
                          "trains all its epochs: leave that callback out, and the same call continues")
+@patch
+def after_fit(self:KeepEpochs):
+    "Raise `ValueError` if the weights are no longer those of the last epoch, which the run's row is about."
+    if len(self.rows)<self.n_epoch or self.trained in (None, _versions(self.learn.model)): return
+    raise ValueError("a callback changed the weights after the last epoch, as SaveModelCallback does: leave it out, "
+                     "and the same call continues; the best epoch is kept and tested without it")
 
 # %% ../../nbs/experiment/run.ipynb #70adc006
 def _print_epoch(learn, values):
@@ -444,6 +452,7 @@ def fine_tune(
     learn = make_learner(run, source, fisher, target)
     keep,fit = KeepEpochs(run.seed, folder),RECIPES[run.recipe].fit
     learn.add_cb(keep)
+    if keep.folder: learn.path = keep.folder                             # other callbacks would write to the pictures
     with ExitStack() as contexts:
         for o in (_bs_named(run), _autocast_left(learn), distributed_training(learn)): contexts.enter_context(o)
         if quiet:
