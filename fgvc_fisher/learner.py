@@ -574,10 +574,11 @@ def distributed_training(
     loss = recorder.loss
     bars = [cb for cb in learn.cbs if isinstance(cb, ProgressCallback) and rank]
     learn.metrics = [_over_all_processes(metric) for metric in metrics]
-    recorder.loss = AccumMetric(lambda *o: learn.loss_func(*o), flatten=False)   # AvgLoss counts some pictures twice
+    whole = AccumMetric(lambda *o: learn.loss_func(*o), flatten=False)           # AvgLoss counts some pictures twice
+    vars(recorder)['loss'] = whole        # fastai warns of `recorder.loss = `, since a Learner has a `loss`, too
     try:
         with learn.added_cbs(_TimmDistributedTrainer()), learn.removed_cbs(bars): yield learn
-    finally: learn.metrics,recorder.loss = metrics,loss
+    finally: learn.metrics,vars(recorder)['loss'] = metrics,loss
 
 # %% ../nbs/learner.ipynb #ff34a73b
 class TerminateTogether(TerminateOnNaNCallback):

@@ -201,6 +201,7 @@ def test_the_command_with_one_bar_and_one_table(run, tmp_path):
     said = both[0].out+both[1].out
     lines = 'train_loss', 'L2SPFisherCallback', 'pictures: ', f'Written to {tmp_path}'
     assert [said.count(o) for o in lines]==[2,1,1,1]                # a line for each epoch, and one of each other
+    assert 'shadowing' not in both[0].err+both[1].err               # fastai's warning
     assert json.loads((tmp_path/'out/result.json').read_text())['machine'].startswith('2 ')
 
 def test_a_failed_run_ends_a_sweep_and_the_next_sweep_does_the_rest(run, tmp_path):
