@@ -322,7 +322,7 @@ def normalise(
 
 # %% ../nbs/learner.ipynb #e0a49b3a
 def source_dl(
-    pictures, # A folder with `labels.csv`, or a table from `read_pictures`
+    pictures, # A folder with `labels.csv` or ImageNet's folders; or a table, from `read_pictures` or `read_folder`
     model:nn.Module, # The source model
     size:int|None=None, # Side of the pictures in pixels; None: as in pretraining
     bs:int=32, # Pictures in a batch
@@ -330,7 +330,8 @@ def source_dl(
     transforms:str='plain', # Name of the transforms of the fine-tuned model; 'published' normalises in its own way
     on_bad:str='error', # For a picture that cannot be decoded: 'error', or 'skip' (decodes all pictures once)
 )->TfmdDL: # Batches `(x, y)` in the table's order, normalised
-    "A loader of source pictures as the source model expects them. A batch with a broken picture raises `OSError`."
+    """A loader of source pictures as the source model expects them. A batch with a broken picture raises `OSError`,
+    a folder that is neither the errors of `read_pictures`."""
     table, = skip_bad([read_pictures(pictures) if isinstance(pictures, (str,Path)) else pictures], on_bad)
     size = size or picture_stats(model)['size']
     return normalise(picture_dl(table, size, bs, num_workers=num_workers, transforms=transforms), model)

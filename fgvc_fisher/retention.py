@@ -103,7 +103,8 @@ def retention(
     tuned_dl=None, # The same pictures with the normalisation of the fine-tuning; None: the same as `dl`
 )->dict: # Accuracy from 0 to 1, with BatchNorm's statistics of the 'target' and of the 'source'
     """What a fine-tuned model still knows of its source. Each set of statistics gets pictures in its own normalisation.
-    Without labels see `compare_with_source`."""
+    Without labels see `compare_with_source`. Raises `ValueError` if the model was not made from this source, or if
+    labels are missing or do not fit."""
     check_batches(dl, 'dl', passes=2 if tuned_dl is None or tuned_dl is dl else 1)
     pictures = dict(target=dl if tuned_dl is None else tuned_dl, source=dl)
     return {norm: accuracy_on(with_source_head(model, source, norm), pictures[norm]) for norm in pictures}

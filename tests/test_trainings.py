@@ -9,10 +9,11 @@ from fastai.basics import Callback, CancelFitException, CrossEntropyLossFlat, Da
 from fastai.callback.all import CSVLogger, SaveModelCallback
 from fastai.data.load import DataLoader
 from fastai.callback.core import CancelEpochException, CancelTrainException, CancelValidException
-from fgvc_fisher.callback import L2SPFisherCallback
+from fgvc_fisher.callback import LIMIT, L2SPFisherCallback
 from fgvc_fisher.experiment.paper import AsPublished
 from fgvc_fisher.fisher import DiagFisher, estimate_fisher
 from fgvc_fisher.fisher.diagonal import parameter_digests
+from fgvc_fisher.learner import nesterov
 from fgvc_fisher.retention import Retention
 
 def network(n_out):
@@ -94,12 +95,23 @@ def test_added_twice(source, fisher):
         with pytest.raises(ValueError, match='L2SPFisherCallback.*already'): again()
     assert row(fit(learn))==row(fit(learner(tunable(source), L2SPFisherCallback(fisher=fisher))))
 
-def test_each_training_warns_that_it_diverges(source, fisher):
+def test_the_limit_of_the_explicit_step():
+    "A parabola, and the optimizer of `aircraft_learner`: just below and above the stiffness from which it diverges"
+    for lr,ends in ((0.49*LIMIT, True), (0.51*LIMIT, False)):
+        p = nn.Linear(1, 1, bias=False)
+        opt = nesterov([p.weight], lr=lr)
+        for _ in range(1000):
+            opt.zero_grad()
+            p.weight.square().sum().backward()                           # stiffness 2*lr
+            opt.step()
+        assert (abs(p.weight.item())<1e-3)==ends
+
+def test_each_training_warns_that_it_may_diverge(source, fisher):
     "Once; also after `lr_find`, which tries rates that diverge"
     learn = learner(tunable(source), L2SPFisherCallback(fisher=fisher, step='grad', anchor=source))
     for n in (1,2):
-        with pytest.warns(UserWarning, match='diverges') as found: fit(learn, n=n, lr=100.)
-        assert sum('diverges' in str(o.message) for o in found)==1
+        with pytest.warns(UserWarning, match='may diverge') as found: fit(learn, n=n, lr=100.)
+        assert sum('may diverge' in str(o.message) for o in found)==1
 
 def test_an_optimizer_of_another_model(source, fisher):
     cb = L2SPFisherCallback(fisher=fisher)

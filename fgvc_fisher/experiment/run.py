@@ -163,7 +163,7 @@ class Run:
     level:str='variant' # Which labels: 'variant', 'family' or 'manufacturer'
     train:str='train' # Split to train on
     valid:str='val' # Split to measure on after every epoch; '' for none
-    test:str='' # Split to measure on at the end; '' for none. A row of results has the accuracy in its place
+    test:str='' # Split to measure on at the end; '' for none. In a row of results `test` is the accuracy on it
     recipe:str='one-cycle' # How to train, see `RECIPES`
     transforms:str='plain' # How pictures are transformed, see `named_transforms`
     cache:bool=False # Train from smaller copies?

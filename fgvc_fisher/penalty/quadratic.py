@@ -497,7 +497,7 @@ def prox_(self:QuadraticPenalty,
 def stiffest(self:QuadraticPenalty,
     lr:float|Mapping|torch.optim.Optimizer, # As in `prox_`
 )->tuple: # Stiffness `2 lr (beta max(F) + l2sp + alpha)`; the parameter's name, or None
-    "The trainable parameter for which the explicit step is least stable: it diverges if the stiffness is above 2."
+    "The trainable parameter for which the explicit step is least stable: SGD without momentum diverges above 2."
     def factor(name, rate):
         pull = self.beta*self.max_fisher[name] if self.beta and _is_anchored(self, name) else 0.
         plain = self.l2sp if _is_anchored(self, name) else 0.
