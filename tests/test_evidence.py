@@ -338,6 +338,8 @@ def test_the_notebook_holds_for_any_rows(aircraft, unplaced_labels, tmp_path, mo
     sequence = pd.read_csv(ROOT/'results/aircraft/sequence.csv')
     if part=='one_seed': sequence = sequence[sequence.seed==42]
     sequence.to_csv(tmp_path/'results/aircraft/sequence.csv', index=False)
+    (tmp_path/'results/strength').mkdir()
+    shutil.copy(ROOT/'results/strength/table.csv', tmp_path/'results/strength')
     monkeypatch.chdir(tmp_path)
     shown,names = [],{}
     monkeypatch.setattr('IPython.display.display', lambda *args: shown.extend(args))
