@@ -337,7 +337,7 @@ def test_a_tilde_is_the_home_folder(run, tiny_done, tmp_path, monkeypatch):
     for o in ('HOME','USERPROFILE'): monkeypatch.setenv(o, str(tmp_path))
     monkeypatch.chdir(tmp_path)
     shutil.copytree(tiny_done, tmp_path/'out/runs'/run.id)
-    assert len(sweep(run, '~/out', quiet=True))==len(table('~/out'))==1
+    assert len(sweep([run], '~/out', quiet=True))==len(table('~/out'))==1
     assert do_run(run, f'~/out/runs/{run.id}', quiet=True)['id']==read_run(f'~/out/runs/{run.id}').id
     assert Training('~/out').known()
     assert load_run(f'~/out/runs/{run.id}') and draw_source('~/drawn', 2, 1, 48)==tmp_path/'drawn'

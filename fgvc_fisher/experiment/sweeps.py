@@ -16,7 +16,6 @@ from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 import pandas as pd
-from fastcore.foundation import L
 from filelock import FileLock, Timeout
 
 # %% ../../nbs/experiment/sweeps.ipynb #0cf370b5
@@ -289,8 +288,8 @@ def _summary(runs, out):
 
 # %% ../../nbs/experiment/sweeps.ipynb #84625b2f
 def _as_list(runs):
-    "`ValueError` for anything else than one or more runs."
-    found = list(L(runs))
+    "`ValueError` for anything else than a list of one or more runs."
+    found = list(runs) if isinstance(runs, Iterable) else [None]
     if not found: raise ValueError("runs is empty: there is nothing to do")
     if not all(isinstance(o, Run) for o in found):
         raise ValueError(f"runs={runs!r}: give a list of runs, such as those of `grid`")
@@ -298,7 +297,7 @@ def _as_list(runs):
 
 # %% ../../nbs/experiment/sweeps.ipynb #8420133f
 def sweep(
-    runs:Iterable, # `Run`s, from `grid`, or one
+    runs:Iterable, # `Run`s, from `grid`
     out:str|Path, # Folder of the experiment: gets `runs/ID/` and `sources/`; with Ray on a disk that all machines share
     jobs:int=1, # Processes that work side by side
     retry:bool=False, # Try runs again that failed before?
