@@ -86,7 +86,7 @@ STAGES = {
     'rates': [dict(arm=f'{family} at rate {lr:g}', lr=lr, **strengths) for lr in (RATE/2, 2*RATE, 4*RATE)
               for family,strengths in (('L2-SP', dict(l2sp=PULLS[:2])), ('L2-SP-Fisher', dict(strength=[0.25, 0.5])),
                                        ('both', dict(l2sp=[0.03], strength=[0.5])))],
-    'larger': [dict(arm='plain', size=LARGER), dict(arm='L2-SP', l2sp=PULLS, size=LARGER),
+    'larger': [dict(arm='plain', size=LARGER), dict(arm='L2-SP', l2sp=[*PULLS, 3., 10.], size=LARGER),
                dict(arm='L2-SP-Fisher', strength=STRENGTHS[1:], size=LARGER),
                dict(arm='both', l2sp=[0.03], strength=[0.5], size=LARGER),
                *[dict(arm=f'plain at rate {lr:g}', lr=lr, size=LARGER) for lr in (RATE/2, RATE/4)]],
