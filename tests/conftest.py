@@ -94,6 +94,11 @@ def narrow_inception(**kw):
     return model
 
 @pytest.fixture
+def tilde(tmp_path, monkeypatch):
+    "`~` is the test's own folder"
+    for o in ('HOME','USERPROFILE'): monkeypatch.setenv(o, str(tmp_path))
+
+@pytest.fixture
 def autocast_on_cpu(monkeypatch):
     "fastai's mixed precision casts on the processor, not on CUDA"
     monkeypatch.setattr(fp16, 'autocast', lambda device, dtype: torch.autocast('cpu', dtype=dtype))

@@ -204,9 +204,7 @@ def test_silence_and_nobody_there(server, tmp_path):
     nobody = 'http://127.0.0.1:9/x.tar.gz'
     with pytest.raises(ConnectionError, match=nobody): untar_aircraft(tmp_path, nobody, quiet=True)
 
-def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
-    monkeypatch.setenv('HOME', str(tmp_path))
-    monkeypatch.setenv('USERPROFILE', str(tmp_path))
+def test_a_tilde_is_the_home_folder(tilde, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     named = re.escape(str(tmp_path/'archive'))
     with pytest.raises(FileNotFoundError, match=named): untar_aircraft('~/data', '~/archive')

@@ -118,9 +118,8 @@ def test_any_format_and_equal_names(tmp_path):
     assert len(set(small.path))==10 and {open_picture(o).mode for o in small.path}=={'RGB'}
     assert {o.parent.parent for o in small.path}=={tmp_path/'p_40'}
 
-def test_two_data_sets_share_no_copies(tmp_path, monkeypatch):
+def test_two_data_sets_share_no_copies(tilde, tmp_path):
     "Same folder for the copies, same file names, other pictures"
-    for o in ('HOME','USERPROFILE'): monkeypatch.setenv(o, str(tmp_path))
     tables = []
     for i,name in enumerate('ab'):
         (tmp_path/name/'images').mkdir(parents=True)

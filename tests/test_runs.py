@@ -333,8 +333,7 @@ def test_a_callback_that_does_not_fit_a_run(callback, match, run, tiny_done, sou
     assert (tmp_path/'history.csv').exists()
     same(tiny_done, tmp_path)
 
-def test_a_tilde_is_the_home_folder(run, tiny_done, tmp_path, monkeypatch):
-    for o in ('HOME','USERPROFILE'): monkeypatch.setenv(o, str(tmp_path))
+def test_a_tilde_is_the_home_folder(run, tiny_done, tilde, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(tiny_done, tmp_path/'out/runs'/run.id)
     assert len(sweep([run], '~/out', quiet=True))==len(table('~/out'))==1

@@ -59,7 +59,7 @@ from ..retention import accuracy_on, compare_with_source, source_parts
 from .paper import AsPublished, fit_published, published_learner
 from .saved import save_model, temperature_on
 from fgvc_fisher.experiment.store import (
-    MAY_DIFFER, claim_data, claim_folder, data_facts, has_begun, read_checkpoint, read_result,
+    MAY_DIFFER, claim_data, claim_folder, data_facts, differing, has_begun, read_checkpoint, read_result,
     save_checkpoint, save_weights, tidy_folder, write_result
 )
 
@@ -696,8 +696,7 @@ def check_paths(
         if not run or not has_begun(file.parent): continue
         with suppress(FileNotFoundError):
             if read_json(file)!=_facts_now(run, found): continue
-            written = {k: (getattr(before, k), getattr(run, k)) for k in MAY_DIFFER}
-            differs = ', '.join(f'{k} = {old!r} instead of {new!r}' for k,(old,new) in written.items() if old!=new)
+            differs = ', '.join(differing(asdict(before), run).values())
             raise ValueError(f"{file.parent} is of the same run, with {differs}: write that as before to continue it, "
                              "or use another folder to do it again")
 

@@ -212,7 +212,10 @@ def _training_controls(task):
                 alpha=strength('alpha', 'alpha', -6, -1), strength=strength('strength', 'strength', -4, 2),
                 beta=strength('beta', 'beta, as published', -5, 0), l2sp=strength('l2sp', 'l2sp', -4, 1),
                 lr=with_value('learning rate', _round(-4, 0), task.get('lr', Run.lr)))
-def _button(label): return widgets.Button(description=label, tooltip=label, layout=widgets.Layout(width='auto'))
+def _button(label, does):
+    button = widgets.Button(description=label, tooltip=label, layout=widgets.Layout(width='auto'))
+    button.on_click(lambda _: does())
+    return button
 
 # %% ../../nbs/explore/training.ipynb #fc1baf3c
 _newest = {} # folder -> the `Training` of the newest panel on it
@@ -232,10 +235,8 @@ class TrainingPanel(Panel):
         _newest[out] = self.training
         self.view = _TrainingView(self.training, task)
         controls = _training_controls(task)
-        labels = dict(train='Train', stop='Stop', remove='Remove from the chart')
-        self.buttons = {method: _button(label) for method,label in labels.items()}
-        pressed = dict(train=self._press, stop=self.stop, remove=self.remove)
-        for method,button in self.buttons.items(): button.on_click(lambda _, method=method: pressed[method]())
+        self.buttons = dict(train=_button('Train', self._press), stop=_button('Stop', self.stop),
+                            remove=_button('Remove from the chart', self.remove))
         self.is_pressed = False
         self.chosen = widgets.SelectMultiple(description='on the chart', rows=4, **control_layout({}))
         self.chosen.observe(lambda change: self._allow_removal(), 'value')
